@@ -1,0 +1,286 @@
+"""TrainConfig: every setting of a run, as one flat dataclass that is also the command line.
+
+A setting comes from, in rising order: its default, the checkpoint being resumed, `config_path`, the flag or keyword.
+Nothing here imports anything heavy: `--help` must answer at once.
+"""
+
+import argparse
+import difflib
+import json
+import sys
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import List, Optional, get_args
+
+import argparse_dataclass
+
+SCHEDULES = ("constant", "linear", "cosine")
+FRESH = ("config_path", "resume_from_checkpoint", "resume_step", "output_dir")  # never taken from a checkpoint
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: the message says what, expected against got, and the remedy, in one line."""
+
+
+def nearest(name: str, names) -> str:
+    """`, did you mean x?` for the known name that `name` was probably meant to be, else an empty string."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of another library's error, with its line breaks folded away."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def setting(group: str, default, help: str, **metadata):
+    return field(default=default, metadata={"group": group, "help": help, **metadata})
+
+
+@dataclass
+class TrainConfig:
+    """Settings of one training run.
+
+    Raises:
+        UserError: a value is out of its range, or two settings contradict each other.
+    """
+
+    # argparse-dataclass reads these annotations as they are: Optional[int], not int | None.
+    dataset_id: Optional[str] = setting("dataset", None, "a folder, or a Hub id such as lerobot/pusht")
+    dataset_root: Optional[str] = setting(
+        "dataset", None, "folder that a Hub dataset is kept in (else LeRobot's cache)"
+    )
+    revision: Optional[str] = setting("dataset", None, "branch, tag or commit of a Hub dataset")
+    episodes: Optional[str] = setting("dataset", None, 'episodes to train on, such as "0:40,45" (else all)')
+    imagenet_stats: str = setting(
+        "dataset",
+        "on",
+        "normalise cameras by ImageNet's mean and std, as lerobot-train does, or by the dataset's",
+        choices=("on", "off"),
+    )
+
+    policy: str = setting("policy", "act", "any policy that LeRobot knows: act, diffusion, vqbet, smolvla, pi0, ...")
+    policy_path: Optional[str] = setting("policy", None, "fine-tune from this LeRobot checkpoint: a folder or a Hub id")
+    policy_args: Optional[List[str]] = setting(
+        "policy",
+        None,
+        "settings of the policy's own, such as chunk_size=50 dim_model=256 pretrained_backbone_weights=none",
+        nargs="+",
+        type=str,
+        metavar="NAME=VALUE",
+    )
+    image_size: Optional[List[int]] = setting(
+        "policy",
+        None,
+        "resize every camera to this; saved with the policy, so that inference does the same",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+    )
+
+    steps: int = setting("training", 100_000, "optimizer steps in the whole run")
+    batch_size: int = setting("training", 8, "samples a step")
+    lr: Optional[float] = setting(
+        "training",
+        None,
+        "peak learning rate (else the policy's preset; a parameter group with a rate of its own, "
+        "such as act's optimizer_lr_backbone, keeps that)",
+    )
+    weight_decay: Optional[float] = setting("training", None, "weight decay (else the policy's preset)")
+    grad_clip_norm: Optional[float] = setting(
+        "training", None, "clip gradients to this norm, 0 for never (else preset)"
+    )
+    warmup_steps: Optional[int] = setting("training", None, "steps over which lr rises to its peak (else preset)")
+    lr_schedule: Optional[str] = setting(
+        "training", None, "course of lr after the warm-up (else the policy's preset)", choices=SCHEDULES
+    )
+    augment: bool = setting("training", False, "vary colour, sharpness and position of the pictures while training")
+    seed: int = setting("training", 1000, "every random choice of the run is a function of this")
+    device: str = setting("training", "auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    num_threads: Optional[int] = setting("training", None, "threads that read data ahead (else one a core, at most 8)")
+
+    output_dir: Optional[str] = setting("output", None, "where the run is kept (else outputs/<dataset>_<policy>)")
+    log_freq: int = setting("output", 50, "steps between two lines of metrics.jsonl")
+    save_freq: int = setting("output", 5_000, "steps between two checkpoints, 0 for one at the end")
+    keep_last: Optional[int] = setting("output", None, "keep this many newest checkpoints (else all)")
+    push_to_hub: Optional[str] = setting("output", None, "Hub repo to upload the finished policy to, such as me/my_act")
+    quiet: bool = setting("output", False, "print only warnings and the closing line")
+
+    resume_from_checkpoint: Optional[str] = setting(
+        "resume",
+        None,
+        "a checkpoint-<step> folder, a Hub repo that holds one, latest (the newest in output_dir), "
+        "or auto (the newest if there is one, else start)",
+    )
+    resume_step: Optional[int] = setting("resume", None, "step of a checkpoint whose folder was renamed")
+    config_path: Optional[str] = setting("resume", None, "JSON or YAML file of these same settings; flags override it")
+
+    def __post_init__(self):
+        for f in fields(self):
+            setattr(self, f.name, typed(f, getattr(self, f.name)))
+        at_least = {
+            "steps": 1,
+            "batch_size": 1,
+            "num_threads": 1,
+            "log_freq": 1,
+            "keep_last": 1,
+            "save_freq": 0,
+            "warmup_steps": 0,
+            "resume_step": 0,
+            "seed": 0,
+            "weight_decay": 0,
+            "grad_clip_norm": 0,
+        }
+        for name, low in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= low:
+                raise UserError(f"--{name} must be at least {low}, got {value}")
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise UserError(f"--lr must be above 0, got {self.lr}")
+        if self.image_size is not None and min(self.image_size) < 1:
+            raise UserError(f"--image_size must be two positive numbers (height width), got {self.image_size}")
+        if self.warmup_steps is not None and self.warmup_steps > self.steps:
+            raise UserError(f"--warmup_steps {self.warmup_steps} is more than --steps {self.steps}")
+        if not self.dataset_id:
+            raise UserError("no dataset: pass --dataset_id with a folder or a Hub id such as lerobot/pusht")
+
+    def asdict(self) -> dict:
+        return asdict(self)
+
+
+FIELDS = {f.name: f for f in fields(TrainConfig)}
+for _field in FIELDS.values():  # flags are spelt as the fields are: --batch_size, not --batch-size
+    _field.metadata = MappingProxyType({**_field.metadata, "args": [f"--{_field.name}"]})
+
+
+def typed(f, value):
+    """`value` as the type of field `f`, from wherever it came: a flag, a JSON or YAML file, a keyword argument."""
+    kinds = (
+        [kind for kind in get_args(f.type) if kind is not type(None)]
+        if f.type not in (int, str, bool, float)
+        else [f.type]
+    )
+    kind, optional = kinds[0], f.default is None
+    if value is None and optional:
+        return None
+    if f.name == "policy_args" and isinstance(value, dict):
+        return [f"{name}={'none' if item is None else item}" for name, item in value.items()]
+    if f.name == "episodes" and isinstance(value, (list, tuple, range)):
+        return ",".join(str(item) for item in value)
+    try:
+        if f.metadata.get("nargs") is not None:
+            if isinstance(value, str) or len(value) == 0 or f.metadata["nargs"] not in ("+", len(value)):
+                raise ValueError
+            return [f.metadata["type"](item) for item in value]
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError
+        if kind is int and (isinstance(value, bool) or int(value) != float(value)):
+            raise ValueError
+        value = kind(value)
+    except (TypeError, ValueError):
+        wanted = {"+": "a list of values", 2: "two numbers, height and width"}.get(
+            f.metadata.get("nargs"), kind.__name__
+        )
+        raise UserError(f"--{f.name} must be {wanted}, got {value!r}") from None
+    if f.metadata.get("choices") and value not in f.metadata["choices"]:
+        raise UserError(f"--{f.name} must be one of {', '.join(f.metadata['choices'])}, got {value!r}")
+    return value
+
+
+def read_config_file(path: str) -> dict:
+    """The settings in a JSON or YAML file, as a dict of those given there."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise UserError(f"--config_path {path} cannot be read: {error.strerror}") from None
+    try:
+        if path.endswith(".json"):
+            given = json.loads(text)
+        else:
+            import yaml
+
+            given = yaml.safe_load(text)
+    except ValueError as error:
+        raise UserError(f"--config_path {path} is not valid JSON: {one_line(error)}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config_path {path} is not valid YAML: {one_line(error)}") from None
+    if not isinstance(given, dict):
+        raise UserError(f"--config_path {path} must hold one mapping of settings, got {type(given).__name__}")
+    check_names(given, f"in {path}")
+    return given
+
+
+def check_names(given: dict, where: str) -> None:
+    for name in given:
+        if name not in FIELDS:
+            raise UserError(f"unknown setting {name!r} {where}{nearest(name, FIELDS)}")
+
+
+def merge(given: dict, resumed: Optional[dict] = None) -> TrainConfig:
+    """The whole config: `given` over `resumed` (the train_config.json of a checkpoint) over the defaults."""
+    kept = {name: value for name, value in (resumed or {}).items() if name in FIELDS and name not in FRESH}
+    return TrainConfig(**{**kept, **given})
+
+
+class Parser(argparse_dataclass.ArgumentParser):
+    """The command line of TrainConfig: grouped help, and one line with the nearest name for a misspelt flag."""
+
+    def __init__(self):
+        super().__init__(
+            TrainConfig,
+            prog="train.py",
+            usage="python src/train.py --dataset_id FOLDER_OR_HUB_ID [--name value ...]",
+            allow_abbrev=False,
+            description="Train a policy on a LeRobot dataset. In brackets: the default.",
+        )
+        groups = {}
+        for action in [a for a in self._actions if a.dest in FIELDS]:
+            f = FIELDS[action.dest]
+            action.help = f"{f.metadata['help']} [{described_default(f)}]".replace("%", "%%")
+            if action.metavar is None and action.nargs != 0 and not action.choices:
+                action.metavar = {int: "N", float: "X"}.get(action.type, "TEXT")
+            name = f.metadata["group"]
+            group = groups.get(name) or groups.setdefault(name, self.add_argument_group(name))
+            self._optionals._group_actions.remove(action)
+            group._group_actions.append(action)
+
+    def error(self, message):
+        raise UserError(message)
+
+    def given(self, argv: List[str]) -> dict:
+        """The settings that `argv` names, and no defaults."""
+        argv = [spelt_as_field(word) for word in argv]
+        namespace, unknown = argparse.ArgumentParser.parse_known_args(self, argv)
+        for word in unknown:
+            if word.startswith("-"):
+                raise UserError(f"unknown flag {word}{nearest(word.split('=')[0], ['--' + n for n in FIELDS])}")
+            raise UserError(f"{word!r} belongs to no flag: settings are passed as --name value")
+        return {name: value for name, value in vars(namespace).items() if value is not MISSING}
+
+
+def parse_command_line(argv: List[str]) -> dict:
+    """The settings in `argv`; a mistake prints one line and exits with status 2."""
+    try:
+        return Parser().given(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def spelt_as_field(word: str) -> str:
+    """--batch-size as --batch_size; anything else as it is."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("-", "_").replace("__", "--", 1) + equals + value if flag.startswith("--") else word
+
+
+def described_default(f) -> str:
+    return "none" if f.default is None else "off" if f.default is False else str(f.default)
+
+
+def flags_table() -> str:
+    """Every flag as the rows of README's Markdown table."""
+    rows = ["| flag | default | what it does |", "| --- | --- | --- |"]
+    for f in FIELDS.values():
+        rows.append(f"| `--{f.name}` | {described_default(f)} | {f.metadata['help'].replace('|', '/')} |")
+    return "\n".join(rows)

@@ -1,0 +1,326 @@
+"""Open a LeRobot dataset: metadata, columns in memory, where every frame lies, and everything wrong with it.
+
+N rows of the selected episodes, E selected episodes.
+"""
+
+import contextlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import torch
+from torch import Tensor
+
+import hub
+from config import UserError, one_line
+
+
+@dataclass
+class Source:
+    """A dataset's selected episodes, with every column but the pixels in memory.
+
+    Attributes:
+        name: the dataset as the user wrote it.
+        meta: LeRobot's `LeRobotDatasetMetadata`: features, stats, tasks, fps.
+        root: the dataset's folder.
+        episodes: selected episode indices, ascending.
+        starts, ends: (E,) int64 first row of each episode, and the row after its last.
+        columns: (N, ...) tensors, or lists of N strings, in LeRobot's own dtypes.
+        images: encoded pictures (PNG or JPEG bytes) of each `image` feature, one a row.
+        problems: what makes the dataset unfit to train on, one line each.
+        warnings: what a user should know but can train with.
+    """
+
+    name: str
+    meta: object
+    root: Path
+    episodes: list[int]
+    starts: Tensor
+    ends: Tensor
+    columns: dict[str, Tensor | list[str]]
+    images: dict[str, pa.ChunkedArray] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    @property
+    def tasks(self) -> list[str]:
+        """Task texts by task_index."""
+        return [] if self.meta.tasks is None else self.meta.tasks.sort_values("task_index").index.tolist()
+
+    def episode_of(self, rows: Tensor) -> Tensor:
+        """(B,) position in `episodes` of each of (B,) rows."""
+        return torch.searchsorted(self.ends, rows, right=True)
+
+    def require(self, more_problems=()) -> None:
+        """Raise one UserError that tells every problem found, if there is any."""
+        problems = [*self.problems, *more_problems]
+        if len(problems) == 1:
+            raise UserError(f"dataset {self.name}: {problems[0]}")
+        if problems:
+            raise UserError(f"dataset {self.name} has {len(problems)} problems:\n  - " + "\n  - ".join(problems))
+
+
+def open_dataset(
+    dataset_id: str, dataset_root: str | None = None, revision: str | None = None, episodes: str | None = None
+) -> Source:
+    """Open a folder or a Hub dataset (downloaded first) and check it.
+
+    Args:
+        dataset_id: a folder, or a Hub id.
+        dataset_root: folder that a Hub dataset is downloaded into.
+        revision: branch, tag or commit of a Hub dataset.
+        episodes: which episodes, such as "0:40,45"; None for all.
+
+    Raises:
+        UserError: there is no such dataset, it is in another format, or an episode is out of range.
+    """
+    meta = open_metadata(dataset_id, dataset_root, revision)
+    selected = parse_episodes(episodes, meta.total_episodes)
+    if not Path(dataset_id).expanduser().is_dir():
+        download(dataset_id, dataset_root, revision, selected if episodes else None)
+    table, problems = read_table(meta, selected if episodes else None)
+    source = Source(
+        dataset_id, meta, meta.root, *episode_rows(table, selected, problems), columns={}, problems=problems
+    )
+    read_columns(source, table)
+    if not problems:  # the checks below index by what the ones above have found sound
+        check_values(source)
+        check_videos(source)
+    return source
+
+
+def open_metadata(dataset_id: str, dataset_root: str | None, revision: str | None):
+    folder = Path(dataset_id).expanduser()
+    is_folder = folder.is_dir()
+    if is_folder:
+        if not (folder / "meta" / "info.json").is_file():
+            raise UserError(f"{dataset_id} is a folder without meta/info.json: not a LeRobot dataset")
+        check_version(dataset_id, folder)
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset_id):
+        raise UserError(f"no dataset {dataset_id}: there is no such folder, and a Hub id is written user/name")
+    from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+
+    with told_as_user_errors(dataset_id):
+        if is_folder:
+            return LeRobotDatasetMetadata(folder.resolve().name, root=folder)
+        return LeRobotDatasetMetadata(dataset_id, root=dataset_root, revision=revision)
+
+
+def check_version(dataset_id: str, folder: Path) -> None:
+    version = json.loads((folder / "meta" / "info.json").read_text()).get("codebase_version")
+    if version != "v3.0":
+        raise UserError(
+            f"dataset {dataset_id} is in LeRobot's format {version}, expected v3.0: "
+            f"convert it with python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={folder.resolve().name} --root={dataset_id}"
+        )
+
+
+def download(dataset_id: str, dataset_root: str | None, revision: str | None, episodes: list[int] | None) -> None:
+    """Have every file of the episodes on disk; nothing is fetched that is there already."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    with told_as_user_errors(dataset_id):
+        LeRobotDataset(dataset_id, root=dataset_root, revision=revision, episodes=episodes, video_backend="pyav")
+
+
+@contextlib.contextmanager
+def told_as_user_errors(dataset_id: str):
+    """What can keep LeRobot from opening a dataset, in one line."""
+    from lerobot.datasets.utils import CompatibilityError
+
+    try:
+        with hub.told_as_user_errors(f"no dataset {dataset_id}"):
+            yield
+    except UserError:
+        raise
+    except (CompatibilityError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"dataset {dataset_id} cannot be opened: {one_line(error)[:300]}") from error
+
+
+def parse_episodes(text: str | None, total: int) -> list[int]:
+    """Episode indices of "0:40,45" (ends exclusive, as in Python), ascending and once each.
+
+    Raises:
+        UserError: not of that form, or not within the dataset's `total` episodes.
+    """
+    if text is None:
+        return list(range(total))
+    chosen = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", part)
+        if match is None:
+            raise UserError(f'--episodes {text}: {part!r} is neither a number nor a range such as "0:40"')
+        first = int(match[1])
+        end = first + 1 if match[2] is None else int(match[2])
+        if end > total or first >= end:
+            raise UserError(
+                f"--episodes {text}: {part.strip()} is out of range, the dataset has episodes 0 to {total - 1}"
+            )
+        chosen.update(range(first, end))
+    return sorted(chosen)
+
+
+def read_table(meta, episodes: list[int] | None) -> tuple[pa.Table, list[str]]:
+    """The rows of the selected episodes in the order of their files, and what kept files from being read."""
+    files = sorted((meta.root / "data").glob("*/*.parquet"))
+    chosen = None if episodes is None else pa.dataset.field("episode_index").isin(episodes)
+    tables, problems = [], []
+    for file in files:
+        try:
+            tables.append(pa.dataset.dataset(file, format="parquet").to_table(filter=chosen))
+        except (pa.ArrowInvalid, OSError) as error:
+            problems.append(f"{file.relative_to(meta.root)} cannot be read: {one_line(error)[:200]}")
+    if not tables:
+        raise UserError(
+            f"dataset {meta.root} has no readable table: " + ("; ".join(problems) or "data/*/*.parquet is missing")
+        )
+    return pa.concat_tables(tables, promote_options="permissive"), problems
+
+
+def episode_rows(table: pa.Table, selected: list[int], problems: list[str]) -> tuple[list[int], Tensor, Tensor]:
+    """Selected episodes with (E,) first rows and (E,) ends, as they lie in the table."""
+    index = table["episode_index"].to_numpy()
+    changes = np.flatnonzero(np.diff(index)) + 1
+    starts = np.concatenate([[0], changes]) if len(index) else np.empty(0, int)
+    found = index[starts].tolist() if len(index) else []
+    if found != selected:
+        missing = sorted(set(selected) - set(found))
+        problems.append(
+            f"its table has no rows of episodes {missing[:10]}"
+            if missing
+            else "its episodes are not in order in the table"
+        )
+    ends = np.append(starts[1:], len(index))
+    return found, torch.from_numpy(starts.astype(np.int64)), torch.from_numpy(ends.astype(np.int64))
+
+
+def read_columns(source: Source, table: pa.Table) -> None:
+    """Every feature but video as one contiguous tensor (N, *shape), a list of strings, or encoded pictures."""
+    from lerobot.datasets.language import is_language_column
+
+    for key, feature in source.meta.features.items():
+        dtype, shape = feature["dtype"], tuple(feature["shape"])
+        if key in source.meta.depth_keys:
+            source.problems.append(
+                f"{key} is a depth map, which no policy here reads: remove it with lerobot-edit-dataset"
+            )
+        if dtype == "video" or is_language_column(key):
+            continue
+        if key not in table.column_names:
+            source.problems.append(f"its table has no column {key}, which info.json promises")
+        elif dtype == "image":
+            source.images[key] = table[key]
+        elif dtype == "string":
+            source.columns[key] = table[key].to_pylist()
+        else:
+            flat = table[key].combine_chunks()
+            while (
+                pa.types.is_list(flat.type)
+                or pa.types.is_fixed_size_list(flat.type)
+                or pa.types.is_large_list(flat.type)
+            ):
+                flat = flat.flatten()
+            values = flat.to_numpy(zero_copy_only=False)
+            per_row = () if shape == (1,) else shape  # LeRobot reads a (1,) feature as a scalar
+            if values.size != table.num_rows * int(np.prod(per_row)):
+                source.problems.append(
+                    f"{key} has {values.size / max(table.num_rows, 1):g} values a row, info.json says {shape}"
+                )
+                continue
+            kind = np.float32 if values.dtype.kind == "f" else bool if values.dtype.kind == "b" else np.int64
+            source.columns[key] = torch.from_numpy(values.astype(kind, copy=True).reshape(table.num_rows, *per_row))
+
+
+def check_values(source: Source) -> None:
+    """Lengths, finite values and clock of the table."""
+    lengths = dict(zip(source.meta.episodes["episode_index"], source.meta.episodes["length"], strict=True))
+    for episode, start, end in zip(source.episodes, source.starts.tolist(), source.ends.tolist(), strict=True):
+        if lengths.get(episode) != end - start:
+            source.problems.append(
+                f"episode {episode} has {end - start} rows in its table, {lengths.get(episode)} by its metadata"
+            )
+    for key, values in source.columns.items():
+        if isinstance(values, Tensor) and values.is_floating_point() and not torch.isfinite(values).all():
+            rows = (~torch.isfinite(values)).reshape(len(values), -1).any(dim=1).nonzero()[:, 0]
+            episode = int(source.episode_of(rows[:1]))
+            source.problems.append(
+                f"{key} is not finite in {len(rows)} rows, first in episode {source.episodes[episode]} "
+                f"frame {int(rows[0] - source.starts[episode])}: remove that episode or mend the value"
+            )
+    check_clock(source)
+
+
+def check_clock(source: Source) -> None:
+    """timestamp against frame_index / fps: another rate is a problem, jitter a warning (frames go by row, not by clock)."""
+    times, fps = source.columns.get("timestamp"), source.meta.fps
+    if times is None or source.rows < 2:
+        return
+    steps = times.diff()
+    keep = torch.ones(len(steps), dtype=torch.bool)
+    keep[source.starts[1:] - 1] = False  # not across episodes
+    if not keep.any():
+        return
+    typical = float(steps[keep].median())
+    if abs(typical - 1 / fps) > 0.1 / fps:
+        source.problems.append(
+            f"timestamps advance by {typical:.4g} s a frame, fps {fps} in info.json means {1 / fps:.4g} s: "
+            "delta timestamps would not fit, mend fps or the timestamps"
+        )
+        return
+    starts = source.starts[source.episode_of(torch.arange(source.rows))]
+    drift = float((times - (torch.arange(source.rows) - starts) / fps).abs().max())
+    if drift > 1e-3:
+        source.warnings.append(
+            f"timestamps are up to {drift:.2f} s off frame_index / fps: frames are taken by row, not by clock"
+        )
+
+
+def check_videos(source: Source) -> None:
+    """Every video that the selected episodes need is there, is whole, and has a frame for each row."""
+    meta = source.meta
+    for key in meta.video_keys:
+        rows_of_file: dict[Path, int] = {}
+        needed: set[Path] = set()
+        for episode, length in zip(meta.episodes["episode_index"], meta.episodes["length"], strict=True):
+            file = meta.get_video_file_path(episode, key)
+            rows_of_file[file] = rows_of_file.get(file, 0) + length
+            if episode in source.episodes:
+                needed.add(file)
+        for file in sorted(needed):
+            problem = video_problem(
+                source.root / file, rows_of_file[file], tuple(meta.features[key]["shape"]), meta.fps
+            )
+            if problem:
+                source.problems.append(f"{file} {problem}")
+
+
+def video_problem(path: Path, rows: int, shape: tuple[int, ...], fps: float) -> str | None:
+    """What is wrong with one video against its `rows` of the table and its (H, W, C) shape; None if nothing is."""
+    import av
+
+    if not path.is_file():
+        return "is missing"
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+            if frames != rows:
+                return f"has {frames} frames, its episodes have {rows} rows"
+            if (stream.height, stream.width) not in (shape[:2], shape[1:]):
+                return f"is {stream.height}x{stream.width}, info.json says {shape}"
+            if stream.average_rate and abs(float(stream.average_rate) - fps) > 0.01 * fps:
+                return f"runs at {float(stream.average_rate):g} fps, info.json says {fps}"
+            container.seek(stream.duration or 0, stream=stream)  # a file cut short keeps its header, not its end
+            if not any(packet.size > 0 for packet in container.demux(stream)):
+                return "is cut short: its last frames cannot be read"
+    except (av.FFmpegError, IndexError) as error:
+        return f"cannot be read as a video: {one_line(error)[:160]}"
+    return None

@@ -1,0 +1,217 @@
+"""Run a trained policy: `load_policy(checkpoint).act(observation)`, and a CLI that compares it with recorded episodes."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from config import UserError, nearest
+
+
+class LoadedPolicy:
+    """A policy with its processors, one observation at a time, as the arm asks for actions.
+
+    Args:
+        checkpoint: a checkpoint-<step> folder, a run's output folder, or any LeRobot policy folder or Hub id.
+        device: auto, cpu, cuda, ...
+        n_action_steps: actions that are carried out of each predicted chunk (else as trained).
+        task: task text for observations that bring none.
+    """
+
+    def __init__(self, checkpoint: str | Path, device: str = "auto", n_action_steps: int | None = None, task: str = ""):
+        import hub
+        from policy import build_policy, load_policy_config
+        from processors import load_processors, resize_of
+        from runtime import pick_device
+
+        folder = hub.fetch(str(checkpoint), "policy")
+        self.device, self.task = pick_device(device), task
+        pairs = None if n_action_steps is None else [f"n_action_steps={n_action_steps}"]
+        config = load_policy_config(folder, pairs, str(self.device))
+        self.policy = build_policy(config, None, folder).eval()
+        self.preprocess, self.postprocess = load_processors(folder, str(self.device))
+        self.expected = expected_observation(self.policy.config, self.preprocess, resize_of(self.preprocess))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the actions still to come and the observations gone by: call it when an episode starts."""
+        self.policy.reset()
+        self.preprocess.reset()
+        self.postprocess.reset()
+
+    def act(self, observation: dict) -> np.ndarray:
+        """The action to carry out now.
+
+        Args:
+            observation: float (D,) arrays such as "observation.state" in robot units, uint8 (H, W, 3) pictures such as
+                "observation.images.top", and optionally the "task" as text.
+
+        Returns:
+            (A,) float32 in robot units. A chunk is predicted when the last one is used up.
+
+        Raises:
+            UserError: a key, shape or dtype is not what the policy was trained on.
+        """
+        import torch
+
+        batch = {key: self._tensor(key, observation) for key in self.expected}
+        unknown = set(observation) - set(self.expected) - {"task"}
+        if unknown:
+            key = sorted(unknown)[0]
+            raise UserError(
+                f"the observation has {key!r}, which this policy does not take{nearest(key, self.expected)}"
+            )
+        batch["task"] = observation.get("task", self.task)
+        with torch.inference_mode():
+            action = self.policy.select_action(self.preprocess(batch))
+            return self.postprocess(action).squeeze(0).cpu().numpy()
+
+    def _tensor(self, key: str, observation: dict):
+        import torch
+
+        kind, shape = self.expected[key]
+        if key not in observation:
+            raise UserError(
+                f"the observation has no {key!r}: expected {kind} of shape {shape}, got keys {sorted(observation)}"
+            )
+        value = np.asarray(observation[key])
+        fits = len(value.shape) == len(shape) and all(
+            want in (None, got) for want, got in zip(shape, value.shape, strict=True)
+        )
+        if kind == "uint8" and (value.dtype != np.uint8 or not fits):
+            raise UserError(
+                f"{key}: expected uint8 of shape {spell(shape)} (height, width, channels), got {value.dtype} of {value.shape}"
+            )
+        if kind == "float" and (value.dtype.kind not in "fiu" or not fits):
+            raise UserError(
+                f"{key}: expected numbers of shape {spell(shape)}, got {value.dtype} of shape {value.shape}"
+            )
+        if kind == "uint8":
+            return torch.from_numpy(np.ascontiguousarray(value)).permute(2, 0, 1).to(torch.float32) / 255.0  # (C, H, W)
+        return torch.from_numpy(value.astype(np.float32))
+
+
+load_policy = LoadedPolicy
+
+
+def expected_observation(config, preprocess, image_size) -> dict[str, tuple[str, tuple]]:
+    """Key -> (kind, shape) that act() takes; None in a shape is any size."""
+    from processors import renamed_from
+    from processors.state_only import StateToEnvironmentState
+
+    expected = {}
+    made_up = any(isinstance(step, StateToEnvironmentState) for step in preprocess.steps)
+    for key, feature in config.input_features.items():
+        if key == "observation.environment_state" and made_up:
+            continue
+        if feature.type.value == "VISUAL":
+            channels, height, width = feature.shape
+            expected[renamed_from(preprocess, key)] = (
+                "uint8",
+                (None, None, channels) if image_size else (height, width, channels),
+            )
+        else:
+            expected[renamed_from(preprocess, key)] = ("float", tuple(feature.shape))
+    return expected
+
+
+def spell(shape: tuple) -> str:
+    return (
+        "(" + ", ".join("any" if size is None else str(size) for size in shape) + ("," if len(shape) == 1 else "") + ")"
+    )
+
+
+def recorded_observations(source, episode: int, keys):
+    """(observation, action) of each recorded frame of one episode, in order, as act() takes and gives them."""
+    import torch
+
+    from data.frames import Frames
+
+    place = source.episodes.index(episode)
+    frames = Frames(source, num_threads=1)
+    try:
+        for row in range(int(source.starts[place]), int(source.ends[place])):
+            observation = {"task": source.tasks[int(source.columns["task_index"][row])]} if source.tasks else {}
+            for key in keys:
+                if key in frames.keys:
+                    observation[key] = frames.read(key, torch.tensor([row]))[0].permute(1, 2, 0).numpy()  # (H, W, C)
+                else:
+                    observation[key] = np.atleast_1d(source.columns[key][row].numpy())
+            yield observation, np.atleast_1d(source.columns["action"][row].numpy())
+    finally:
+        frames.close()
+
+
+def compare(policy: LoadedPolicy, source, episode: int) -> dict:
+    """Run the policy over a recorded episode, asking for an action at every frame.
+
+    Returns:
+        names (A,), mean absolute error (A,) in robot units, the recorded actions' spread (A,), milliseconds of each act().
+    """
+    from tqdm.auto import tqdm
+
+    policy.reset()
+    predicted, recorded, times = [], [], []
+    pairs = recorded_observations(source, episode, policy.expected)
+    for observation, action in tqdm(pairs, desc=f"episode {episode}", disable=not sys.stderr.isatty()):
+        begun = time.perf_counter()
+        predicted.append(policy.act(observation))
+        times.append(1000 * (time.perf_counter() - begun))
+        recorded.append(action)
+    predicted, recorded = np.stack(predicted), np.stack(recorded)  # (N, A)
+    names = source.meta.features["action"].get("names")
+    names = (
+        names
+        if isinstance(names, list) and len(names) == recorded.shape[1]
+        else [f"action {i}" for i in range(recorded.shape[1])]
+    )
+    return {
+        "names": names,
+        "error": np.abs(predicted - recorded).mean(0),
+        "spread": recorded.std(0),
+        "milliseconds": np.array(times),
+    }
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="infer.py", description="Compare a policy with a recorded episode, action by action."
+    )
+    parser.add_argument("checkpoint", help="a checkpoint-<step> folder, a run's folder, or a Hub id")
+    parser.add_argument("--dataset_id", required=True, help="a folder or a Hub id")
+    parser.add_argument("--episode", type=int, default=0, help="episode to run over [0]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
+    parser.add_argument("--n_action_steps", type=int, help="actions carried out of each predicted chunk [as trained]")
+    args = parser.parse_args(argv)
+    try:
+        from data.source import open_dataset
+
+        source = open_dataset(args.dataset_id, episodes=str(args.episode))
+        source.require()
+        policy = load_policy(args.checkpoint, args.device, args.n_action_steps)
+        for key in policy.expected:
+            if key not in source.meta.features:
+                raise UserError(
+                    f"dataset {args.dataset_id} has no {key}, which the policy takes: pass the dataset it was trained on"
+                )
+        result = compare(policy, source, args.episode)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    width = max(len(name) for name in result["names"])
+    print(
+        f"{'joint':<{width}}  mean |error|  recorded std   (robot units, episode {args.episode}, {len(result['milliseconds'])} frames)"
+    )
+    for name, error, spread in zip(result["names"], result["error"], result["spread"], strict=True):
+        print(f"{name:<{width}}  {error:12.4g}  {spread:12.4g}")
+    p50, p99 = np.percentile(result["milliseconds"], [50, 99])
+    print(
+        f"latency of act() on {policy.device}: p50 {p50:.1f} ms, p99 {p99:.1f} ms (p99 is a frame at which a chunk is predicted)"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

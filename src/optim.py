@@ -1,0 +1,66 @@
+"""Optimizer and learning rate: the policy's preset, with the flags of the run over it."""
+
+import math
+from dataclasses import asdict, replace
+
+import torch
+
+from config import TrainConfig
+
+
+def apply_flags(policy_config, config: TrainConfig) -> None:
+    """Write --lr and --weight_decay into the policy's own config, so that its presets follow."""
+    for flag, name in (("lr", "optimizer_lr"), ("weight_decay", "optimizer_weight_decay")):
+        if getattr(config, flag) is not None and hasattr(policy_config, name):
+            setattr(policy_config, name, getattr(config, flag))
+
+
+def make_optimizer(policy, config: TrainConfig):
+    """The preset's optimizer, fused where torch has a fused one, and the norm that gradients are clipped to (or None)."""
+    preset = policy.config.get_optimizer_preset()
+    preset = replace(
+        preset, **{name: getattr(config, name) for name in ("lr", "weight_decay") if getattr(config, name) is not None}
+    )
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    params = policy.get_optim_params()
+    if preset.type in kinds:
+        settings = asdict(preset)
+        clip = settings.pop("grad_clip_norm")
+        optimizer = kinds[preset.type](params, **settings, fused=True)
+    else:
+        clip, optimizer = preset.grad_clip_norm, preset.build(params)
+    clip = clip if config.grad_clip_norm is None else config.grad_clip_norm
+    return optimizer, clip or None
+
+
+def make_schedule(policy, optimizer, config: TrainConfig):
+    """A function of the step that sets each parameter group's learning rate: nothing to save, nothing to restore."""
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    factor = schedule_factor(policy, config)
+
+    def set_lr(step: int) -> None:
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor(step)
+
+    return set_lr
+
+
+def schedule_factor(policy, config: TrainConfig):
+    """step -> factor of the peak: LeRobot's preset unless the flags name a schedule."""
+    preset = policy.config.get_scheduler_preset()
+    if config.lr_schedule is None and preset is not None:
+        if config.warmup_steps is not None:
+            preset = replace(preset, num_warmup_steps=config.warmup_steps)
+        stand_in = torch.optim.SGD(
+            [torch.zeros(1, requires_grad=True)], lr=1.0
+        )  # a scheduler rewires the optimizer it gets
+        return preset.build(stand_in, config.steps).lr_lambdas[0]
+    shape, warmup = config.lr_schedule or "constant", config.warmup_steps or 0
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, config.steps - warmup)
+        return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[shape]
+
+    return factor

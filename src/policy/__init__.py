@@ -1,0 +1,159 @@
+"""Which policy: LeRobot's by name, with its settings checked, built afresh or from a checkpoint folder."""
+
+import contextlib
+import io
+import logging
+from dataclasses import fields
+from pathlib import Path
+
+from config import UserError, nearest, one_line
+
+
+def known_policies() -> list[str]:
+    import lerobot.policies  # noqa: F401  (fills the registry)
+    from lerobot.configs import PreTrainedConfig
+
+    return sorted(PreTrainedConfig.get_known_choices())
+
+
+def parse_policy_args(config_class, pairs: list[str] | None) -> dict:
+    """`name=value` pairs as values of the types that the policy's config class declares.
+
+    Raises:
+        UserError: a name that this policy does not have, or a value not of its type.
+    """
+    import typing
+
+    import draccus
+    import yaml
+
+    types = typing.get_type_hints(config_class)
+    names = [f.name for f in fields(config_class) if f.init]
+    values = {}
+    for pair in pairs or []:
+        name, equals, text = pair.partition("=")
+        policy = config_class.get_choice_name(config_class)
+        if not equals:
+            raise UserError(f"--policy_args {pair}: expected NAME=VALUE, such as chunk_size=50")
+        if name not in names:
+            raise UserError(f"--policy_args {name}: policy {policy} has no such setting{nearest(name, names)}")
+        try:
+            value = None if text.strip().lower() in ("none", "null") else yaml.safe_load(text)
+            values[name] = draccus.decode(types[name], value)
+        except (yaml.YAMLError, draccus.utils.DraccusException, ValueError, TypeError, KeyError):
+            wanted = getattr(types[name], "__name__", None) or str(types[name])
+            wanted = str(types[name]) if typing.get_args(types[name]) else wanted
+            raise UserError(f"--policy_args {name}: expected {wanted}, got {text!r}") from None
+    return values
+
+
+def policy_config(name: str, pairs: list[str] | None, device: str):
+    """LeRobot's config of policy `name` with the settings in `pairs`.
+
+    Raises:
+        UserError: unknown policy or setting, or values that the policy refuses.
+    """
+    from lerobot.configs import PreTrainedConfig
+
+    known = known_policies()
+    if name not in known:
+        raise UserError(f"unknown policy {name!r}{nearest(name, known)}: LeRobot has {', '.join(known)}")
+    config_class = PreTrainedConfig.get_choice_class(name)
+    values = parse_policy_args(config_class, pairs)
+    defaults = {f.name: f.default for f in fields(config_class)}
+    if "chunk_size" in values and "n_action_steps" in defaults:  # a shorter chunk cannot keep the longer default
+        values.setdefault("n_action_steps", min(values["chunk_size"], defaults["n_action_steps"]))
+    with told_as_user_errors(name):
+        return config_class(**{"device": device, "push_to_hub": False, **values})
+
+
+def load_policy_config(folder: Path, pairs: list[str] | None, device: str):
+    """The config.json of a LeRobot checkpoint folder, with the settings in `pairs` changed."""
+    import json
+
+    from lerobot.configs import PreTrainedConfig
+
+    known_policies()
+    try:
+        name = json.loads((folder / "config.json").read_text()).get("type")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no policy: config.json cannot be read ({one_line(error)})") from None
+    if name not in PreTrainedConfig.get_known_choices():
+        raise UserError(f"{folder} holds a policy {name!r}, which this LeRobot does not know")
+    with told_as_user_errors(name), quiet_lerobot():
+        config = PreTrainedConfig.from_pretrained(folder)
+    for key, value in parse_policy_args(type(config), pairs).items():
+        setattr(config, key, value)
+    config.device = device
+    return config
+
+
+def build_policy(config, meta, folder: Path | None = None):
+    """The policy on its device, fresh or with the weights in a checkpoint folder.
+
+    Args:
+        config: LeRobot policy config with its input and output features set.
+        meta: the dataset's LeRobotDatasetMetadata, which some policies read.
+        folder: holds model.safetensors, of which every tensor is loaded and no other.
+
+    Raises:
+        UserError: an extra is not installed, a backbone cannot be fetched, or the weights do not fit.
+    """
+    from lerobot.policies import get_policy_class
+
+    backbone = getattr(config, "pretrained_backbone_weights", None)
+    with told_as_user_errors(config.type), quiet_lerobot():
+        if folder is not None and backbone is not None:
+            config.pretrained_backbone_weights = None  # the file holds them: nothing to download
+        if meta is not None:
+            config._runtime_dataset_meta = meta
+        try:
+            policy = get_policy_class(config.type)(config, dataset_stats=meta and meta.stats, dataset_meta=meta)
+        finally:
+            if backbone is not None:
+                config.pretrained_backbone_weights = backbone
+    if folder is not None:
+        load_weights(policy, folder / "model.safetensors")
+    return policy.to(config.device)
+
+
+def load_weights(policy, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    try:
+        load_model(policy, path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}: take another checkpoint") from None
+    except RuntimeError as error:  # torch's list of keys and shapes that differ
+        raise UserError(
+            f"{path} does not fit policy {policy.name}: {one_line(error)[:300]}: pass the settings it was trained with"
+        ) from None
+
+
+@contextlib.contextmanager
+def told_as_user_errors(name: str):
+    """The ways in which a policy refuses its settings, as one line each."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"policy {name} needs more than is installed: {one_line(error)}") from error
+    except OSError as error:  # urllib's URLError when a backbone's weights are fetched offline
+        raise UserError(
+            f"policy {name}: pretrained weights cannot be fetched ({one_line(error)}): "
+            "go online once, or pass --policy_args pretrained_backbone_weights=none"
+        ) from error
+    except (ValueError, NotImplementedError, AssertionError) as error:
+        raise UserError(f"policy {name}: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def quiet_lerobot():
+    """Without the lines that LeRobot and torch.hub print while they build and load."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,240 @@
+"""From a batch as recorded to what the policy takes, and back: LeRobot's pipelines, resize, statistics, augmentation.
+
+B samples, T steps of history (the axis is absent without history), C channels, H and W pixels, D joints.
+"""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from config import UserError, one_line
+
+FILES = ("policy_preprocessor.json", "policy_postprocessor.json")  # LeRobot's names
+STATS_OF_MODE = {
+    "MEAN_STD": ("mean", "std"),
+    "MIN_MAX": ("min", "max"),
+    "QUANTILES": ("q01", "q99"),
+    "QUANTILE10": ("q10", "q90"),
+}
+
+
+def policy_features(meta, image_size: list[int] | None) -> tuple[dict, dict]:
+    """LeRobot policy features (inputs, outputs) of a dataset, cameras at `image_size` if that is given."""
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.utils.feature_utils import dataset_to_policy_features
+
+    features = dataset_to_policy_features({k: f for k, f in meta.features.items() if f["dtype"] != "string"})
+    if image_size is not None:
+        for key, feature in features.items():
+            if feature.type is FeatureType.VISUAL:
+                features[key] = PolicyFeature(type=feature.type, shape=(feature.shape[0], *image_size))
+    outputs = {key: feature for key, feature in features.items() if feature.type is FeatureType.ACTION}
+    inputs = {key: feature for key, feature in features.items() if key not in outputs}
+    if (
+        not any(f.type in (FeatureType.VISUAL, FeatureType.ENV) for f in inputs.values())
+        and "observation.state" in inputs
+    ):
+        # LeRobot's act and diffusion want a camera or an environment state: without either, the state is both
+        inputs["observation.environment_state"] = PolicyFeature(FeatureType.ENV, inputs["observation.state"].shape)
+    return inputs, outputs
+
+
+def window_deltas(config, meta) -> dict[str, list[int]]:
+    """Frames, relative to the sample's own, that a policy wants of each feature, such as {"action": [0, 1, ..., 99]}.
+
+    Source: LeRobot 0.6.1 `resolve_delta_timestamps`, in frames instead of seconds.
+    """
+    wanted = {"next.reward": config.reward_delta_indices, "action": config.action_delta_indices}
+    deltas = {
+        key: wanted.get(key, config.observation_delta_indices if key.startswith("observation.") else None)
+        for key in meta.features
+    }
+    return {key: list(frames) for key, frames in deltas.items() if frames is not None}
+
+
+def usable_stats(meta, imagenet: bool) -> dict:
+    """The dataset's statistics, such that normalising and undoing it is the identity also for a joint that never moved.
+
+    LeRobot normalises by std + 1e-8 and undoes it by std: at std 0 noise of one rounding error becomes of order 1, and
+    nothing brings it back. A range that rounding error could explain is given unit width here instead.
+    """
+    from lerobot.utils.constants import IMAGENET_STATS
+
+    stats = deepcopy(meta.stats) or {}
+    for key, of_key in stats.items():
+        if meta.features.get(key, {}).get("dtype") in ("video", "image", "string") or "mean" not in of_key:
+            continue
+        of_key.update({name: torch.as_tensor(value, dtype=torch.float64) for name, value in of_key.items()})
+        scale = of_key["mean"].abs() * 1e-6 + 1e-12
+        still = (of_key["std"] <= scale) | (of_key["max"] - of_key["min"] <= scale)
+        of_key["std"] = torch.where(still, 1.0, of_key["std"])
+        for low, high in (("min", "max"), ("q01", "q99"), ("q10", "q90")):
+            if low in of_key and high in of_key:
+                still = of_key[high] - of_key[low] <= scale
+                of_key[low], of_key[high] = (
+                    torch.where(still, of_key[end] + by, of_key[end]) for end, by in ((low, -1.0), (high, 1.0))
+                )
+    if imagenet:
+        for key in meta.camera_keys:
+            for name, value in IMAGENET_STATS.items():
+                stats.setdefault(key, {})[name] = torch.tensor(value, dtype=torch.float32)
+    return stats
+
+
+def feature_problems(config, inputs: dict, outputs: dict, holder: str) -> list[str]:
+    """Where a dataset's features differ from those that a saved policy, kept in `holder`, was trained on."""
+    problems, theirs = [], {**inputs, **outputs}
+    remedy = "train afresh or pass the dataset it was trained on"
+    for key, wanted in {**config.input_features, **config.output_features}.items():
+        if key not in theirs:
+            problems.append(f"it has no {key}, which {holder} expects: {remedy}")
+        elif wanted.type.value != "VISUAL" and tuple(wanted.shape) != tuple(theirs[key].shape):
+            problems.append(f"{key} has {theirs[key].shape[0]} dims, {holder} expects {wanted.shape[0]}: {remedy}")
+    return problems
+
+
+def stats_problems(config, stats: dict) -> list[str]:
+    """Features that the policy normalises and that have no statistics (LeRobot would pass them through in silence)."""
+    problems = []
+    for key, feature in {**config.input_features, **config.output_features}.items():
+        mode = config.normalization_mapping.get(feature.type.value)
+        missing = [
+            name for name in STATS_OF_MODE.get(getattr(mode, "value", "IDENTITY"), ()) if name not in stats.get(key, {})
+        ]
+        if missing:
+            remedy = "lerobot-edit-dataset recomputes meta/stats.json"
+            if missing[0].startswith("q"):
+                remedy = "python -m lerobot.scripts.augment_dataset_quantile_stats adds them"
+            problems.append(
+                f"meta/stats.json has no {' and '.join(missing)} of {key}, which the policy normalises by: {remedy}"
+            )
+    return problems
+
+
+def make_processors(config, meta, stats: dict, image_size: list[int] | None):
+    """LeRobot's (preprocessor, postprocessor) of a policy, with resize and state-only steps where they are needed."""
+    from lerobot.policies import make_pre_post_processors
+
+    preprocessor, postprocessor = make_pre_post_processors(config, dataset_stats=stats)
+    if image_size is not None:
+        from lerobot.processor import ImageCropResizeProcessorStep
+
+        insert(preprocessor, ImageCropResizeProcessorStep(resize_size=tuple(image_size)))
+    if (
+        "observation.environment_state" in config.input_features
+        and "observation.environment_state" not in meta.features
+    ):
+        from processors.state_only import StateToEnvironmentState
+
+        insert(preprocessor, StateToEnvironmentState(), after=True)
+    return preprocessor, postprocessor
+
+
+def insert(pipeline, step, after: bool = False) -> None:
+    """Put `step` right before the normaliser (or right after it), at the end where a policy has none."""
+    from lerobot.processor import NormalizerProcessorStep
+
+    places = [i for i, s in enumerate(pipeline.steps) if isinstance(s, NormalizerProcessorStep)] or [
+        len(pipeline.steps)
+    ]
+    pipeline.steps = list(pipeline.steps)
+    pipeline.steps.insert(places[0] + after, step)
+
+
+def load_processors(folder: Path, device: str, overrides: dict | None = None):
+    """The (preprocessor, postprocessor) saved in a checkpoint folder, on `device`.
+
+    Args:
+        folder: holds both pipelines under LeRobot's names, with their state files.
+        device: where the preprocessor puts its batches.
+        overrides: settings of single steps by their registered name; a step that a pipeline lacks is passed over.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    from lerobot.policies import make_pre_post_processors
+    from safetensors import SafetensorError
+
+    import processors.state_only  # noqa: F401  (joins LeRobot's registry of steps)
+
+    try:
+        wanted = {**(overrides or {}), "device_processor": {"device": device}}
+        pre, post = (
+            {step.get("registry_name") for step in json.loads((folder / name).read_text())["steps"]} for name in FILES
+        )
+        return make_pre_post_processors(
+            None,
+            pretrained_path=str(folder),
+            preprocessor_overrides={name: values for name, values in wanted.items() if name in pre},
+            postprocessor_overrides={name: values for name, values in (overrides or {}).items() if name in post},
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise UserError(f"the processors in {folder} cannot be loaded: {one_line(error)[:300]}") from error
+
+
+def has_processors(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in FILES)
+
+
+def adapt_processors(folder: Path, config, stats: dict, image_size: list[int] | None):
+    """The pipelines of a policy that is fine-tuned: its own steps, with this dataset's statistics and the asked size."""
+    from lerobot.processor import ImageCropResizeProcessorStep
+
+    features = {**config.input_features, **config.output_features}
+    overrides = {
+        "normalizer_processor": {"features": features, "norm_map": config.normalization_mapping, "stats": stats},
+        "unnormalizer_processor": {
+            "features": config.output_features,
+            "norm_map": config.normalization_mapping,
+            "stats": stats,
+        },
+    }
+    preprocessor, postprocessor = load_processors(folder, config.device, overrides)
+    if image_size is not None:
+        preprocessor.steps = [step for step in preprocessor.steps if not isinstance(step, ImageCropResizeProcessorStep)]
+        insert(preprocessor, ImageCropResizeProcessorStep(resize_size=tuple(image_size)))
+    return preprocessor, postprocessor
+
+
+def resize_of(preprocessor) -> list[int] | None:
+    """(H, W) that a preprocessor resizes cameras to, None if it does not."""
+    from lerobot.processor import ImageCropResizeProcessorStep
+
+    sizes = [s.resize_size for s in preprocessor.steps if isinstance(s, ImageCropResizeProcessorStep)]
+    return list(sizes[0]) if sizes and sizes[0] else None
+
+
+def renamed_from(preprocessor, key: str) -> str:
+    """The name under which an observation comes in that the pipeline's rename step turns into `key`."""
+    from lerobot.processor import RenameObservationsProcessorStep
+
+    for step in preprocessor.steps:
+        if isinstance(step, RenameObservationsProcessorStep):
+            key = {new: old for old, new in step.rename_map.items()}.get(key, key)
+    return key
+
+
+def pixels_to_float(batch: dict, cameras: list[str], image_size: list[int] | None, device) -> dict:
+    """The batch with cameras on `device` as float in [0, 1], (B, [T,] C, H, W), at `image_size`.
+
+    The resize is the saved pipeline's own, done here because that step takes no history axis. `observation.*_is_pad`
+    is left out: no LeRobot policy reads it, and the pipeline would take a camera's mask for a picture.
+    """
+    batch = {k: v for k, v in batch.items() if not (k.startswith("observation.") and k.endswith("_is_pad"))}
+    for key in cameras:
+        pixels = batch[key].to(device, non_blocking=True).to(torch.float32) / 255.0
+        batch[key] = resize(pixels, image_size) if image_size else pixels
+    return batch
+
+
+def resize(pixels: Tensor, image_size: list[int]) -> Tensor:
+    """(..., C, H, W) float pictures at `image_size`, as LeRobot's image_crop_resize_processor makes them."""
+    from torchvision.transforms import functional
+
+    if list(pixels.shape[-2:]) == list(image_size):
+        return pixels
+    small = functional.resize(pixels.flatten(0, -4), list(image_size)).clamp(0.0, 1.0)
+    return small.unflatten(0, pixels.shape[:-3])

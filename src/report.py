@@ -1,0 +1,222 @@
+"""What a person sees of a run: header, progress, metrics.jsonl, the loss curve, and the result that train() returns."""
+
+import json
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from runtime import describe_machine
+
+CURVE = "loss.png"
+
+
+@dataclass
+class TrainResult:
+    """What train() returns.
+
+    Attributes:
+        steps: optimizer steps in the run so far.
+        final_loss: mean loss over the last logged stretch, None if nothing was logged.
+        history: one dict for each line of metrics.jsonl.
+        checkpoint: the newest checkpoint folder.
+        policy: the trained policy, on its device, in eval mode.
+        output_dir: the run's folder.
+    """
+
+    steps: int
+    final_loss: float | None
+    history: list[dict]
+    checkpoint: Path
+    policy: object = field(repr=False)
+    output_dir: Path = field(repr=False)
+
+    def __repr__(self):
+        loss = "-" if self.final_loss is None else f"{self.final_loss:.4g}"
+        return f"TrainResult(steps={self.steps}, final_loss={loss}, checkpoint={str(self.checkpoint)!r})"
+
+    def plot(self):
+        """The loss and learning rate over steps, as a matplotlib figure."""
+        return loss_figure(self.history, self.output_dir.name)
+
+
+def loss_figure(history: list[dict], title: str):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    steps = [line["step"] for line in history]
+    axes.plot(steps, [line["loss"] for line in history], marker="o" if len(steps) < 40 else None, markersize=3)
+    if min((line["loss"] for line in history), default=0) > 0:
+        axes.set_yscale("log")
+    axes.set(xlabel="step", ylabel="loss", title=title)
+    axes.grid(alpha=0.3, which="both")
+    return figure
+
+
+class Report:
+    """Prints a run's course and keeps its metrics.
+
+    Args:
+        output_dir: where metrics.jsonl and loss.png go.
+        start, steps: the steps this process does: start + 1 to steps.
+        quiet: print only warnings and the closing line.
+    """
+
+    def __init__(self, output_dir: Path, start: int, steps: int, quiet: bool):
+        self.output_dir, self.start, self.steps, self.quiet = output_dir, start, steps, quiet
+        self.path = output_dir / "metrics.jsonl"
+        self.history = [line for line in self._read() if line["step"] <= start]
+        self.bar, self.file = None, None
+        self.live = sys.stderr.isatty() or "ipykernel" in sys.modules
+
+    def _read(self) -> list[dict]:
+        """Lines that an earlier process wrote whole; one cut short by a kill is left out."""
+        lines = []
+        for text in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                continue
+        return lines
+
+    def __enter__(self):
+        fresh = self.path.with_name(".metrics.jsonl.tmp")
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        fresh.replace(self.path)  # steps after the checkpoint are about to be done again
+        self.file = open(self.path, "a")
+        if self.live and not self.quiet:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # tqdm's remark that a notebook has no ipywidgets
+                from tqdm.auto import tqdm
+            self.bar = tqdm(total=self.steps, initial=self.start, unit="step", dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+        if self.bar is not None:
+            self.bar.close()
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            self._print(text)
+
+    def warn(self, texts: list[str]) -> None:
+        for text in texts:
+            self._print(f"warning: {text}")
+
+    def _print(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def log(self, line: dict) -> None:
+        """One line of metrics, to the file and to the person."""
+        self.history.append(line)
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        shown = f"loss {line['loss']:.4g}  lr {line['lr']:.3g}  {line['samples_per_s']:.1f} samples/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(shown, refresh=False)
+        else:
+            left = (self.steps - line["step"]) * line["step_s"]
+            self.say(f"step {line['step']}/{self.steps}  {shown}  ETA {clock(left)}")
+
+    def save_curve(self) -> None:
+        if self.history:
+            loss_figure(self.history, self.output_dir.name).savefig(self.output_dir / CURVE, dpi=110)
+
+
+def numbers(parts: dict | None) -> dict[str, float]:
+    """The scalars among a policy's sub-losses."""
+    return {k: float(v) for k, v in (parts or {}).items() if isinstance(v, (int, float)) or getattr(v, "ndim", 1) == 0}
+
+
+def training_info(policy, dataset_id: str, history: list[dict], device) -> dict:
+    """Facts of a run for people; train() adds where it stands."""
+    return {
+        "policy": policy.name,
+        "parameters": sum(p.numel() for p in policy.parameters()),
+        "dataset": dataset_id,
+        "epoch": history[-1]["epoch"] if history else 0,
+        "loss": history[-1]["loss"] if history else None,
+        "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        **describe_machine(device),
+    }
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def header(source, policy, config, device, start: int, output_dir: Path, resumed_from: Path | None) -> str:
+    """What is about to be trained, on what, from where, to where."""
+    meta = source.meta
+    size = " -> {}x{}".format(*config.image_size) if config.image_size else ""
+    cameras = ", ".join(
+        "{} {}x{}".format(key.removeprefix("observation.images."), *meta.features[key]["shape"][:2])
+        for key in meta.camera_keys
+    )
+    dims = ", ".join(
+        f"{key.removeprefix('observation.')} {meta.features[key]['shape'][0]}"
+        for key in ("observation.state", "action")
+        if key in meta.features
+    )
+    tasks = source.tasks
+    weights = sum(p.numel() for p in policy.parameters())
+    moved = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    frozen = "" if moved == weights else f", {moved / 1e6:.1f}M of them trained"
+    came = f", resumed from {resumed_from.name}" if resumed_from else ""
+    lines = [
+        f"dataset   {config.dataset_id}: {len(source.episodes)} episodes, {source.rows:,} frames at {meta.fps:g} fps",
+        f"          task {tasks[0]!r}" + (f" and {len(tasks) - 1} more" if len(tasks) > 1 else "") if tasks else None,
+        f"          cameras {cameras + size if cameras else 'none'}; {dims}",
+        f"policy    {policy.name}, {weights / 1e6:.1f}M parameters{frozen}, on {device}",
+        f"run       steps {start + 1:,} to {config.steps:,} of batch {config.batch_size}{came}",
+        f"saves to  {output_dir}",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+class Stopwatch:
+    """Wall time of the run, and since the last log line how much of it went into waiting for data."""
+
+    def __init__(self):
+        self.start = self.lap = time.perf_counter()
+        self.waited, self.left_out, self.steps = 0.0, 0.0, 0
+
+    def wait(self, loader):
+        """The loader's next batch, with the wait for it counted."""
+        begun = time.perf_counter()
+        batch = next(loader)
+        self.waited += time.perf_counter() - begun
+        self.steps += 1
+        return batch
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that is not training's, such as a save."""
+        self.left_out += seconds
+
+    def since_start(self) -> float:
+        return time.perf_counter() - self.start
+
+    def rates(self, batch_size: int) -> dict:
+        """Speed since the last call."""
+        now = time.perf_counter()
+        elapsed = max(now - self.lap - self.left_out, 1e-9)
+        rates = {
+            "samples_per_s": round(self.steps * batch_size / elapsed, 2),
+            "step_s": round(elapsed / self.steps, 5),
+            "data_wait": round(self.waited / elapsed, 4),
+        }
+        self.lap, self.waited, self.left_out, self.steps = now, 0.0, 0.0, 0
+        return rates

@@ -1,0 +1,69 @@
+"""Which run is meant: settings, output folder and checkpoint, settled before anything heavy is loaded."""
+
+from pathlib import Path
+
+import checkpoint as checkpoints
+from config import TrainConfig, UserError, check_names, merge, read_config_file
+
+POLICY_FIELDS = ("policy", "policy_path", "policy_args", "image_size")  # a resumed run keeps its policy
+# another value of these is another run
+COURSE_FIELDS = (
+    "dataset_id", "revision", "episodes", "imagenet_stats", "batch_size", "lr", "weight_decay", "grad_clip_norm",
+    "warmup_steps", "lr_schedule", "augment", "seed",
+)  # fmt: skip
+
+
+def settle(settings: dict):
+    """What `settings` ask for: config, output folder, checkpoint to go on from, its state, and changes against it.
+
+    Raises:
+        UserError: unknown or contradicting settings, no such checkpoint, or an output folder that is in use.
+    """
+    check_names(settings, "for train()")
+    given = {**(read_config_file(settings["config_path"]) if settings.get("config_path") else {}), **settings}
+    asked, output_dir = given.get("resume_from_checkpoint"), given.get("output_dir")
+    if output_dir is None and asked in (None, "latest", "auto"):
+        output_dir = default_output_dir(merge(given))
+    resumed = checkpoints.find_resume(asked, output_dir and Path(output_dir)) if asked else None
+    state, changes = None, []
+    if resumed is not None:
+        checkpoints.verify(resumed)
+        state = checkpoints.read_state(resumed, given.get("resume_step"))
+    config = merge(given, state and state.train_config)
+    if state is not None:
+        changes = compare(config, state, resumed)
+    if output_dir is None:
+        output_dir = resumed.parent if checkpoints.step_of(resumed) is not None else default_output_dir(config)
+    output_dir = Path(output_dir)
+    inside = checkpoints.find_checkpoints(output_dir)
+    if inside and (resumed is None or resumed.resolve().parent != output_dir.resolve()):
+        raise UserError(
+            f"--output_dir {output_dir} already holds {inside[-1].name}: pass --resume_from_checkpoint latest to go on "
+            "from it, or another --output_dir"
+        )
+    return config, output_dir, resumed, state, changes
+
+
+def default_output_dir(config: TrainConfig) -> Path:
+    return Path("outputs") / f"{Path(config.dataset_id).expanduser().resolve().name}_{config.policy}"
+
+
+def compare(config: TrainConfig, state, resumed: Path) -> list[str]:
+    """One line for each setting that changes the course of the resumed run; what cannot change is refused."""
+    now, was, changes = config.asdict(), state.train_config, []
+    if state.trainer_state["step"] > config.steps:
+        raise UserError(
+            f"{resumed} is at step {state.trainer_state['step']}, past --steps {config.steps}: pass more steps"
+        )
+    for name in POLICY_FIELDS:
+        if now[name] != was[name]:
+            raise UserError(
+                f"--{name}: {resumed.name} was trained with {was[name]}, got {now[name]}: "
+                "a resumed run keeps its policy, leave the flag out or train afresh"
+            )
+    for name in COURSE_FIELDS:
+        if now[name] != was[name]:
+            changes.append(
+                f"--{name}: {was[name]} -> {now[name]}; from here on this is another run than the one that wrote {resumed.name}"
+            )
+    return changes

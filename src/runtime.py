@@ -1,0 +1,80 @@
+"""The machine a run is on: device, threads, and randomness that is addressed, not consumed."""
+
+import os
+import platform
+import random
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from config import UserError, one_line
+
+# First part of an address: what the randomness is for. Data order is addressed by (seed, epoch) as LeRobot does.
+INIT, STEP = 1, 2
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a `--device` flag; `auto` takes CUDA, else MPS, else XPU, else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        for kind, there in (("cuda", torch.cuda), ("mps", torch.backends.mps), ("xpu", torch.xpu)):
+            if there.is_available():
+                return torch.device(kind)
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"--device {name} cannot be used here ({one_line(error)[:120]}): pass --device cpu or auto"
+        ) from None
+    return device
+
+
+def refuse_many_processes() -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        raise UserError(f"{world} processes were launched, and a run here has one: start it with python src/train.py")
+
+
+def threads(asked: int | None) -> int:
+    if asked is not None:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
+
+
+def seed_all(*address: int) -> None:
+    """Set every generator that a policy may draw from to a function of `address`, such as (seed, STEP, step, rank)."""
+    word = int(np.random.SeedSequence(address).generate_state(1, dtype=np.uint64)[0])
+    torch.manual_seed(word)  # the CPU's and every accelerator's
+    np.random.seed(word % 2**32)
+    random.seed(word)
+
+
+class NoHostSync(TorchFunctionMode):
+    """Within this, `tensor.item()` gives the tensor: LeRobot's policies report sub-losses by a wait for the device each."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.item:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
+def describe_machine(device: torch.device) -> dict:
+    """Names and versions that a run's figures depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    packages = ("lerobot", "torch", "torchvision", "numpy", "safetensors")
+    return {
+        "device": str(device),
+        "device_name": name,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in packages},
+    }
