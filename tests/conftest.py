@@ -1,0 +1,103 @@
+"""Datasets to test on: the shipped one, real data where it is at hand, and small ones made here."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "examples" / "datasets" / "metaworld_drawer_open"
+REAL = Path(os.environ.get("ARMATURE_REAL_DATA", ROOT.parent / "shared" / "datasets"))
+SMALL = {  # the smallest settings of each policy that still have all its parts
+    "act": "chunk_size=4 dim_model=32 dim_feedforward=32 n_heads=2 n_encoder_layers=1 n_vae_encoder_layers=1 "
+    "latent_dim=4 pretrained_backbone_weights=none",
+    "diffusion": "horizon=4 n_action_steps=2 down_dims=[8,16] n_groups=4 spatial_softmax_num_keypoints=4 "
+    "diffusion_step_embed_dim=8 num_train_timesteps=4 drop_n_last_frames=1 pretrained_backbone_weights=none",
+}
+JOINTS = ["shoulder", "elbow", "gripper"]
+
+
+@pytest.fixture(scope="session")
+def cr5():
+    if not (REAL / "cr5_banana").is_dir():
+        pytest.skip(f"no real data: {REAL}/cr5_banana is missing (ARMATURE_REAL_DATA names its folder)")
+    return REAL / "cr5_banana"
+
+
+def record(root: Path, *, cameras=("top",), video=True, lengths=(13, 9, 11), state_dims=3, files_mb=None) -> Path:
+    """A LeRobot dataset of moving coloured squares, two tasks, and a gripper that never moves."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    height, width = 64, 96
+    picture = {
+        "dtype": "video" if video else "image",
+        "shape": (height, width, 3),
+        "names": ["height", "width", "channels"],
+    }
+    features = {f"observation.images.{camera}": picture for camera in cameras}
+    features["observation.state"] = {
+        "dtype": "float32",
+        "shape": (state_dims,),
+        "names": [f"joint_{i}" for i in range(state_dims)],
+    }
+    features["action"] = {"dtype": "float32", "shape": (3,), "names": JOINTS}
+    dataset = LeRobotDataset.create(
+        "test/made", fps=10, features=features, root=root, use_videos=video, robot_type="made"
+    )
+    if files_mb is not None:
+        dataset.meta.update_chunk_settings(data_files_size_in_mb=files_mb, video_files_size_in_mb=files_mb)
+    rng = np.random.default_rng(0)
+    for episode, length in enumerate(lengths):
+        for frame in range(length):
+            values = {"task": ("lift", "push")[episode % 2]}
+            for i, camera in enumerate(cameras):
+                pixels = np.full((height, width, 3), 40 * i + 30 * episode, np.uint8)
+                pixels[10 : 10 + 20, 3 * frame : 3 * frame + 20] = rng.integers(0, 255, 3)
+                values[f"observation.images.{camera}"] = pixels
+            state = rng.standard_normal(state_dims).astype(np.float32)
+            state[-1] = 0.3
+            values["observation.state"] = state
+            values["action"] = np.array([*rng.standard_normal(2), 0.7], np.float32)
+            dataset.add_frame(values)
+        dataset.save_episode()
+    dataset.finalize()
+    return root
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """name -> folder of a dataset made once a session."""
+    kinds = {
+        "video": {},
+        "two_cameras": {"cameras": ("top", "wrist")},
+        "many_files": {"cameras": ("top", "wrist"), "files_mb": 0.001},
+        "images": {"video": False},
+        "no_camera": {"cameras": ()},
+        "wide": {"state_dims": 5, "lengths": (5, 5)},
+    }
+    folders = {}
+
+    def make(name: str) -> Path:
+        if name not in folders:
+            folders[name] = record(tmp_path_factory.mktemp("made") / name, **kinds[name])
+        return folders[name]
+
+    return make
+
+
+@pytest.fixture
+def copy_of(tmp_path, made):
+    """A copy of a made dataset to break."""
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(made(name), tmp_path / name))
+
+    return copy
+
+
+def small(policy: str = "act", **settings) -> dict:
+    """Settings of a run that takes seconds."""
+    return {"policy": policy, "policy_args": SMALL[policy].split(), "device": "cpu", "batch_size": 4, "steps": 4,
+            "log_freq": 2, "save_freq": 2, "lr": 1e-3, "quiet": True, **settings}  # fmt: skip

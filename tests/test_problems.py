@@ -1,0 +1,143 @@
+"""What is wrong with a dataset is found before step 0, and told all at once."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import small
+
+from config import UserError
+from train import train
+
+
+def rewrite(root, column, change):
+    """Put `change(values)` in place of a column of the dataset's table."""
+    path = next((root / "data").glob("*/*.parquet"))
+    table = pq.read_table(path)
+    values = change([np.array(v) if isinstance(v, list) else v for v in table[column].to_pylist()])
+    values = [v.tolist() if isinstance(v, np.ndarray) else v for v in values]
+    place = table.schema.get_field_index(column)
+    pq.write_table(
+        table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type)), path
+    )
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def refusal(root, **settings) -> str:
+    with pytest.raises(UserError) as caught:
+        train(**small(dataset_id=str(root), output_dir=str(root / "run"), **settings))
+    assert not (root / "run").exists()
+    return str(caught.value)
+
+
+def video_of(root):
+    return next((root / "videos").glob("*/*/*.mp4"))
+
+
+def test_missing_video(copy_of):
+    root = copy_of("video")
+    video_of(root).unlink()
+    assert refusal(root).endswith("videos/observation.images.top/chunk-000/file-000.mp4 is missing")
+
+
+@pytest.mark.parametrize("kept", ["none", "header", "all but 10 bytes"])
+def test_truncated_video(copy_of, kept, capfd):
+    root = copy_of("video")
+    whole = video_of(root).read_bytes()
+    video_of(root).write_bytes(whole[: {"none": 20, "header": len(whole) // 2, "all but 10 bytes": -10}[kept]])
+    told = refusal(root)
+    assert "file-000.mp4 " + ("cannot be read as a video" if kept == "none" else "is cut short") in told
+    assert capfd.readouterr().err == ""
+
+
+def test_frame_count_differs(copy_of, made):
+    root = copy_of("video")
+    video_of(root).write_bytes(video_of(made("wide")).read_bytes())
+    assert "file-000.mp4 has 10 frames, its episodes have 33 rows" in refusal(root)
+
+
+def test_not_finite(copy_of):
+    root = copy_of("no_camera")
+
+    def change(values):
+        values[20][1] = np.nan
+        return values
+
+    rewrite(root, "action", change)
+    assert "action is not finite in 1 rows, first in episode 1 frame 7" in refusal(root)
+
+
+def test_wrong_fps(copy_of):
+    root = copy_of("no_camera")
+    edit(root / "meta" / "info.json", lambda info: info.update(fps=30))
+    assert "timestamps advance by 0.1 s a frame, fps 30 in info.json means 0.03333 s" in refusal(root)
+
+
+def test_jitter_is_a_warning(copy_of, capsys):
+    root = copy_of("no_camera")
+    rewrite(root, "timestamp", lambda times: [t + 0.02 * (i % 2) for i, t in enumerate(times)])
+    train(**small(dataset_id=str(root), output_dir=str(root / "run"), steps=1))
+    assert "warning: timestamps are up to 0.02 s off frame_index / fps" in capsys.readouterr().out
+
+
+def test_missing_stats(copy_of):
+    root = copy_of("video")
+    edit(root / "meta" / "stats.json", lambda stats: stats.pop("action"))
+    assert "meta/stats.json has no mean and std of action, which the policy normalises by" in refusal(root)
+
+
+def test_table_shorter_than_metadata(copy_of):
+    root = copy_of("no_camera")
+    path = next((root / "data").glob("*/*.parquet"))
+    pq.write_table(pq.read_table(path).slice(0, 30), path)
+    assert "episode 2 has 8 rows in its table, 11 by its metadata" in refusal(root)
+
+
+def test_all_at_once(copy_of):
+    root = copy_of("two_cameras")
+    for video in (root / "videos").glob("*/*/*.mp4"):
+        video.unlink()
+    edit(root / "meta" / "stats.json", lambda stats: stats.pop("observation.state"))
+    told = refusal(root)
+    assert "has 3 problems:" in told
+    assert "top/chunk-000/file-000.mp4 is missing" in told
+    assert "wrist/chunk-000/file-000.mp4 is missing" in told
+    assert "no mean and std of observation.state" in told
+
+
+def test_loss_not_finite_names_step_and_frames(made, tmp_path, monkeypatch):
+    import train as module
+
+    real = module.pixels_to_float
+
+    def poisoned(batch, *rest):
+        batch = real(batch, *rest)
+        if int(batch["sample"][0]) >= 4 * 5:  # from step 6 on
+            batch["action"] = batch["action"] * float("nan")
+        return batch
+
+    monkeypatch.setattr(module, "pixels_to_float", poisoned)
+    settings = small(dataset_id=str(made("no_camera")), steps=20, save_freq=4, log_freq=4)
+    with pytest.raises(UserError) as caught:
+        train(**settings, output_dir=str(tmp_path))
+    monkeypatch.undo()
+    told = str(caught.value)
+    assert "not finite at step 6" in told
+    assert f"last good checkpoint: {tmp_path}/checkpoint-4" in told
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    from data.loader import Loader
+    from data.source import open_dataset
+
+    source = open_dataset(settings["dataset_id"])
+    loader = Loader(source, {}, 4, seed=1000, samples_seen=20)
+    batch = next(loader)
+    loader.close()
+    pairs = zip(batch["episode_index"].tolist(), batch["frame_index"].tolist(), strict=True)
+    assert ", ".join(f"{episode}:{frame}" for episode, frame in pairs) in told

@@ -1,0 +1,129 @@
+"""A resumed run is the same run, bit for bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import small
+from safetensors.torch import load_file
+
+from train import train
+
+STEPS, SAVE_FREQ = 12, 3  # 33 frames in batches of 4: the first epoch ends inside step 9
+
+
+def assert_same_run(one, other, step):
+    """Weights, optimizer and logged numbers of two runs at `step` are equal to the bit."""
+    a, b = (load_file(run / f"checkpoint-{step}" / "policy.safetensors") for run in (one, other))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    a, b = (torch.load(run / f"checkpoint-{step}" / "optimizer_state.pth", weights_only=True) for run in (one, other))
+    assert a["param_groups"] == b["param_groups"]
+    assert all(torch.equal(a["state"][i][name], b["state"][i][name]) for i in a["state"] for name in a["state"][i])
+
+
+def logged(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in ("step", "epoch", "loss", "lr", "grad_norm")} for line in lines]
+
+
+@pytest.fixture(scope="module", params=["act", "diffusion"])
+def whole(request, made, tmp_path_factory):
+    """Settings and folder of a run that was never interrupted, with dropout, noise and augmentation."""
+    settings = small(
+        request.param, dataset_id=str(made("two_cameras")), augment=True, steps=STEPS, log_freq=5, save_freq=SAVE_FREQ
+    )
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(**settings, output_dir=str(folder))
+    return settings, folder
+
+
+@pytest.mark.parametrize("stopped", [3, 9], ids=["in the first epoch", "in the second epoch"])
+@pytest.mark.parametrize("asked", ["folder", "latest", "auto"])
+def test_interrupted_and_resumed(whole, tmp_path, stopped, asked):
+    settings, folder = whole
+    shutil.copytree(folder / f"checkpoint-{stopped}", tmp_path / f"checkpoint-{stopped}")
+    shutil.copy(folder / "metrics.jsonl", tmp_path)  # a killed run logged on after its last checkpoint
+    asked = str(tmp_path / f"checkpoint-{stopped}") if asked == "folder" else asked
+    result = train(**{**settings, "save_freq": 0}, output_dir=str(tmp_path), resume_from_checkpoint=asked)
+    assert result.steps == STEPS
+    assert_same_run(folder, tmp_path, STEPS)
+    assert logged(folder) == logged(tmp_path)
+
+
+def test_other_log_and_save_frequencies_and_threads_change_no_bit(whole, tmp_path):
+    settings, folder = whole
+    shutil.copytree(folder / "checkpoint-9", tmp_path / "checkpoint-9")
+    train(
+        **{**settings, "log_freq": 1, "save_freq": 1, "num_threads": 1},
+        output_dir=str(tmp_path),
+        resume_from_checkpoint="latest",
+    )
+    assert_same_run(folder, tmp_path, STEPS)
+
+
+def test_settings_come_from_the_checkpoint_and_more_steps_extend_the_run(made, tmp_path):
+    settings = small(dataset_id=str(made("video")))
+    train(**{**settings, "steps": 6}, output_dir=str(tmp_path / "whole"))
+    train(**settings, output_dir=str(tmp_path / "part"))
+    train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-4"), steps=6)
+    assert_same_run(tmp_path / "whole", tmp_path / "part", 6)
+
+
+def test_changed_settings_are_told_and_a_finished_run_is_left_alone(made, tmp_path, capsys):
+    settings = small(dataset_id=str(made("video")))
+    train(**settings, output_dir=str(tmp_path))
+    before = (tmp_path / "checkpoint-4" / "manifest.json").read_bytes()
+    result = train(**settings, output_dir=str(tmp_path), resume_from_checkpoint="auto")
+    assert result.steps == 4
+    assert "already at step 4" in capsys.readouterr().out
+    assert (tmp_path / "checkpoint-4" / "manifest.json").read_bytes() == before
+    train(**{**settings, "lr": 2e-3, "steps": 5}, output_dir=str(tmp_path), resume_from_checkpoint="latest")
+    assert "warning: --lr: 0.001 -> 0.002" in capsys.readouterr().out
+    state = torch.load(tmp_path / "checkpoint-5" / "optimizer_state.pth", weights_only=True)
+    assert state["param_groups"][0]["lr"] == 2e-3
+
+
+def test_renamed_folder_needs_resume_step(made, tmp_path):
+    settings = small(dataset_id=str(made("video")))
+    train(**settings, output_dir=str(tmp_path / "run"))
+    (tmp_path / "run" / "checkpoint-2").rename(tmp_path / "best")
+    result = train(
+        **settings, resume_from_checkpoint=str(tmp_path / "best"), resume_step=2, output_dir=str(tmp_path / "on")
+    )
+    assert result.checkpoint == tmp_path / "on" / "checkpoint-4"
+    assert_same_run(tmp_path / "run", tmp_path / "on", 4)
+
+
+@pytest.fixture(scope="module")
+def real(cr5, tmp_path_factory):
+    """Settings and folder of 60 steps on one episode of a real arm: 233 frames in batches of 8, so epochs end inside
+    steps 30 and 59."""
+    settings = small(
+        dataset_id=str(cr5),
+        episodes="0",
+        image_size=[120, 160],
+        steps=60,
+        batch_size=8,
+        log_freq=10,
+        save_freq=20,
+        lr=1e-4,
+    )
+    folder = tmp_path_factory.mktemp("real") / "run"
+    train(**settings, output_dir=str(folder))
+    return settings, folder
+
+
+def test_real_arm_lowers_the_loss(real):
+    losses = [line["loss"] for line in logged(real[1])]
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize(("stopped", "asked"), [(20, "folder"), (20, "latest"), (20, "auto"), (40, "latest")])
+def test_real_arm_resumes(real, tmp_path, stopped, asked):
+    settings, folder = real
+    shutil.copytree(folder / f"checkpoint-{stopped}", tmp_path / f"checkpoint-{stopped}")
+    asked = str(tmp_path / f"checkpoint-{stopped}") if asked == "folder" else asked
+    train(**{**settings, "save_freq": 0}, output_dir=str(tmp_path), resume_from_checkpoint=asked)
+    assert_same_run(folder, tmp_path, 60)
