@@ -143,10 +143,20 @@ def prune(output_dir: Path, keep_last: int | None, never: Path | None) -> None:
                 shutil.rmtree(path)
 
 
-def remove_leftovers(output_dir: Path) -> None:
-    """Remove what processes that are gone left half-written, and put back what they were about to replace."""
+def make_ready(output_dir: Path) -> None:
+    """Make the folder, remove what processes that are gone left half-written, put back what they were replacing.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     import psutil
 
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / f".writable.{os.getpid()}.tmp").write_bytes(b"?" * 4096)
+        (output_dir / f".writable.{os.getpid()}.tmp").unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
     for path in [*output_dir.glob(".*.tmp"), *output_dir.glob(".checkpoint-*.old")]:
         name, pid, kind = path.name[1:].rsplit(".", 2)
         if not pid.isdigit() or psutil.pid_exists(int(pid)):
@@ -243,7 +253,9 @@ def load_optimizer(path: Path, optimizer) -> None:
     try:
         state = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path / OPTIMIZER} is refused: {one_line(error)[:160]}") from error
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it would run {code[1]}, and may hold tensors and numbers alone" if code else one_line(error)[:160]
+        raise UserError(f"{path / OPTIMIZER} is refused: {why}") from error
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:

@@ -1,9 +1,12 @@
 """The Hugging Face Hub: fetch, push, and its many errors as one line each."""
 
 import contextlib
+import re
 from pathlib import Path
 
 from config import UserError, one_line
+
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?"
 
 
 @contextlib.contextmanager
@@ -32,6 +35,8 @@ def fetch(repo: str, what: str, patterns: list[str] | None = None) -> Path:
     folder = Path(repo).expanduser()
     if folder.is_dir():
         return folder
+    if not re.fullmatch(HUB_ID, repo):
+        raise UserError(f"{what} {repo}: there is no such folder, and a Hub id is written user/name")
     from huggingface_hub import snapshot_download
 
     repo_id, _, revision = repo.partition("@")

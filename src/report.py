@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from config import UserError
 from runtime import describe_machine
 
 CURVE = "loss.png"
@@ -120,8 +121,11 @@ class Report:
     def log(self, line: dict) -> None:
         """One line of metrics, to the file and to the person."""
         self.history.append(line)
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}: free some space and resume") from error
         shown = f"loss {line['loss']:.4g}  lr {line['lr']:.3g}  {line['samples_per_s']:.1f} samples/s"
         if self.bar is not None:
             self.bar.set_postfix_str(shown, refresh=False)

@@ -87,8 +87,7 @@ class Run:
         if resumed is not None:
             checkpoints.load_optimizer(resumed, self.optimizer)
 
-        output_dir.mkdir(parents=True, exist_ok=True)
-        checkpoints.remove_leftovers(output_dir)
+        checkpoints.make_ready(output_dir)
         self.saved, self.start_step = resumed, self.step
         self.loader = Loader(
             source,

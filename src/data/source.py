@@ -104,7 +104,7 @@ def open_metadata(dataset_id: str, dataset_root: str | None, revision: str | Non
         if not (folder / "meta" / "info.json").is_file():
             raise UserError(f"{dataset_id} is a folder without meta/info.json: not a LeRobot dataset")
         check_version(dataset_id, folder)
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset_id):
+    elif not re.fullmatch(hub.HUB_ID, dataset_id):
         raise UserError(f"no dataset {dataset_id}: there is no such folder, and a Hub id is written user/name")
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 

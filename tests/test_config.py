@@ -1,0 +1,138 @@
+"""Settings: flags, files and keywords are the same names, checked the same way."""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from config import FIELDS, Parser, UserError, flags_table, merge, read_config_file
+from train import train
+
+
+def parse(line: str):
+    return merge(Parser().given(line.split()))
+
+
+def test_flags_files_and_keywords_agree(tmp_path):
+    given = {"dataset_id": "x", "image_size": [12, 16], "policy_args": {"chunk_size": 5, "pretrained_backbone_weights": None},
+             "episodes": [1, 2], "lr": 1e-4, "augment": True}  # fmt: skip
+    (tmp_path / "c.json").write_text(json.dumps(given))
+    (tmp_path / "c.yaml").write_text("dataset_id: x\nimage_size: [12, 16]\nepisodes: [1, 2]\nlr: 1e-4\naugment: true\n"
+                                     "policy_args: {chunk_size: 5, pretrained_backbone_weights: null}\n")  # fmt: skip
+    flags = parse("--dataset_id x --image_size 12 16 --policy_args chunk_size=5 pretrained_backbone_weights=none "
+                  "--episodes 1,2 --lr 1e-4 --augment")  # fmt: skip
+    assert (
+        flags
+        == merge(given)
+        == merge(read_config_file(str(tmp_path / "c.json")))
+        == merge(read_config_file(str(tmp_path / "c.yaml")))
+    )
+
+
+def test_flags_override_the_file_and_the_checkpoint(tmp_path):
+    assert (
+        merge({"dataset_id": "x", "steps": 7}, {"steps": 5, "seed": 3, "output_dir": "elsewhere"}).asdict()
+        == merge({"dataset_id": "x", "steps": 7, "seed": 3}).asdict()
+    )
+
+
+def test_hyphens_are_underscores():
+    assert parse("--dataset-id x-y --batch-size=4").dataset_id == "x-y"
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("--dataset_id x --bach_size 3", "unknown flag --bach_size, did you mean '--batch_size'?"),
+        ("--dataset_id x --batch_size three", "argument --batch_size: invalid int value: 'three'"),
+        ("--dataset_id x --batch_size 0", "--batch_size must be at least 1, got 0"),
+        ("--dataset_id x --lr -1", "--lr must be above 0, got -1.0"),
+        ("--dataset_id x --lr nan", "--lr must be above 0, got nan"),
+        ("--dataset_id x --image_size 0 5", "--image_size must be two positive numbers (height width), got [0, 5]"),
+        ("--dataset_id x --steps 5 --warmup_steps 6", "--warmup_steps 6 is more than --steps 5"),
+        ("--steps 5", "no dataset: pass --dataset_id with a folder or a Hub id such as lerobot/pusht"),
+        ("stray --dataset_id x", "'stray' belongs to no flag: settings are passed as --name value"),
+    ],
+)
+def test_mistakes_on_the_command_line(line, told):
+    with pytest.raises(UserError) as caught:
+        parse(line)
+    assert str(caught.value) == told
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"datset_id": "x"}, "unknown setting 'datset_id' for train(), did you mean 'dataset_id'?"),
+        ({"dataset_id": "x", "steps": 2.5}, "--steps must be int, got 2.5"),
+        ({"dataset_id": "x", "augment": "yes"}, "--augment must be bool, got 'yes'"),
+        ({"dataset_id": "x", "image_size": [3]}, "--image_size must be two numbers, height and width, got [3]"),
+        ({"dataset_id": "x", "lr_schedule": "cos"}, "--lr_schedule must be one of constant, linear, cosine, got 'cos'"),
+    ],
+)
+def test_mistakes_in_keywords(settings, told):
+    with pytest.raises(UserError) as caught:
+        train(**settings)
+    assert str(caught.value) == told
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.json", '{"step": 3}', "unknown setting 'step' in .*a.json, did you mean 'steps'?"),
+        ("a.json", "{", "a.json is not valid JSON"),
+        ("a.yaml", "a: [", "a.yaml is not valid YAML"),
+        ("a.yaml", "- 1", "must hold one mapping of settings, got list"),
+        ("b.json", None, "b.json cannot be read: No such file or directory"),
+    ],
+)
+def test_mistakes_in_files(tmp_path, name, content, told):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=told):
+        read_config_file(str(tmp_path / name))
+
+
+def test_help_is_quick_grouped_and_names_every_flag():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shown = subprocess.run(
+        [sys.executable, "src/train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5  # CPU time, a promise of the issue
+    assert shown.stderr == ""
+    for group in ("dataset:", "policy:", "training:", "output:", "resume:"):
+        assert f"\n{group}\n" in shown.stdout
+    for f in FIELDS.values():
+        assert f"--{f.name} " in shown.stdout.replace("\n", " \n")
+        assert f.metadata["help"]
+    assert all(len(line) <= 100 for line in shown.stdout.splitlines())
+
+
+def test_import_touches_no_argv_and_prints_nothing():
+    code = "import sys; before = list(sys.argv); from train import train; assert sys.argv == before"
+    shown = subprocess.run(
+        [sys.executable, "-c", code, "--bogus"], cwd="/", capture_output=True, text=True, check=False
+    )
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, "", "")
+
+
+def test_readme_lists_every_flag_as_it_is():
+    assert flags_table() in (ROOT / "README.md").read_text(), (
+        "python -c 'import config; print(config.flags_table())' makes the table"
+    )
+
+
+def test_readme_names_only_files_that_exist():
+    text = (ROOT / "README.md").read_text()
+    for path in set(re.findall(r"(?:src|configs|examples|bench|tests)/[\w./]+\.\w+", text)):
+        assert (ROOT / path).exists(), path
+
+
+def test_shipped_configs_are_valid():
+    for path in (ROOT / "configs").glob("*"):
+        merge(read_config_file(str(path)))

@@ -1,0 +1,277 @@
+"""A user's mistake is one line, `error: ...`, and exit status 2; nothing is touched."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, small
+
+from train import main, train
+
+
+@pytest.fixture(scope="module")
+def run(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("errors") / "run"
+    train(**small(dataset_id=str(made("video"))), output_dir=str(folder))
+    return folder
+
+
+@pytest.fixture
+def damaged(run, tmp_path):
+    """A copy of a checkpoint to damage."""
+    from pathlib import Path
+
+    return Path(shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2"))
+
+
+def told(capsys, **settings) -> str:
+    """The one line that a run with these settings ends with."""
+    capsys.readouterr()
+    assert main(settings) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1, shown.err
+    assert shown.out == ""
+    return shown.err[len("error: ") : -1]
+
+
+def test_unknown_dataset(capsys):
+    assert (
+        told(capsys, dataset_id="nowhere")
+        == "no dataset nowhere: there is no such folder, and a Hub id is written user/name"
+    )
+
+
+def test_offline_hub_id(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line = told(capsys, dataset_id="nobody/nothing", output_dir="outputs/never")
+    assert line.startswith("no dataset nobody/nothing: no such folder, and the Hub cannot be reached (")
+    assert line.endswith("pass a folder, or try again online")
+
+
+def test_offline_policy_path(capsys, made):
+    line = told(capsys, dataset_id=str(made("video")), policy_path="nobody/nothing", device="cpu")
+    assert line.startswith("--policy_path nobody/nothing: no such folder, and the Hub cannot be reached (")
+
+
+def test_offline_resume(capsys):
+    line = told(capsys, resume_from_checkpoint="nobody/nothing")
+    assert line.startswith("--resume_from_checkpoint nobody/nothing: no such folder, and the Hub cannot be reached (")
+
+
+def test_folder_that_is_no_dataset(capsys, tmp_path):
+    assert (
+        told(capsys, dataset_id=str(tmp_path))
+        == f"{tmp_path} is a folder without meta/info.json: not a LeRobot dataset"
+    )
+
+
+def test_no_such_checkpoint(capsys, run):
+    line = told(capsys, resume_from_checkpoint=str(run / "checkpoint-3"))
+    assert "there is no such folder, did you mean 'checkpoint-" in line
+    assert line.endswith(f"{run} has checkpoint-2, checkpoint-4")
+
+
+def test_run_folder_instead_of_a_checkpoint(capsys, run):
+    line = told(capsys, resume_from_checkpoint=str(run))
+    assert line.endswith(
+        f"is no complete checkpoint (it has no manifest.json): it holds checkpoint-4, pass {run}/checkpoint-4"
+    )
+
+
+def test_latest_where_there_is_none(capsys, tmp_path, made):
+    line = told(
+        capsys, dataset_id=str(made("video")), output_dir=str(tmp_path / "new"), resume_from_checkpoint="latest"
+    )
+    assert line == (
+        f"--resume_from_checkpoint latest: {tmp_path}/new holds no checkpoint-<step> folder: drop the flag to start afresh"
+    )
+
+
+def test_step_in_the_name_against_trainer_state(capsys, damaged):
+    wrong = damaged.rename(damaged.with_name("checkpoint-9"))
+    line = told(capsys, resume_from_checkpoint=str(wrong))
+    assert line == ("the name checkpoint-9 says step 9, trainer_state.json inside says 2: "
+                    "rename the folder to checkpoint-2 or pass --resume_step 2")  # fmt: skip
+    nameless = wrong.rename(wrong.with_name("best"))
+    line = told(capsys, resume_from_checkpoint=str(nameless))
+    assert line == "best has no step in its name: pass --resume_step 2 if that is the step it holds"
+    assert told(capsys, resume_from_checkpoint=str(nameless), resume_step=5).startswith(
+        "--resume_step 5 says step 5, trainer_state.json"
+    )
+
+
+def test_other_dims_than_the_checkpoint(capsys, run, made):
+    line = told(capsys, dataset_id=str(made("wide")), resume_from_checkpoint=str(run / "checkpoint-4"), steps=6)
+    assert line.endswith(
+        "observation.state has 5 dims, checkpoint-4 expects 3: train afresh or pass the dataset it was trained on"
+    )
+
+
+def test_other_camera_than_the_checkpoint(capsys, run, made):
+    line = told(capsys, dataset_id=str(made("no_camera")), resume_from_checkpoint=str(run / "checkpoint-4"), steps=6)
+    assert "it has no observation.images.top, which checkpoint-4 expects" in line
+
+
+def test_other_policy_than_the_checkpoint(capsys, run):
+    line = told(capsys, resume_from_checkpoint=str(run / "checkpoint-4"), policy="diffusion")
+    assert line.startswith("--policy: checkpoint-4 was trained with act, got diffusion: a resumed run keeps its policy")
+
+
+def test_corrupt_weights(capsys, damaged):
+    weights = damaged / "policy.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.unlink()  # model.safetensors is the same file
+    weights.write_bytes(content)
+    line = told(capsys, resume_from_checkpoint=str(damaged))
+    assert line == f"{damaged} is damaged: policy.safetensors does not match its sha256: take another checkpoint"
+
+
+def test_truncated_weights(capsys, damaged):
+    weights = damaged / "policy.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(content[:-1])
+    line = told(capsys, resume_from_checkpoint=str(damaged))
+    assert f"policy.safetensors has {len(content) - 1} bytes, expected {len(content)}" in line
+
+
+def test_missing_file(capsys, damaged):
+    (damaged / "config.json").unlink()
+    assert told(capsys, resume_from_checkpoint=str(damaged)).endswith("config.json is missing: take another checkpoint")
+
+
+def test_pickle_that_runs_code_is_refused(capsys, damaged):
+    import pickle
+    import zipfile
+
+    from checkpoint import MANIFEST, sha256
+
+    class Evil:
+        def __reduce__(self):
+            return print, ("this must never be printed",)
+
+    state = damaged / "optimizer_state.pth"
+    inside = zipfile.ZipFile(state)
+    with zipfile.ZipFile(damaged / "evil", "w") as evil:
+        for item in inside.infolist():
+            evil.writestr(item, pickle.dumps(Evil(), 2) if item.filename.endswith("data.pkl") else inside.read(item))
+    (damaged / "evil").rename(state)
+    manifest = json.loads((damaged / MANIFEST).read_text())
+    manifest["optimizer_state.pth"] = {"size": state.stat().st_size, "sha256": sha256(state)}
+    (damaged / MANIFEST).write_text(json.dumps(manifest))
+    line = told(capsys, resume_from_checkpoint=str(damaged), steps=6)
+    assert line.endswith("optimizer_state.pth is refused: it would run print, and may hold tensors and numbers alone")
+
+
+def test_output_dir_in_use(capsys, run, made):
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    line = told(capsys, dataset_id=str(made("video")), output_dir=str(run))
+    assert line == (f"--output_dir {run} already holds checkpoint-4: pass --resume_from_checkpoint latest to go on from it, "
+                    "or another --output_dir")  # fmt: skip
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+
+
+def test_episodes_out_of_range(capsys, made):
+    line = told(capsys, dataset_id=str(made("video")), episodes="1:9")
+    assert line == "--episodes 1:9: 1:9 is out of range, the dataset has episodes 0 to 2"
+
+
+def test_unknown_policy(capsys, made):
+    line = told(capsys, dataset_id=str(made("video")), policy="atc")
+    assert line.startswith("unknown policy 'atc', did you mean 'act'?: LeRobot has act, diffusion, ")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ("chunksize=5", "--policy_args chunksize: policy act has no such setting, did you mean 'chunk_size'?"),
+        ("chunk_size=abc", "--policy_args chunk_size: expected int, got 'abc'"),
+        ("use_vae=3.5", "--policy_args use_vae: expected bool, got '3.5'"),
+        ("chunk_size", "--policy_args chunk_size: expected NAME=VALUE, such as chunk_size=50"),
+        ("vision_backbone=vit", "policy act: `vision_backbone` must be one of the ResNet variants. Got vit."),
+    ],
+)
+def test_policy_args(capsys, made, pairs, expected):
+    assert told(capsys, dataset_id=str(made("video")), policy_args=[pairs]) == expected
+
+
+def test_policy_whose_extra_is_missing(capsys, made):
+    import importlib.util
+
+    if importlib.util.find_spec("transformers"):
+        pytest.skip("transformers is installed, so smolvla's extra is not missing")
+    line = told(capsys, dataset_id=str(made("video")), policy="smolvla", device="cpu")
+    assert line.startswith("policy smolvla needs more than is installed: ")
+    assert "lerobot[smolvla]" in line
+
+
+def test_backbone_that_cannot_be_fetched(capsys, made, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(
+        "torch.hub.urlopen", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("Name or service not known"))
+    )
+    line = told(capsys, dataset_id=str(made("video")), device="cpu", output_dir=str(tmp_path / "run"))
+    assert line.startswith(
+        "policy act: pretrained weights cannot be fetched (Name or service not known): go online once, or pass"
+    )
+
+
+def test_device_that_is_not_here(capsys, made):
+    assert told(capsys, dataset_id=str(made("video")), device="cuda:99").startswith(
+        "--device cuda:99 cannot be used here ("
+    )
+    assert told(capsys, dataset_id=str(made("video")), device="gpu").startswith("--device gpu cannot be used here (")
+
+
+def test_frames_all_dropped(capsys, made, tmp_path):
+    settings = small("diffusion", dataset_id=str(made("wide")), output_dir=str(tmp_path / "run"))
+    settings["policy_args"] = [
+        *settings["policy_args"][:-2],
+        "drop_n_last_frames=7",
+        "pretrained_backbone_weights=none",
+    ]
+    assert "no episode is longer than the 7 frames that the policy leaves out at its end" in told(capsys, **settings)
+
+
+def test_full_disk_leaves_earlier_checkpoints_whole(capsys, made, tmp_path, monkeypatch):
+    import checkpoint
+
+    written = checkpoint.flush
+
+    def full(path):
+        if ".checkpoint-4" in str(path):
+            raise OSError(28, "No space left on device")
+        written(path)
+
+    monkeypatch.setattr(checkpoint, "flush", full)
+    line = told(capsys, **small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path)))
+    assert line.startswith(
+        f"checkpoint-4 could not be written to {tmp_path}: [Errno 28] No space left on device; earlier checkpoints are"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "metrics.jsonl"]
+    checkpoint.verify(tmp_path / "checkpoint-2")
+
+
+def test_output_dir_that_cannot_be_written(capsys, made, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = told(capsys, **small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path / "file" / "run")))
+    assert line == f"--output_dir {tmp_path}/file/run cannot be written: Not a directory"
+
+
+def test_several_processes_are_refused(capsys, made, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert told(capsys, dataset_id=str(made("video"))).startswith("2 processes were launched")
+
+
+def test_command_line_exits_with_2():
+    for flags in (["--bach_size", "3"], ["--dataset_id", "nowhere"]):
+        shown = subprocess.run(
+            [sys.executable, "src/train.py", *flags], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert shown.returncode == 2
+        assert shown.stderr.startswith("error: ")
+        assert shown.stderr.count("\n") == 1

@@ -1,0 +1,139 @@
+"""act and diffusion train on every kind of dataset, and fine-tune."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHIPPED, small
+from safetensors.torch import load_file
+
+from infer import load_policy
+from train import train
+
+
+@pytest.mark.parametrize("policy", ["act", "diffusion"])
+@pytest.mark.parametrize("dataset", ["two_cameras", "images", "no_camera", "shipped", "real"])
+def test_trains(made, tmp_path, request, policy, dataset):
+    folder = {"shipped": lambda: SHIPPED, "real": lambda: request.getfixturevalue("cr5")}.get(
+        dataset, lambda: made(dataset)
+    )()
+    settings = small(policy, dataset_id=str(folder), output_dir=str(tmp_path), steps=6, save_freq=0)
+    if dataset in ("shipped", "real"):
+        settings |= {"episodes": "0:2", "image_size": [48, 64]}
+    result = train(**settings)
+    assert result.steps == 6
+    losses = [line["loss"] for line in result.history]
+    assert np.isfinite(losses).all()
+    assert len(set(losses)) == len(losses)
+    policy = load_policy(result.checkpoint, device="cpu")
+    observation = {key: np.zeros([8 if n is None else n for n in shape], "uint8" if kind == "uint8" else "float32")
+                   for key, (kind, shape) in policy.expected.items()}  # fmt: skip
+    assert ("observation.environment_state" in policy.policy.config.input_features) == (dataset == "no_camera")
+    assert "observation.environment_state" not in policy.expected
+    if dataset in ("shipped", "real"):
+        observation = {
+            key: np.zeros((480, 640, 3), "uint8") if "image" in key else value for key, value in observation.items()
+        }
+    assert np.isfinite(policy.act(observation)).all()
+
+
+def test_lerobot_finds_the_state_only_step_as_a_plugin(made, tmp_path):
+    import subprocess
+    import sys
+
+    result = train(**small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path), steps=1))
+    code = (
+        "from lerobot.utils.import_utils import register_third_party_plugins as find; find()\n"
+        "from lerobot.policies import make_pre_post_processors\n"
+        f"pre, post = make_pre_post_processors(None, pretrained_path={str(result.checkpoint)!r})\n"
+        "print([type(step).__name__ for step in pre.steps])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True).stdout
+    assert "StateToEnvironmentState" in shown
+
+
+def test_fine_tune_keeps_weights_and_takes_the_new_statistics(made, tmp_path):
+    first = train(**small(dataset_id=str(made("two_cameras")), image_size=[32, 48], output_dir=str(tmp_path / "a")))
+    settings = small(
+        dataset_id=str(made("many_files")), policy_path=str(first.output_dir), output_dir=str(tmp_path / "b"), steps=1
+    )
+    settings |= {"policy_args": None, "lr": 1e-12, "episodes": "0"}
+    tuned = train(**settings)
+    before, after = (load_file(result.checkpoint / "policy.safetensors") for result in (first, tuned))
+    moving = ("running_mean", "running_var", "num_batches_tracked")
+    assert all(
+        torch.allclose(before[key].float(), after[key].float(), atol=1e-6) for key in before if not key.endswith(moving)
+    )
+    assert load_policy(tuned.checkpoint, device="cpu").expected["observation.images.top"] == ("uint8", (None, None, 3))
+
+
+def test_fine_tune_on_other_dims_is_refused(made, tmp_path):
+    first = train(**small(dataset_id=str(made("video")), output_dir=str(tmp_path / "a"), steps=1))
+    with pytest.raises(ValueError, match=r"observation\.state has 5 dims, checkpoint-1 expects 3: train afresh"):
+        train(
+            **small(
+                dataset_id=str(made("wide")),
+                policy_path=str(first.checkpoint),
+                policy_args=None,
+                output_dir=str(tmp_path / "b"),
+            )
+        )
+
+
+def test_schedules(made, tmp_path):
+    settings = small(dataset_id=str(made("no_camera")), steps=8, log_freq=1, save_freq=0, lr=1e-3)
+    rates = {}
+    for name in ("constant", "linear", "cosine"):
+        history = train(**settings, lr_schedule=name, warmup_steps=2, output_dir=str(tmp_path / name)).history
+        rates[name] = [line["lr"] for line in history]
+    assert rates["constant"] == pytest.approx([5e-4] + [1e-3] * 7)
+    assert rates["linear"] == pytest.approx([5e-4, 1e-3, *(1e-3 * (1 - i / 6) for i in range(6))])
+    assert rates["cosine"] == pytest.approx([5e-4, 1e-3, *(5e-4 * (1 + np.cos(np.pi * i / 6)) for i in range(6))])
+
+
+def test_diffusions_preset_schedule_is_lerobots(made, tmp_path):
+    from lerobot.optim import DiffuserSchedulerConfig
+
+    settings = small("diffusion", dataset_id=str(made("no_camera")), steps=6, log_freq=1, save_freq=0, warmup_steps=2)
+    history = train(**settings, output_dir=str(tmp_path)).history
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    schedule = DiffuserSchedulerConfig(name="cosine", num_warmup_steps=2).build(optimizer, 6)
+    expected = []
+    for _ in range(6):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert [line["lr"] for line in history] == pytest.approx(expected)
+
+
+def test_a_step_that_logs_nothing_does_not_wait_for_the_device(made, tmp_path):
+    """On a CPU nothing waits, so the calls that would are counted."""
+    from torch.overrides import TorchFunctionMode
+
+    import train as module
+
+    waits = (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__,
+             torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.__index__, torch.Tensor.nonzero)  # fmt: skip
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if (
+                func in waits
+                and isinstance(args[0], torch.Tensor)
+                and args[0].requires_grad | (args[0].grad_fn is not None)
+            ):
+                seen.append(func.__name__)
+            elif func in waits:
+                seen.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    run = module.Run(*module.settle(small(dataset_id=str(made("two_cameras")), output_dir=str(tmp_path))))
+    try:
+        with run.report:
+            run.train_step(next(run.loader))  # the first step sets up the optimizer's state
+            batch = next(run.loader)
+            with Watch():
+                run.train_step(batch)
+    finally:
+        run.loader.close()
+    assert seen == []
