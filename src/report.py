@@ -1,9 +1,9 @@
 """What a person sees of a run: header, progress, metrics.jsonl, the loss curve, and the result that train() returns."""
 
+import io
 import json
 import sys
 import time
-import warnings
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,7 +46,13 @@ class TrainResult:
 def loss_figure(history: list[dict], title: str):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    class Picture(Figure):  # pyplot would show it twice in a notebook, a bare Figure not at all
+        def _repr_png_(self):
+            buffer = io.BytesIO()
+            self.savefig(buffer, format="png", dpi=110)
+            return buffer.getvalue()
+
+    figure = Picture(figsize=(7, 3.6), layout="constrained")
     axes = figure.add_subplot()
     steps = [line["step"] for line in history]
     axes.plot(steps, [line["loss"] for line in history], marker="o" if len(steps) < 40 else None, markersize=3)
@@ -89,9 +95,8 @@ class Report:
         fresh.replace(self.path)  # steps after the checkpoint are about to be done again
         self.file = open(self.path, "a")
         if self.live and not self.quiet:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # tqdm's remark that a notebook has no ipywidgets
-                from tqdm.auto import tqdm
+            from tqdm.auto import tqdm
+
             self.bar = tqdm(total=self.steps, initial=self.start, unit="step", dynamic_ncols=True)
         return self
 

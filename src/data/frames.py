@@ -126,11 +126,11 @@ class Frames:
                 )
 
     def _decode(self, path: Path, numbers: list[int], slots: Tensor, frames: Tensor) -> None:
-        reader = self._take(path)
         out = torch.empty(len(slots), *frames.shape[1:], dtype=torch.uint8)
         try:
+            reader = self._take(path)
             reader.read(numbers, out)
-        except (RuntimeError, OSError, IndexError, StopIteration) as error:
+        except (RuntimeError, OSError, ValueError, IndexError, StopIteration) as error:  # FFmpeg's, by either library
             raise UserError(
                 f"{path}: frames {numbers[0]} to {numbers[-1]} cannot be decoded: {one_line(error)[:200]}"
             ) from error

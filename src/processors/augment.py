@@ -26,7 +26,7 @@ RANGES = {
 
 def augment(batch: dict, cameras: list[str], seed: int) -> dict:
     """The batch with its float pictures in [0, 1] varied; `batch["sample"]`, (B,) positions in the run, addresses the draws."""
-    samples = batch["sample"].cpu().numpy()
+    samples = batch["sample"].numpy()
     return {**batch, **{key: vary(batch[key], draws(seed, samples, camera)) for camera, key in enumerate(cameras)}}
 
 
