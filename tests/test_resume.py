@@ -39,8 +39,7 @@ def whole(request, made, tmp_path_factory):
     return settings, folder
 
 
-@pytest.mark.parametrize("stopped", [3, 9], ids=["in the first epoch", "in the second epoch"])
-@pytest.mark.parametrize("asked", ["folder", "latest", "auto"])
+@pytest.mark.parametrize(("stopped", "asked"), [(3, "folder"), (9, "latest"), (9, "auto")])
 def test_interrupted_and_resumed(whole, tmp_path, stopped, asked):
     settings, folder = whole
     shutil.copytree(folder / f"checkpoint-{stopped}", tmp_path / f"checkpoint-{stopped}")
@@ -120,7 +119,14 @@ def test_real_arm_lowers_the_loss(real):
     assert losses[-1] < losses[0] / 2
 
 
-@pytest.mark.parametrize(("stopped", "asked"), [(20, "folder"), (20, "latest"), (20, "auto"), (40, "latest")])
+@pytest.mark.parametrize(
+    ("stopped", "asked"),
+    [
+        (20, "folder"),
+        (40, "latest"),
+        *(pytest.param(step, how, marks=pytest.mark.slow) for step, how in ((20, "auto"), (40, "auto"))),
+    ],
+)
 def test_real_arm_resumes(real, tmp_path, stopped, asked):
     settings, folder = real
     shutil.copytree(folder / f"checkpoint-{stopped}", tmp_path / f"checkpoint-{stopped}")
