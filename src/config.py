@@ -60,6 +60,14 @@ class TrainConfig:
         choices=("on", "off"),
     )
 
+    frame_cache: str = setting(
+        "dataset",
+        "auto",
+        "keep decoded frames on disk: auto (if they fit), on, off (decode at every use), or device (all in its memory)",
+        choices=("auto", "on", "off", "device"),
+    )
+    cache_dir: Optional[str] = setting("dataset", None, "where decoded frames are kept (else the user's cache folder)")
+
     policy: str = setting("policy", "act", "any policy that LeRobot knows: act, diffusion, vqbet, smolvla, pi0, ...")
     policy_path: Optional[str] = setting("policy", None, "fine-tune from this LeRobot checkpoint: a folder or a Hub id")
     policy_args: Optional[List[str]] = setting(

@@ -130,7 +130,7 @@ def recorded_observations(source, episode: int, keys):
     from data.frames import Frames
 
     place = source.episodes.index(episode)
-    frames = Frames(source, num_threads=1)
+    frames = Frames(source)
     try:
         for row in range(int(source.starts[place]), int(source.ends[place])):
             observation = {"task": source.tasks[int(source.columns["task_index"][row])]} if source.tasks else {}

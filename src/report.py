@@ -106,7 +106,7 @@ class Report:
             self.bar.close()
 
     def say(self, text: str) -> None:
-        if not self.quiet:
+        if text and not self.quiet:
             self._print(text)
 
     def warn(self, texts: list[str]) -> None:

@@ -16,6 +16,7 @@ import torch
 
 import checkpoint as checkpoints
 import hub
+from data.frames import Frames
 from data.loader import Loader
 from data.source import open_dataset
 from optim import apply_flags, make_optimizer, make_schedule
@@ -74,7 +75,7 @@ class Run:
         self.policy, self.preprocess, self.postprocess = build(config, resumed, source, self.device)
         self.optimizer, self.clip_norm = make_optimizer(self.policy, config)
         self.set_lr = make_schedule(self.policy, self.optimizer, config)
-        self.cameras, self.image_size = source.meta.camera_keys, resize_of(self.preprocess)
+        self.cameras = source.meta.camera_keys
         if config.push_to_hub:
             hub.create_repo(config.push_to_hub)
 
@@ -89,25 +90,36 @@ class Run:
 
         checkpoints.make_ready(output_dir)
         self.saved, self.start_step = resumed, self.step
+        self.report = Report(output_dir, self.step, config.steps, config.quiet)
+        self.report.say(header(source, self.policy, config, self.device, self.step, output_dir, resumed))
+        self.report.warn([*changes, *source.warnings])
+        frames = Frames(
+            source,
+            resize_of(self.preprocess),
+            config.frame_cache,
+            config.cache_dir,
+            threads(config.num_threads),
+            self.device,
+            config.quiet,
+        )
+        self.report.say("\n".join(frames.notes))
         self.loader = Loader(
             source,
+            frames,
             window_deltas(self.policy.config, source.meta),
             config.batch_size,
             config.seed,
             self.samples_seen,
             getattr(self.policy.config, "drop_n_last_frames", 0),
-            threads(config.num_threads),
+            self.device,
         )
-        self.report = Report(output_dir, self.step, config.steps, config.quiet)
-        self.report.say(header(source, self.policy, config, self.device, self.step, output_dir, resumed))
-        self.report.warn([*changes, *source.warnings, *self.loader.frames.warnings])
         self.policy.train()
         self.watch = Stopwatch()
 
     def train_step(self, batch: dict):
         """One optimizer step on a batch; returns the policy's sub-losses and the gradient norm, on the device."""
         seed_all(self.config.seed, STEP, self.step, 0)  # dropout and noise are a function of (seed, step, rank)
-        batch = pixels_to_float(batch, self.cameras, self.image_size, self.device)
+        batch = pixels_to_float(batch, self.cameras, self.device)
         if self.config.augment and self.cameras:
             from processors.augment import augment
 

@@ -19,6 +19,13 @@ SMALL = {  # the smallest settings of each policy that still have all its parts
 JOINTS = ["shoulder", "elbow", "gripper"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Decoded frames of tests stay out of the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    return Path(os.environ["XDG_CACHE_HOME"]) / "armature" / "frames"
+
+
 @pytest.fixture(scope="session")
 def cr5():
     if not (REAL / "cr5_banana").is_dir():

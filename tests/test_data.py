@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config import UserError
-from data import frames
+from data import decode
+from data.frames import Frames
 from data.loader import Loader
 from data.source import open_dataset, parse_episodes
 from data.windows import epoch_order, trainable_rows, window_rows
@@ -21,7 +22,7 @@ DELTAS = {  # what act, and a policy with history, look at
 }
 
 
-def open_both(root, deltas, episodes=None):
+def open_both(root, deltas, episodes=None, mode="off"):
     """Our loader and LeRobot's dataset over the same windows."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -30,9 +31,9 @@ def open_both(root, deltas, episodes=None):
     deltas = {key: window for key, window in deltas.items() if key != "camera"} | {
         camera: deltas["camera"] for camera in source.meta.camera_keys if "camera" in deltas
     }
-    loader = Loader(source, deltas, 4, seed=1, num_threads=2)
+    loader = Loader(source, Frames(source, mode=mode, num_threads=2), deltas, 4, seed=1)
     times = {key: [frame / source.meta.fps for frame in window] for key, window in deltas.items()}
-    backend = "torchcodec" if loader.frames.video_decoder else "pyav"
+    backend = loader.frames.decoder.name
     lerobot = LeRobotDataset("x", root=root, episodes=source.episodes if episodes else None, delta_timestamps=times,
                              video_backend=backend, return_uint8=True)  # fmt: skip
     return loader, lerobot
@@ -54,16 +55,17 @@ def assert_same_batch(ours: dict, theirs: dict, cameras):
 def decoder(request, monkeypatch):
     """Video decoded by torchcodec, and by PyAV as if torchcodec could not be loaded."""
     if request.param == "pyav":
-        monkeypatch.setattr(frames, "load_torchcodec", lambda: (None, ["told"]))
-    elif frames.load_torchcodec()[0] is None:
-        pytest.skip(frames.load_torchcodec()[1][0])
+        monkeypatch.setattr(decode, "load_torchcodec", lambda: (None, ["told"]))
+    elif decode.load_torchcodec()[0] is None:
+        pytest.skip(decode.load_torchcodec()[1][0])
 
 
 @pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("windows", DELTAS)
+@pytest.mark.parametrize("mode", ["on", "off"])
 @pytest.mark.parametrize("name", ["video", "many_files", "images", "no_camera"])
-def test_batch_equals_lerobots(made, name, windows):
-    loader, lerobot = open_both(made(name), DELTAS[windows])
+def test_batch_equals_lerobots(made, name, windows, mode):
+    loader, lerobot = open_both(made(name), DELTAS[windows], mode=mode)
     try:
 
         @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
@@ -103,13 +105,13 @@ def test_order_is_lerobots_and_a_function_of_seed_and_epoch():
 
 def test_batches_cover_each_epoch_once_and_start_anywhere(made):
     source = open_dataset(str(made("no_camera")))
-    first = Loader(source, {}, 4, seed=3)
+    first = Loader(source, Frames(source), {}, 4, seed=3)
     run = [next(first) for _ in range(20)]
     first.close()
     rows = torch.cat([batch["index"] for batch in run])
     assert sorted(rows[:33].tolist()) == sorted(rows[33:66].tolist()) == list(range(33))
     assert rows[:33].tolist() != rows[33:66].tolist()
-    later = Loader(source, {}, 4, seed=3, samples_seen=4 * 9)
+    later = Loader(source, Frames(source), {}, 4, seed=3, samples_seen=4 * 9)
     assert torch.equal(next(later)["index"], run[9]["index"])
     later.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("loader", "decode"))]
@@ -121,10 +123,11 @@ def test_windows_clamp_to_the_episode():
     assert pad.tolist() == [[True, False, False], [False, False, True]]
 
 
-def test_an_error_while_reading_reaches_the_loop(made, monkeypatch):
+def test_an_error_while_reading_reaches_the_loop(made):
     source = open_dataset(str(made("video")))
-    monkeypatch.setattr(source, "root", source.root / "gone")
-    loader = Loader(source, {}, 4, seed=3)
+    videos = source.videos["observation.images.top"]
+    videos.files = [source.root / "gone" / path.relative_to(source.root) for path in videos.files]
+    loader = Loader(source, Frames(source), {}, 4, seed=3)
     with pytest.raises(UserError, match=r"gone/videos/.*file-000\.mp4: frames \d+ to \d+ cannot be decoded"):
         next(loader)
     loader.close()

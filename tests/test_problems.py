@@ -132,11 +132,12 @@ def test_loss_not_finite_names_step_and_frames(made, tmp_path, monkeypatch):
     assert "not finite at step 6" in told
     assert f"last good checkpoint: {tmp_path}/checkpoint-4" in told
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    from data.frames import Frames
     from data.loader import Loader
     from data.source import open_dataset
 
     source = open_dataset(settings["dataset_id"])
-    loader = Loader(source, {}, 4, seed=1000, samples_seen=20)
+    loader = Loader(source, Frames(source), {}, 4, seed=1000, samples_seen=20)
     batch = next(loader)
     loader.close()
     pairs = zip(batch["episode_index"].tolist(), batch["frame_index"].tolist(), strict=True)

@@ -32,7 +32,14 @@ def logged(run):
 def whole(request, made, tmp_path_factory):
     """Settings and folder of a run that was never interrupted, with dropout, noise and augmentation."""
     settings = small(
-        request.param, dataset_id=str(made("two_cameras")), augment=True, steps=STEPS, log_freq=5, save_freq=SAVE_FREQ
+        request.param,
+        dataset_id=str(made("two_cameras")),
+        augment=True,
+        image_size=[48, 64],
+        frame_cache="on",
+        steps=STEPS,
+        log_freq=5,
+        save_freq=SAVE_FREQ,
     )
     folder = tmp_path_factory.mktemp("whole") / "run"
     train(**settings, output_dir=str(folder))
@@ -51,14 +58,11 @@ def test_interrupted_and_resumed(whole, tmp_path, stopped, asked):
     assert logged(folder) == logged(tmp_path)
 
 
-def test_other_log_and_save_frequencies_and_threads_change_no_bit(whole, tmp_path):
+def test_other_log_and_save_frequencies_threads_and_cache_change_no_bit(whole, tmp_path):
     settings, folder = whole
     shutil.copytree(folder / "checkpoint-9", tmp_path / "checkpoint-9")
-    train(
-        **{**settings, "log_freq": 1, "save_freq": 1, "num_threads": 1},
-        output_dir=str(tmp_path),
-        resume_from_checkpoint="latest",
-    )
+    settings = {**settings, "log_freq": 1, "save_freq": 0, "num_threads": 1, "frame_cache": "off"}
+    train(**settings, output_dir=str(tmp_path), resume_from_checkpoint="latest")
     assert_same_run(folder, tmp_path, STEPS)
 
 

@@ -1,11 +1,22 @@
-"""Pixels: any frames of any camera as uint8, decoded a batch at a time, grouped by file and sorted by frame.
+"""The frame store: every frame of the selected episodes decoded once, into memory-mapped uint8 at training size.
 
-n frames, C channels, H and W as recorded.
+A camera's frames lie in one file, row after row of the source's table, so that a batch is one gather. A file is built in
+a hidden folder beside its place, episode by episode with a journal, so that a build that was stopped goes on; then the
+folder is renamed. Its name is a hash of all that decides its content, so it is never stale.
+
+    python -m data.frames list     what is in the cache
+    python -m data.frames prune    delete it, or what --days has not used
+
+N rows, B samples, C channels, h and w pixels at training size.
 """
 
-import io
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -13,159 +24,254 @@ import torch
 from torch import Tensor
 
 from config import UserError, one_line
+from data.decode import Decoder
 from data.source import Source
 
-OPEN_DECODERS = 64  # a few MB each
+LAYOUT = 1  # another arrangement of the file is another store
+CHUNK = 32  # frames decoded at a time: 29 MB at 480x640
+SPARE = 2 * 2**30  # bytes that `auto` leaves free on the disk, and a tenth of it
 
 
-def load_torchcodec():
-    """(torchcodec's VideoDecoder, []), or (None, [why PyAV decodes instead])."""
-    try:
-        from torchcodec.decoders import VideoDecoder
-    except ImportError:
-        return None, ["torchcodec is not installed: decoding video with PyAV"]
-    except (RuntimeError, OSError):  # its own message is a page of tracebacks, one for each FFmpeg version
-        return None, ["torchcodec finds no FFmpeg libraries (Debian: apt install ffmpeg): decoding video with PyAV"]
-    return VideoDecoder, []
-
-
-class TorchcodecReader:
-    """One video, read by frame number as LeRobot does: approximate seeking, at the stream's average rate."""
-
-    def __init__(self, path: Path, video_decoder):
-        self.decoder = video_decoder(str(path), seek_mode="approximate", num_ffmpeg_threads=1)
-
-    def read(self, numbers: list[int], out: Tensor) -> None:
-        out.copy_(self.decoder.get_frames_at(indices=numbers).data)
-
-
-class PyavReader:
-    """One video, read by frame number: seek to the key frame before, decode on from there."""
-
-    def __init__(self, path: Path):
-        import av
-
-        self.container = av.open(str(path))
-        self.stream = self.container.streams.video[0]
-        self.rate = self.stream.average_rate
-
-    def read(self, numbers: list[int], out: Tensor) -> None:
-        decoded, position = iter(()), None
-        for slot, number in enumerate(numbers):  # ascending
-            if position is None or not 0 <= number - position <= 8:  # nearer than that, decoding on beats a seek
-                self.container.seek(
-                    round(number / self.rate / self.stream.time_base), stream=self.stream, backward=True
-                )
-                decoded, position = self.container.decode(self.stream), None
-            while position is None or position < number:
-                frame = next(decoded)
-                position = round(frame.pts * self.stream.time_base * self.rate)
-            picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))  # (H, W, C), LeRobot's own conversion
-            out[slot].copy_(picture.permute(2, 0, 1))
+def default_cache_dir() -> Path:
+    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
+    return Path(base or Path.home() / ".cache") / "armature" / "frames"
 
 
 class Frames:
-    """Frames of a source by camera and row.
+    """Frames of every camera of a source by row, from the store or decoded when asked.
 
     Args:
         source: the open dataset.
-        num_threads: decoders that work at once.
+        image_size: (h, w) that pictures are resized to, None for as recorded.
+        mode: auto (the store if it fits the disk), on, off, or device (the store, held in the device's memory).
+        cache_dir: where stores are kept; None for the user's cache.
+        num_threads: threads that decode.
+        device: where `device` holds the frames.
+        quiet: no progress bar.
+
+    Raises:
+        UserError: a frame cannot be decoded, or the disk or the device has no room for what `on` or `device` ask.
     """
 
-    def __init__(self, source: Source, num_threads: int):
-        self.source = source
-        self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+    def __init__(
+        self, source: Source, image_size=None, mode="off", cache_dir=None, num_threads=1, device="cpu", quiet=True
+    ):
+        self.source, self.decoder = source, Decoder(source, image_size)
+        self.keys = [*source.videos, *source.images]
+        self.notes = list(self.decoder.warnings)  # for people, one line each
         self.num_threads = num_threads
-        self.idle: list[
-            tuple[Path, object]
-        ] = []  # open readers, least recently used first; one thread at a time uses one
-        self.lock = threading.Lock()
-        self.keys = [*source.meta.video_keys, *source.images]
-        self.video_decoder, self.warnings = load_torchcodec() if source.meta.video_keys else (None, [])
-        self.places = {key: self._places(key) for key in source.meta.video_keys}
+        self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self.store: dict[str, Tensor] = {}  # (N, C, h, w) uint8 of each camera
+        self.on_device = mode == "device"
+        if mode == "off" or not self.keys:
+            return
+        folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        places = {
+            key: folder / f"{source.meta.repo_id.replace('/', '--')}-{key.split('.')[-1]}-{self.fingerprint(key)}"
+            for key in self.keys
+        }
+        missing = [key for key in self.keys if not places[key].is_dir()]
+        size = sum(self.bytes_of(key) for key in missing)
+        if missing and not self.fits(folder, size, mode):
+            return
+        for key in self.keys:
+            if key in missing:
+                self.build(key, places[key], quiet)
+            self.store[key] = self.open(key, places[key])
+        if self.on_device:
+            self.move_to(torch.device(device))
 
-    def _places(self, key: str) -> tuple[list[Path], Tensor, Tensor]:
-        """Files of a camera, and for each selected episode (E,) its file and its first frame's number there."""
-        meta = self.source.meta
-        first_time = meta.episodes[f"videos/{key}/from_timestamp"]
-        paths = [self.source.root / meta.get_video_file_path(episode, key) for episode in self.source.episodes]
-        files = list(dict.fromkeys(paths))
-        first = [round(first_time[episode] * meta.fps) for episode in self.source.episodes]
-        return files, torch.tensor([files.index(path) for path in paths]), torch.tensor(first)
+    def bytes_of(self, key: str) -> int:
+        return self.source.rows * int(np.prod(self.decoder.shape(key)))
 
-    def read(self, key: str, rows: Tensor) -> Tensor:
-        """(n, C, H, W) uint8 frames of camera `key` at (n,) int64 rows.
+    def fits(self, folder: Path, size: int, mode: str) -> bool:
+        """Whether `size` more bytes go on the cache's disk; `auto` says what it does about it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        disk = shutil.disk_usage(folder)
+        room = disk.free - (max(SPARE, disk.total // 10) if mode == "auto" else 0)
+        told = f"{size / 1e9:.1f} GB of decoded frames in {folder}, {disk.free / 1e9:.1f} GB free"
+        if size <= room:
+            self.notes.append(f"frame cache: {told}")
+            return True
+        if mode == "auto":
+            self.notes.append(
+                f"frame cache off, no room for {told}: frames are decoded as they are needed (--cache_dir, --image_size)"
+            )
+            return False
+        raise UserError(
+            f"--frame_cache {mode}: no room for {told}: pass --frame_cache off, --image_size or another --cache_dir"
+        )
 
-        Raises:
-            UserError: a file cannot be decoded.
-        """
-        unique, back = torch.unique(rows, return_inverse=True)  # neighbours in a window often share frames
-        jobs = self._image_jobs(key, unique) if key in self.source.images else self._video_jobs(key, unique)
-        height, width, channels = self._shape(key)
-        frames = torch.empty(len(unique), channels, height, width, dtype=torch.uint8)
-        for done in [self.pool.submit(job, frames) for job in jobs]:
-            done.result()
-        return frames[back]
+    def fingerprint(self, key: str) -> str:
+        """A hash of all that decides the content of a camera's store."""
+        facts = [LAYOUT, self.decoder.name if key in self.source.videos else "pillow", self.decoder.shape(key)]
+        if key in self.source.videos:
+            videos = self.source.videos[key]
+            stats = [path.stat() for path in videos.files]
+            facts += [
+                [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+                for path, stat in zip(videos.files, stats, strict=True)
+            ]
+            facts += [videos.file.tolist(), videos.first.tolist()]
+        else:
+            tables = [path.stat() for path in sorted((self.source.root / "data").glob("*/*.parquet"))]
+            facts += [str(self.source.root.resolve()), [[stat.st_size, stat.st_mtime_ns] for stat in tables]]
+        facts += [self.source.episodes, self.source.starts.tolist(), self.source.ends.tolist()]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
-    def _shape(self, key: str) -> tuple[int, int, int]:
-        """(H, W, C) of a camera, whichever way round info.json has it."""
-        a, b, c = self.source.meta.features[key]["shape"]
-        names = self.source.meta.features[key].get("names") or ["height", "width", "channels"]
-        return (a, b, c) if str(names[2]).startswith("channel") else (b, c, a)
+    def open(self, key: str, place: Path) -> Tensor:
+        """(N, C, h, w) uint8 over the file, read by the system when touched."""
+        os.utime(place)  # when it was last used, for prune
+        shape = (self.source.rows, *self.decoder.shape(key))
+        return torch.from_numpy(np.memmap(place / "frames.u8", np.uint8, "c", shape=shape))  # private: never written
 
-    def _video_jobs(self, key: str, rows: Tensor):
-        files, file_of, first = self.places[key]
-        episode = self.source.episode_of(rows)  # (n,)
-        numbers = first[episode] + rows - self.source.starts[episode]  # (n,) frame numbers within their files
-        for index in torch.unique(file_of[episode]).tolist():
-            slots = (file_of[episode] == index).nonzero()[:, 0]
-            slots = slots[numbers[slots].argsort()]
-            for part in slots.tensor_split(min(self.num_threads, len(slots))):
-                yield lambda frames, part=part, path=files[index]: self._decode(
-                    path, numbers[part].tolist(), part, frames
-                )
+    def build(self, key: str, place: Path, quiet: bool) -> None:
+        """Decode a camera's frames into `place`, unless another process has done so by the time it lets us."""
+        from filelock import FileLock, Timeout
 
-    def _decode(self, path: Path, numbers: list[int], slots: Tensor, frames: Tensor) -> None:
-        out = torch.empty(len(slots), *frames.shape[1:], dtype=torch.uint8)
+        lock = FileLock(place.with_name(f".{place.name}.lock"))
         try:
-            reader = self._take(path)
-            reader.read(numbers, out)
-        except (RuntimeError, OSError, ValueError, IndexError, StopIteration) as error:  # FFmpeg's, by either library
-            raise UserError(
-                f"{path}: frames {numbers[0]} to {numbers[-1]} cannot be decoded: {one_line(error)[:200]}"
-            ) from error
-        frames[slots] = out
-        with self.lock:
-            self.idle.append((path, reader))
-            del self.idle[:-OPEN_DECODERS]
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another process is decoding {key} into {place.parent}: waiting for it", file=sys.stderr, flush=True)
+            lock.acquire()
+        try:
+            if not place.is_dir():
+                self.decode_all(key, place.with_name(f".{place.name}"), quiet)
+                os.rename(place.with_name(f".{place.name}"), place)
+        except OSError as error:
+            shutil.rmtree(place.with_name(f".{place.name}"), ignore_errors=True)
+            told = f"the frames of {key} cannot be written to {place.parent}: {error.strerror or one_line(error)}"
+            raise UserError(f"{told}: nothing is left behind; free some space, or pass --frame_cache off") from error
+        finally:
+            lock.release()
 
-    def _take(self, path: Path):
-        with self.lock:
-            for place in range(len(self.idle) - 1, -1, -1):
-                if self.idle[place][0] == path:
-                    return self.idle.pop(place)[1]
-        return TorchcodecReader(path, self.video_decoder) if self.video_decoder else PyavReader(path)
+    def decode_all(self, key: str, folder: Path, quiet: bool) -> None:
+        """Every episode into `folder`/frames.u8, leaving out those that journal.txt has already."""
+        from tqdm.auto import tqdm
 
-    def _image_jobs(self, key: str, rows: Tensor):
-        for part in torch.arange(len(rows)).tensor_split(min(self.num_threads, len(rows))):
-            yield lambda frames, part=part: self._open_images(key, rows, part, frames)
-
-    def _open_images(self, key: str, rows: Tensor, slots: Tensor, frames: Tensor) -> None:
-        from PIL import Image
-
-        for slot in slots.tolist():
-            stored = self.source.images[key][int(rows[slot])].as_py()
+        folder.mkdir(exist_ok=True)
+        path, journal = folder / "frames.u8", folder / "journal.txt"
+        done = set(journal.read_text().split()) if journal.exists() else set()
+        with open(path, "ab") as file:
+            file.truncate(self.bytes_of(key))
+        facts = {
+            "dataset": self.source.name,
+            "camera": key,
+            "frames": self.source.rows,
+            "shape": self.decoder.shape(key),
+        }
+        (folder / "about.json").write_text(json.dumps(facts))
+        lengths = (self.source.ends - self.source.starts).tolist()
+        bar = tqdm(
+            total=self.source.rows, unit="frame", desc=f"decoding {key.split('.')[-1]}", disable=quiet, mininterval=1
+        )
+        with bar, open(journal, "a") as log, ThreadPoolExecutor(self.num_threads, thread_name_prefix="decode") as pool:
+            jobs = {
+                pool.submit(self.decode_episode, key, i, path, bar): i
+                for i in range(len(lengths))
+                if str(i) not in done
+            }
+            bar.update(sum(lengths[int(i)] for i in done))
             try:
-                with Image.open(
-                    io.BytesIO(stored["bytes"]) if stored["bytes"] else self.source.root / stored["path"]
-                ) as image:
-                    pixels = np.asarray(image.convert("RGB"))
-            except (OSError, SyntaxError) as error:
-                raise UserError(
-                    f"{key}: the picture of row {int(rows[slot])} cannot be read: {one_line(error)}"
-                ) from error
-            frames[slot].copy_(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+                for job in as_completed(jobs):
+                    job.result()
+                    log.write(f"{jobs[job]}\n")
+                    log.flush()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        journal.unlink()
+
+    def decode_episode(self, key: str, episode: int, path: Path, bar) -> None:
+        first, end = int(self.source.starts[episode]), int(self.source.ends[episode])
+        frame_bytes = int(np.prod(self.decoder.shape(key)))
+        with open(path, "r+b", buffering=0) as file:  # written, not mapped: a full disk is an error here, a crash there
+            file.seek(first * frame_bytes)
+            for start in range(first, end, CHUNK):
+                pixels = memoryview(self.decoder.read(key, torch.arange(start, min(start + CHUNK, end))).numpy()).cast(
+                    "B"
+                )
+                while pixels:
+                    pixels = pixels[file.write(pixels) :]
+                bar.update(min(CHUNK, end - start))
+            os.fsync(file.fileno())  # the journal may say so only once it is on the disk
+
+    def move_to(self, device: torch.device) -> None:
+        size = sum(frames.numel() for frames in self.store.values())
+        try:
+            self.store = {key: frames.to(device) for key, frames in self.store.items()}
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            told = f"{size / 1e9:.1f} GB of frames do not fit the memory of {device}"
+            raise UserError(
+                f"--frame_cache device: {told}: pass --frame_cache on, or a smaller --image_size"
+            ) from error
+
+    def read(self, key: str, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """(n, C, h, w) uint8 frames at (n,) rows, into `out` where that is given.
+
+        With mode `device` they are on the device, and `out` is left alone.
+        """
+        if key in self.store:
+            store = self.store[key]
+            if self.on_device:
+                return store.index_select(0, rows.to(store.device, non_blocking=True))
+            return torch.index_select(store, 0, rows, out=out)
+        unique, back = torch.unique(rows, return_inverse=True)  # neighbours in a window often share frames
+        frames = torch.empty(len(unique), *self.decoder.shape(key), dtype=torch.uint8)
+
+        def decode(part: Tensor) -> None:
+            frames[part] = self.decoder.read(key, unique[part])
+
+        for _ in self.pool.map(decode, self.decoder.parts(key, unique, self.num_threads)):
+            pass
+        return torch.index_select(frames, 0, back, out=out)
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
-        self.idle.clear()
+        self.decoder.idle.clear()
+
+
+def main(argv: list[str]) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="python -m data.frames", description="Show or clear the cache of decoded frames."
+    )
+    parser.add_argument("command", choices=("list", "prune"))
+    parser.add_argument("--cache_dir", type=Path, default=default_cache_dir(), help="[%(default)s]")
+    parser.add_argument(
+        "--days", type=float, default=0.0, help="prune only what was not used for this many days [%(default)s]"
+    )
+    args = parser.parse_args(argv)
+    total = 0
+    for about in sorted([*args.cache_dir.glob("*/about.json"), *args.cache_dir.glob(".*/about.json")]):
+        place, facts = about.parent, json.loads(about.read_text())
+        size = sum(path.stat().st_blocks * 512 if os.name != "nt" else path.stat().st_size for path in place.iterdir())
+        age = (time.time() - place.stat().st_mtime) / 86400
+        if args.command == "prune" and (age < args.days or not delete(place)):
+            continue
+        state = "unfinished" if place.name.startswith(".") else f"used {age:.1f} days ago"
+        shape = "x".join(map(str, facts["shape"]))
+        print(
+            f"{size / 1e9:8.2f} GB {facts['frames']:>9,} frames of {shape:<12} {state}: {facts['camera']} of {facts['dataset']}"
+        )
+        total += size
+    print(f"{total / 1e9:8.2f} GB {'freed in' if args.command == 'prune' else 'in'} {args.cache_dir}")
+    return 0
+
+
+def delete(place: Path) -> bool:
+    """Delete a store; false if a process is building it just now."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(place.with_name(f".{place.name.removeprefix('.')}.lock"), timeout=0):
+            shutil.rmtree(place)
+    except Timeout:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

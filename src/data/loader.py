@@ -1,4 +1,4 @@
-"""Batches in an order that is a function of (seed, epoch), assembled ahead of the loop by one thread.
+"""Batches in an order that is a function of (seed, epoch), assembled ahead of the loop by one thread into reused buffers.
 
 Sample p of a run is position p mod M of the order of epoch p // M, M trainable rows an epoch, and the batch of step s
 holds samples s * B to (s + 1) * B - 1: where a run stands is one number, the samples seen.
@@ -15,7 +15,7 @@ from data.frames import Frames
 from data.source import Source
 from data.windows import epoch_order, trainable_rows, window_rows
 
-AHEAD = 2  # batches that wait for the loop
+RING = 3  # buffers for a batch's frames: one that the loop holds, one that waits, one that is being filled
 
 
 class Loader:
@@ -23,12 +23,13 @@ class Loader:
 
     Args:
         source: the open dataset.
+        frames: where its pixels come from; closed with the loader.
         deltas: frames that each key's window looks at, such as {"action": [0, 1, 2]}.
         batch_size: B, samples a batch.
         seed: the order's.
         samples_seen: samples that the run has trained on already; the next batch starts there.
         drop_n_last_frames: frames at an episode's end at which no sample starts.
-        num_threads: decoders that work at once.
+        device: where the batches go: pinned buffers for CUDA, whose copies then need not wait.
 
     Raises:
         UserError: no frame is left to start a sample at.
@@ -37,25 +38,30 @@ class Loader:
     def __init__(
         self,
         source: Source,
+        frames: Frames,
         deltas: dict[str, list[int]],
         batch_size: int,
         seed: int,
         samples_seen: int = 0,
         drop_n_last_frames: int = 0,
-        num_threads: int = 1,
+        device: torch.device | str = "cpu",
     ):
-        self.source, self.batch_size, self.seed = source, batch_size, seed
-        self.deltas = {key: torch.tensor(frames) for key, frames in deltas.items()}
+        self.source, self.frames, self.batch_size, self.seed = source, frames, batch_size, seed
+        self.deltas = {key: torch.tensor(window) for key, window in deltas.items()}
         self.rows = trainable_rows(source.starts, source.ends, drop_n_last_frames)  # (M,)
         if len(self.rows) == 0:
             raise UserError(
                 f"dataset {source.name}: no episode is longer than the {drop_n_last_frames} frames that the policy "
                 "leaves out at its end: pass --policy_args drop_n_last_frames=0"
             )
-        self.frames = Frames(source, num_threads)
         self.tasks = source.tasks
+        self.device = torch.device(device)
         self._orders: dict[int, Tensor] = {}
-        self._ahead: queue.Queue = queue.Queue(maxsize=AHEAD)
+        self._ahead: queue.Queue = queue.Queue()  # (batch, slot of the ring) that wait for the loop
+        self._free: queue.Queue = queue.Queue()  # (slot, event after which it may be written)
+        for slot in range(RING):
+            self._free.put((slot, None))
+        self._held = None  # slot that the loop has
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(samples_seen,), name="loader", daemon=True)
         self._thread.start()
@@ -67,9 +73,16 @@ class Loader:
     def __next__(self) -> dict:
         """The next batch: LeRobot's keys, dtypes and shapes, (B, ...) each, cameras as uint8.
 
-        Besides those, `sample` holds (B,) int64 positions p in the run, which augmentation is a function of.
+        Cameras lie in a reused buffer, which is good until the next call. Besides LeRobot's keys, `sample` holds (B,)
+        int64 positions p in the run, which augmentation is a function of.
         """
-        batch = self._ahead.get()
+        if self._held is not None:
+            copied = None
+            if self.device.type == "cuda":  # copies out of the buffer may still be under way
+                copied = torch.cuda.Event()
+                copied.record(torch.cuda.current_stream(self.device))
+            self._free.put((self._held, copied))
+        batch, self._held = self._ahead.get()
         if isinstance(batch, BaseException):
             raise batch
         return batch
@@ -95,47 +108,59 @@ class Loader:
         names = [f"{self.source.episodes[e]}:{f}" for e, f in zip(episode.tolist(), frames.tolist(), strict=True)]
         return ", ".join(names[:16]) + (f", ... ({len(names)} in all)" if len(names) > 16 else "")
 
-    def batch_of(self, rows: Tensor) -> dict:
+    def batch_of(self, rows: Tensor, buffers: dict[str, Tensor] | None = None) -> dict:
         """The batch of any (B,) rows: what `default_collate` makes of `LeRobotDataset[row]`, with cameras as uint8."""
         episode = self.source.episode_of(rows)
         starts, ends = self.source.starts[episode], self.source.ends[episode]
         batch = {}
         for key in [*self.source.columns, *self.frames.keys]:
+            where = rows  # (B,)
             if key in self.deltas:
                 where, batch[f"{key}_is_pad"] = window_rows(rows, self.deltas[key], starts, ends)  # (B, T)
-            else:
-                where = rows  # (B,)
-            batch[key] = self._gather(key, where)
+            batch[key] = self._gather(key, where, (buffers or {}).get(key))
         batch["task"] = [self.tasks[i] for i in batch["task_index"].tolist()]
         return batch
 
-    def _gather(self, key: str, where: Tensor):
+    def _gather(self, key: str, where: Tensor, buffer: Tensor | None):
         if key in self.frames.keys:
-            frames = self.frames.read(key, where.flatten())
-            frames = frames.reshape(*where.shape, *frames.shape[1:])  # (B, [T,] C, H, W)
-            return frames.squeeze(1) if where.shape[1:] == (1,) and key in self.source.meta.video_keys else frames
+            frames = self.frames.read(key, where.flatten(), buffer)
+            frames = frames.reshape(*where.shape, *frames.shape[1:])  # (B, [T,] C, h, w)
+            return frames.squeeze(1) if where.shape[1:] == (1,) and key in self.source.videos else frames
         column = self.source.columns[key]
         return column[where] if isinstance(column, Tensor) else [column[i] for i in where.tolist()]
 
+    def _make_buffers(self) -> list[dict[str, Tensor]]:
+        """RING times a buffer of each camera, (B * T, C, h, w) uint8: fresh memory costs more than the copy into it."""
+        if self.frames.on_device:
+            return [{}] * RING
+        size = {key: self.batch_size * len(self.deltas.get(key, [0])) for key in self.frames.keys}
+        pinned = self.device.type == "cuda"
+        shape = self.frames.decoder.shape
+        return [
+            {key: torch.empty(n, *shape(key), dtype=torch.uint8, pin_memory=pinned) for key, n in size.items()}
+            for _ in range(RING)
+        ]
+
     def _fill(self, samples_seen: int) -> None:
+        slot = None
         try:
+            ring = self._make_buffers()
             while not self._stop.is_set():
-                batch = self.batch_of(self.rows_at(samples_seen))
+                slot, copied = self._free.get()
+                if slot is None:
+                    return
+                if copied is not None:
+                    copied.synchronize()
+                batch = self.batch_of(self.rows_at(samples_seen), ring[slot])
                 batch["sample"] = torch.arange(samples_seen, samples_seen + self.batch_size)
-                self._hand_over(batch)
+                self._ahead.put((batch, slot))
                 samples_seen += self.batch_size
         except BaseException as error:  # reaches the loop at its next batch
-            self._hand_over(error)
-
-    def _hand_over(self, item) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._ahead.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+            self._ahead.put((error, None))
 
     def close(self) -> None:
         """Stop the threads; safe to call twice and from any error."""
         self._stop.set()
+        self._free.put((None, None))
         self._thread.join()
         self.frames.close()

@@ -20,6 +20,15 @@ from config import UserError, one_line
 
 
 @dataclass
+class Videos:
+    """Where a camera's frames lie: files, and of each selected episode (E,) its file and its first frame's number there."""
+
+    files: list[Path]
+    file: Tensor
+    first: Tensor
+
+
+@dataclass
 class Source:
     """A dataset's selected episodes, with every column but the pixels in memory.
 
@@ -31,6 +40,7 @@ class Source:
         starts, ends: (E,) int64 first row of each episode, and the row after its last.
         columns: (N, ...) tensors, or lists of N strings, in LeRobot's own dtypes.
         images: encoded pictures (PNG or JPEG bytes) of each `image` feature, one a row.
+        videos: where the frames of each `video` feature lie.
         problems: what makes the dataset unfit to train on, one line each.
         warnings: what a user should know but can train with.
     """
@@ -43,6 +53,7 @@ class Source:
     ends: Tensor
     columns: dict[str, Tensor | list[str]]
     images: dict[str, pa.ChunkedArray] = field(default_factory=dict)
+    videos: dict[str, Videos] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -58,6 +69,12 @@ class Source:
     def episode_of(self, rows: Tensor) -> Tensor:
         """(B,) position in `episodes` of each of (B,) rows."""
         return torch.searchsorted(self.ends, rows, right=True)
+
+    def locate(self, key: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(n,) file and (n,) frame number within it of camera `key` at (n,) rows: by row order, not by the clock."""
+        episode = self.episode_of(rows)
+        videos = self.videos[key]
+        return videos.file[episode], videos.first[episode] + rows - self.starts[episode]
 
     def require(self, more_problems=()) -> None:
         """Raise one UserError that tells every problem found, if there is any."""
@@ -91,6 +108,7 @@ def open_dataset(
         dataset_id, meta, meta.root, *episode_rows(table, selected, problems), columns={}, problems=problems
     )
     read_columns(source, table)
+    source.videos = {key: find_videos(meta, key, source.episodes) for key in meta.video_keys}
     if not problems:  # the checks below index by what the ones above have found sound
         check_values(source)
         check_videos(source)
@@ -278,6 +296,14 @@ def check_clock(source: Source) -> None:
         source.warnings.append(
             f"timestamps are up to {drift:.2f} s off frame_index / fps: frames are taken by row, not by clock"
         )
+
+
+def find_videos(meta, key: str, episodes: list[int]) -> Videos:
+    paths = [meta.root / meta.get_video_file_path(episode, key) for episode in episodes]
+    number = {path: i for i, path in enumerate(dict.fromkeys(paths))}
+    first_time = list(meta.episodes[f"videos/{key}/from_timestamp"])
+    first = [round(first_time[episode] * meta.fps) for episode in episodes]
+    return Videos(list(number), torch.tensor([number[path] for path in paths]), torch.tensor(first))
 
 
 def check_videos(source: Source) -> None:

@@ -8,7 +8,6 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from config import UserError, one_line
 
@@ -217,24 +216,10 @@ def renamed_from(preprocessor, key: str) -> str:
     return key
 
 
-def pixels_to_float(batch: dict, cameras: list[str], image_size: list[int] | None, device) -> dict:
-    """The batch with cameras on `device` as float in [0, 1], (B, [T,] C, H, W), at `image_size`.
+def pixels_to_float(batch: dict, cameras: list[str], device) -> dict:
+    """The batch with its uint8 cameras on `device` as float32 in [0, 1], (B, [T,] C, h, w).
 
-    The resize is the saved pipeline's own, done here because that step takes no history axis. `observation.*_is_pad`
-    is left out: no LeRobot policy reads it, and the pipeline would take a camera's mask for a picture.
+    `observation.*_is_pad` is left out: no LeRobot policy reads it, and the pipeline would take a camera's mask for a picture.
     """
     batch = {k: v for k, v in batch.items() if not (k.startswith("observation.") and k.endswith("_is_pad"))}
-    for key in cameras:
-        pixels = batch[key].to(device, non_blocking=True).to(torch.float32) / 255.0
-        batch[key] = resize(pixels, image_size) if image_size else pixels
-    return batch
-
-
-def resize(pixels: Tensor, image_size: list[int]) -> Tensor:
-    """(..., C, H, W) float pictures at `image_size`, as LeRobot's image_crop_resize_processor makes them."""
-    from torchvision.transforms import functional
-
-    if list(pixels.shape[-2:]) == list(image_size):
-        return pixels
-    small = functional.resize(pixels.flatten(0, -4), list(image_size)).clamp(0.0, 1.0)
-    return small.unflatten(0, pixels.shape[:-3])
+    return {**batch, **{key: batch[key].to(device, non_blocking=True) / 255.0 for key in cameras}}

@@ -1,0 +1,158 @@
+"""Pixels from video files and encoded pictures, as uint8 at training size.
+
+n frames, C channels, H and W as recorded, h and w at training size.
+"""
+
+import contextlib
+import io
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import UserError, one_line
+from data.source import Source
+
+OPEN_READERS = 64  # a few MB each
+
+
+def load_torchcodec():
+    """(torchcodec's VideoDecoder, []), or (None, [why PyAV decodes instead])."""
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except ImportError:
+        return None, ["torchcodec is not installed: decoding video with PyAV"]
+    except (RuntimeError, OSError):  # its own message is a page of tracebacks, one for each FFmpeg version
+        return None, ["torchcodec finds no FFmpeg libraries (Debian: apt install ffmpeg): decoding video with PyAV"]
+    return VideoDecoder, []
+
+
+class TorchcodecReader:
+    """One video, read by frame number as LeRobot does: approximate seeking, at the stream's average rate."""
+
+    def __init__(self, path: Path, video_decoder):
+        self.decoder = video_decoder(str(path), seek_mode="approximate", num_ffmpeg_threads=1)
+
+    def read(self, numbers: list[int]) -> Tensor:
+        return self.decoder.get_frames_at(indices=numbers).data  # (n, C, H, W)
+
+
+class PyavReader:
+    """One video, read by frame number: seek to the key frame before, decode on from there."""
+
+    def __init__(self, path: Path):
+        import av
+
+        self.container = av.open(str(path))
+        self.stream = self.container.streams.video[0]
+        self.rate = self.stream.average_rate
+        self.decoded, self.position, self.frame = iter(()), None, None
+
+    def read(self, numbers: list[int]) -> Tensor:
+        frames = []
+        for number in numbers:  # ascending
+            if self.position is None or not 0 <= number - self.position <= 8:  # nearer, decoding on beats a seek
+                offset = round(number / self.rate / self.stream.time_base)
+                self.container.seek(offset, stream=self.stream, backward=True)
+                self.decoded, self.position = self.container.decode(self.stream), None
+            while self.position is None or self.position < number:
+                self.frame = next(self.decoded)
+                self.position = round(self.frame.pts * self.stream.time_base * self.rate)
+            frames.append(torch.from_numpy(self.frame.to_ndarray(format="rgb24")))  # (H, W, C), LeRobot's conversion
+        return torch.stack(frames).permute(0, 3, 1, 2)  # (n, C, H, W)
+
+
+class Decoder:
+    """Frames of a source by camera and row, decoded when asked; any thread may ask.
+
+    Args:
+        source: the open dataset.
+        image_size: (h, w) that pictures are resized to, None for as recorded.
+    """
+
+    def __init__(self, source: Source, image_size: list[int] | None):
+        self.source, self.image_size = source, image_size
+        self.idle: list[tuple[Path, object]] = []  # open readers, least recently used first
+        self.lock = threading.Lock()
+        self.video_decoder, self.warnings = load_torchcodec() if source.videos else (None, [])
+
+    @property
+    def name(self) -> str:
+        """Which library decodes: two of them may differ in a rounding."""
+        return "torchcodec" if self.video_decoder else "pyav"
+
+    def shape(self, key: str) -> tuple[int, int, int]:
+        """(C, h, w) of a camera."""
+        feature = self.source.meta.features[key]
+        a, b, c = feature["shape"]
+        names = feature.get("names") or ["height", "width", "channels"]
+        channels, height, width = (c, a, b) if str(names[2]).startswith("channel") else (a, b, c)
+        return (channels, *(self.image_size or (height, width)))
+
+    def parts(self, key: str, rows: Tensor, pieces: int) -> list[Tensor]:
+        """Positions within (n,) rows, split into jobs: one file each, in the order of its frames."""
+        jobs = [torch.arange(len(rows))]
+        if key in self.source.videos:
+            file, number = self.source.locate(key, rows)
+            jobs = [(file == index).nonzero()[:, 0] for index in torch.unique(file).tolist()]
+            jobs = [slots[number[slots].argsort()] for slots in jobs]
+        return [part for slots in jobs for part in slots.tensor_split(min(pieces, len(slots)))]
+
+    def read(self, key: str, rows: Tensor) -> Tensor:
+        """(n, C, h, w) uint8 frames at (n,) rows; rows in the order of their frames in one file are fastest.
+
+        Raises:
+            UserError: a frame cannot be decoded.
+        """
+        if key in self.source.images:
+            frames = torch.stack([self._picture(key, row) for row in rows.tolist()])
+        else:
+            file, number = self.source.locate(key, rows)
+            assert (file == file[0]).all()
+            frames = self._video(self.source.videos[key].files[int(file[0])], number.tolist())
+        return to_size(frames, self.image_size)
+
+    def _video(self, path: Path, numbers: list[int]) -> Tensor:
+        try:
+            with self._reader(path) as reader:
+                return reader.read(numbers)
+        except (RuntimeError, OSError, ValueError, IndexError, StopIteration) as error:  # FFmpeg's, by either library
+            told = f"{path}: frames {numbers[0]} to {numbers[-1]} cannot be decoded: {one_line(error)[:200]}"
+            raise UserError(told) from error
+
+    @contextlib.contextmanager
+    def _reader(self, path: Path):
+        """An open reader of a file, for one thread at a time; one that failed is not used again."""
+        with self.lock:
+            places = [place for place, (idle, _) in enumerate(self.idle) if idle == path]
+            reader = self.idle.pop(places[-1])[1] if places else None
+        if reader is None:
+            reader = TorchcodecReader(path, self.video_decoder) if self.video_decoder else PyavReader(path)
+        yield reader
+        with self.lock:
+            self.idle.append((path, reader))
+            del self.idle[:-OPEN_READERS]
+
+    def _picture(self, key: str, row: int) -> Tensor:
+        from PIL import Image
+
+        stored = self.source.images[key][row].as_py()
+        try:
+            with Image.open(
+                io.BytesIO(stored["bytes"]) if stored["bytes"] else self.source.root / stored["path"]
+            ) as image:
+                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # (C, H, W)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{key}: the picture of row {row} cannot be read: {one_line(error)}") from error
+
+
+def to_size(frames: Tensor, image_size: list[int] | None) -> Tensor:
+    """(n, C, H, W) uint8 frames at (h, w): LeRobot's image_crop_resize_processor, rounded to uint8."""
+    if image_size is None or list(frames.shape[-2:]) == list(image_size):
+        return frames.contiguous()
+    from torchvision.transforms import functional
+
+    small = functional.resize(frames.to(torch.float32) / 255.0, list(image_size)).clamp(0.0, 1.0)
+    return (small * 255.0).round().to(torch.uint8).contiguous()
