@@ -47,7 +47,22 @@ class TrainConfig:
     """
 
     # argparse-dataclass reads these annotations as they are: Optional[int], not int | None.
-    dataset_id: Optional[str] = setting("dataset", None, "a folder, or a Hub id such as lerobot/pusht")
+    dataset_id: Optional[List[str]] = setting(
+        "dataset",
+        None,
+        "a folder, or a Hub id such as lerobot/pusht; several with the same features train on all of them",
+        nargs="+",
+        type=str,
+        metavar="PATH_OR_ID",
+    )
+    dataset_weights: Optional[List[float]] = setting(
+        "dataset",
+        None,
+        "share of each dataset in the samples, such as 3 1 1 (else each frame once an epoch)",
+        nargs="+",
+        type=float,
+        metavar="X",
+    )
     dataset_root: Optional[str] = setting(
         "dataset", None, "folder that a Hub dataset is kept in (else LeRobot's cache)"
     )
@@ -152,6 +167,14 @@ class TrainConfig:
             raise UserError(f"--warmup_steps {self.warmup_steps} is more than --steps {self.steps}")
         if not self.dataset_id:
             raise UserError("no dataset: pass --dataset_id with a folder or a Hub id such as lerobot/pusht")
+        if len(self.dataset_id) > 1 and self.episodes:
+            raise UserError(f"--episodes chooses from one dataset, got {len(self.dataset_id)}")
+        if self.dataset_weights and len(self.dataset_weights) != len(self.dataset_id):
+            raise UserError(
+                f"--dataset_weights needs one number a dataset: {len(self.dataset_id)}, got {len(self.dataset_weights)}"
+            )
+        if self.dataset_weights and not 0 < min(self.dataset_weights) <= max(self.dataset_weights) < float("inf"):
+            raise UserError(f"--dataset_weights must be above 0, got {self.dataset_weights}")
 
     def asdict(self) -> dict:
         return asdict(self)
@@ -172,6 +195,8 @@ def typed(f, value):
     kind, optional = kinds[0], f.default is None
     if value is None and optional:
         return None
+    if f.name == "dataset_id" and isinstance(value, (str, Path)):
+        return [str(value)]
     if f.name == "policy_args" and isinstance(value, dict):
         return [f"{name}={'none' if item is None else item}" for name, item in value.items()]
     if f.name == "episodes" and isinstance(value, (list, tuple, range)):

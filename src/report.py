@@ -148,7 +148,7 @@ def numbers(parts: dict | None) -> dict[str, float]:
     return {k: float(v) for k, v in (parts or {}).items() if isinstance(v, (int, float)) or getattr(v, "ndim", 1) == 0}
 
 
-def training_info(policy, dataset_id: str, history: list[dict], device) -> dict:
+def training_info(policy, dataset_id: list[str], history: list[dict], device) -> dict:
     """Facts of a run for people; train() adds where it stands."""
     return {
         "policy": policy.name,
@@ -186,7 +186,7 @@ def header(source, policy, config, device, start: int, output_dir: Path, resumed
     frozen = "" if moved == weights else f", {moved / 1e6:.1f}M of them trained"
     came = f", resumed from {resumed_from.name}" if resumed_from else ""
     lines = [
-        f"dataset   {config.dataset_id}: {len(source.episodes)} episodes, {source.rows:,} frames at {meta.fps:g} fps",
+        f"dataset   {source.name}: {len(source.episodes)} episodes, {source.rows:,} frames at {meta.fps:g} fps",
         f"          task {tasks[0]!r}" + (f" and {len(tasks) - 1} more" if len(tasks) > 1 else "") if tasks else None,
         f"          cameras {cameras + size if cameras else 'none'}; {dims}",
         f"policy    {policy.name}, {weights / 1e6:.1f}M parameters{frozen}, on {device}",

@@ -8,7 +8,7 @@ from config import TrainConfig, UserError, check_names, merge, read_config_file
 POLICY_FIELDS = ("policy", "policy_path", "policy_args", "image_size")  # a resumed run keeps its policy
 # another value of these is another run
 COURSE_FIELDS = (
-    "dataset_id", "revision", "episodes", "imagenet_stats", "batch_size", "lr", "weight_decay", "grad_clip_norm",
+    "dataset_id", "dataset_weights", "revision", "episodes", "imagenet_stats", "batch_size", "lr", "weight_decay", "grad_clip_norm",
     "warmup_steps", "lr_schedule", "augment", "seed",
 )  # fmt: skip
 
@@ -45,7 +45,8 @@ def settle(settings: dict):
 
 
 def default_output_dir(config: TrainConfig) -> Path:
-    return Path("outputs") / f"{Path(config.dataset_id).expanduser().resolve().name}_{config.policy}"
+    names = "+".join(Path(name).expanduser().resolve().name for name in config.dataset_id)
+    return Path("outputs") / f"{names}_{config.policy}"
 
 
 def compare(config: TrainConfig, state, resumed: Path) -> list[str]:

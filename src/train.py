@@ -19,6 +19,7 @@ import hub
 from data.frames import Frames
 from data.loader import Loader
 from data.source import open_dataset
+from data.union import unite
 from optim import apply_flags, make_optimizer, make_schedule
 from policy import build_policy, load_policy_config, policy_config
 from processors import (
@@ -70,7 +71,10 @@ class Run:
         refuse_many_processes()
         self.config, self.output_dir, self.resumed = config, output_dir, resumed
         self.device = pick_device(config.device)
-        source = open_dataset(config.dataset_id, config.dataset_root, config.revision, config.episodes)
+        opened = [
+            open_dataset(name, config.dataset_root, config.revision, config.episodes) for name in config.dataset_id
+        ]
+        source = unite(opened)
         seed_all(config.seed, INIT)
         self.policy, self.preprocess, self.postprocess = build(config, resumed, source, self.device)
         self.optimizer, self.clip_norm = make_optimizer(self.policy, config)
@@ -93,15 +97,8 @@ class Run:
         self.report = Report(output_dir, self.step, config.steps, config.quiet)
         self.report.say(header(source, self.policy, config, self.device, self.step, output_dir, resumed))
         self.report.warn([*changes, *source.warnings])
-        frames = Frames(
-            source,
-            resize_of(self.preprocess),
-            config.frame_cache,
-            config.cache_dir,
-            threads(config.num_threads),
-            self.device,
-            config.quiet,
-        )
+        size, workers = resize_of(self.preprocess), threads(config.num_threads)
+        frames = Frames(source, size, config.frame_cache, config.cache_dir, workers, self.device, config.quiet)
         self.report.say("\n".join(frames.notes))
         self.loader = Loader(
             source,
@@ -112,6 +109,7 @@ class Run:
             self.samples_seen,
             getattr(self.policy.config, "drop_n_last_frames", 0),
             self.device,
+            config.dataset_weights,
         )
         self.policy.train()
         self.watch = Stopwatch()
@@ -205,7 +203,7 @@ class Run:
             print(f"done: {self.saved}, loss {loss:.4g}")
         if self.config.push_to_hub:
             print(f"uploaded to {hub.push(self.config.push_to_hub, self.output_dir, self.saved)}")
-        print(f"next: python src/infer.py {self.saved} --dataset_id {self.config.dataset_id} --episode 0")
+        print(f"next: python src/infer.py {self.saved} --dataset_id {self.config.dataset_id[0]} --episode 0")
         return TrainResult(self.step, loss, history, self.saved, self.policy, self.output_dir)
 
 

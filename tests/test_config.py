@@ -41,7 +41,7 @@ def test_flags_override_the_file_and_the_checkpoint(tmp_path):
 
 
 def test_hyphens_are_underscores():
-    assert parse("--dataset-id x-y --batch-size=4").dataset_id == "x-y"
+    assert parse("--dataset-id x-y --batch-size=4").dataset_id == ["x-y"]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,9 @@ def test_hyphens_are_underscores():
         ("--dataset_id x --image_size 0 5", "--image_size must be two positive numbers (height width), got [0, 5]"),
         ("--dataset_id x --steps 5 --warmup_steps 6", "--warmup_steps 6 is more than --steps 5"),
         ("--steps 5", "no dataset: pass --dataset_id with a folder or a Hub id such as lerobot/pusht"),
+        ("--dataset_id x y --episodes 0", "--episodes chooses from one dataset, got 2"),
+        ("--dataset_id x y --dataset_weights 1", "--dataset_weights needs one number a dataset: 2, got 1"),
+        ("--dataset_id x y --dataset_weights 1 0", "--dataset_weights must be above 0, got [1.0, 0.0]"),
         ("stray --dataset_id x", "'stray' belongs to no flag: settings are passed as --name value"),
     ],
 )

@@ -1,10 +1,13 @@
 """Batches are LeRobot's, to the bit, in an order that is a function of (seed, epoch)."""
 
+import shutil
+import subprocess
 import threading
+import time
 
 import pytest
 import torch
-from conftest import REAL
+from conftest import REAL, small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +16,9 @@ from data import decode
 from data.frames import Frames
 from data.loader import Loader
 from data.source import open_dataset, parse_episodes
-from data.windows import epoch_order, trainable_rows, window_rows
+from data.union import unite
+from data.windows import epoch_order, trainable_rows, weighted_order, window_rows
+from train import train
 
 DELTAS = {  # what act, and a policy with history, look at
     "chunk": {"action": [0, 1, 2, 3, 4]},
@@ -146,6 +151,121 @@ def test_episodes_out_of_range_or_form(text):
         parse_episodes(text, 6)
 
 
-def test_v21_is_refused_with_the_remedy(cr5):
-    with pytest.raises(UserError, match=r"format v2\.1, expected v3\.0: convert it with"):
-        open_dataset(str(REAL / "cr5_banana_v21"))
+def test_the_loops_buffer_is_not_overwritten_while_in_use(made, tmp_path):
+    source = open_dataset(str(made("video")))
+    loader = Loader(source, Frames(source, None, "on", tmp_path), {}, 4, seed=3)
+    for step in range(30):
+        batch = next(loader)
+        if step % 7 == 0:
+            time.sleep(0.05)  # time for the thread to run ahead as far as it can
+        assert torch.equal(
+            batch["observation.images.top"], loader.frames.read("observation.images.top", batch["index"])
+        )
+    buffers = {next(loader)["observation.images.top"].data_ptr() for _ in range(12)}
+    assert len(buffers) == 3
+    loader.close()
+
+
+@pytest.fixture(scope="module")
+def v21(cr5):
+    return REAL / "cr5_banana_v21"
+
+
+def test_v21_is_what_lerobot_makes_of_it(v21, tmp_path):
+    from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+    from lerobot.scripts.convert_dataset_v21_to_v30 import convert_dataset
+
+    shutil.copytree(v21, tmp_path / "converted", copy_function=shutil.copyfile)
+    subprocess.run(["chmod", "-R", "u+w", tmp_path / "converted"], check=True)
+    convert_dataset("x", root=tmp_path / "converted", push_to_hub=False)
+    theirs = LeRobotDatasetMetadata("x", root=tmp_path / "converted")
+    old, new = open_dataset(str(v21)), open_dataset(str(tmp_path / "converted"))
+    assert old.meta.stats.keys() == theirs.stats.keys()
+    for key, stats in theirs.stats.items():
+        assert all((old.meta.stats[key][name] == value).all() for name, value in stats.items())
+    assert old.meta.features == theirs.features
+    assert old.tasks == new.tasks
+    assert all(torch.equal(values, new.columns[key]) for key, values in old.columns.items())
+    rows = torch.tensor([0, 196, 197, 640, 1331])
+    assert torch.equal(
+        Frames(old).read("observation.images.top", rows), Frames(new).read("observation.images.top", rows)
+    )
+
+
+def test_v21_with_clock_jitter_warns_in_one_line_and_trains(v21, tmp_path, capsys):
+    result = train(**small(dataset_id=str(v21), episodes="0:2", image_size=[32, 48], output_dir=str(tmp_path), steps=2))
+    assert result.steps == 2
+    lines = capsys.readouterr().out.splitlines()
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert warnings == ["warning: timestamps are up to 0.95 s off frame_index / fps: frames are taken by row, not by clock"]
+
+
+@pytest.mark.parametrize("frames", ["fewer", "more"])
+def test_v21_video_with_other_frames_than_rows_is_refused_by_name(v21, tmp_path, frames):
+    root = tmp_path / "v21"
+    shutil.copytree(v21, root, copy_function=shutil.copyfile)
+    videos = root / "videos" / "chunk-000" / "observation.images.top"
+    subprocess.run(["chmod", "-R", "u+w", root], check=True)
+    shutil.copyfile(
+        videos / ("episode_000000.mp4" if frames == "fewer" else "episode_000002.mp4"), videos / "episode_000001.mp4"
+    )
+    source = open_dataset(str(root))
+    count = 197 if frames == "fewer" else 275
+    assert source.problems == [
+        f"videos/chunk-000/observation.images.top/episode_000001.mp4 has {count} frames, its episodes have 215 rows"
+    ]
+
+
+def test_older_formats_are_refused(copy_of):
+    root = copy_of("no_camera")
+    info = root / "meta" / "info.json"
+    info.write_text(info.read_text().replace('"v3.0"', '"v2.0"'))
+    with pytest.raises(UserError, match=r"is in LeRobot's format v2\.0, expected v3\.0 or v2\.1"):
+        open_dataset(str(root))
+
+
+def test_several_datasets_are_one(made):
+    sources = [open_dataset(str(made(name))) for name in ("two_cameras", "many_files")]
+    both = unite(sources)
+    loaders = [Loader(source, Frames(source), {"action": [0, 1, 2]}, 4, seed=1) for source in (*sources, both)]
+    rows = torch.tensor([0, 12, 13, 32])
+    for offset, loader in ((0, loaders[0]), (33, loaders[1])):
+        one, other = loader.batch_of(rows), loaders[2].batch_of(rows + offset)
+        assert all(
+            value == other[key] if isinstance(value, list) else torch.equal(value, other[key])
+            for key, value in one.items()
+        )
+    for loader in loaders:
+        loader.close()
+    assert both.meta.stats["action"]["count"] == 66
+    assert both.tasks == ["lift", "push"]
+
+
+def test_datasets_that_differ_are_refused(made):
+    with pytest.raises(
+        UserError, match=r"datasets differ in observation\.(state|images\.top): .*: train on each by itself"
+    ):
+        unite([open_dataset(str(made(name))) for name in ("video", "wide")])
+
+
+def test_weights_share_out_the_samples_and_repeat_rows_equally():
+    order = [weighted_order([10, 20, 5], [3, 1, 1], seed=7, epoch=epoch) for epoch in range(10)]
+    assert all(len(epoch) == 35 for epoch in order)
+    assert [int((order[3] < 10).sum()), int((order[3] >= 30).sum())] == [21, 7]
+    counts = torch.bincount(torch.cat(order), minlength=35)
+    assert counts[:10].tolist() == [21] * 10
+    assert counts[30:].tolist() == [14] * 5
+    assert int(counts[10:30].min()) >= 3
+    assert torch.equal(order[4], weighted_order([10, 20, 5], [3, 1, 1], seed=7, epoch=4))
+    assert not torch.equal(order[4], order[5])
+
+
+def test_weighted_run_resumes_exactly(made, tmp_path):
+    from test_resume import assert_same_run
+
+    names = [str(made("two_cameras")), str(made("many_files"))]
+    settings = small(dataset_id=names, dataset_weights=[3, 1], steps=6, save_freq=3)
+    train(**settings, output_dir=str(tmp_path / "whole"))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "part" / "checkpoint-3")
+    train(resume_from_checkpoint="latest", output_dir=str(tmp_path / "part"), dataset_id=names)
+    assert_same_run(tmp_path / "whole", tmp_path / "part", 6)

@@ -105,18 +105,15 @@ class Frames:
     def fingerprint(self, key: str) -> str:
         """A hash of all that decides the content of a camera's store."""
         facts = [LAYOUT, self.decoder.name if key in self.source.videos else "pillow", self.decoder.shape(key)]
+        facts += [self.source.episodes, self.source.starts.tolist(), self.source.ends.tolist()]
+        files = self.source.tables
         if key in self.source.videos:
             videos = self.source.videos[key]
-            stats = [path.stat() for path in videos.files]
-            facts += [
-                [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-                for path, stat in zip(videos.files, stats, strict=True)
-            ]
+            files = videos.files
             facts += [videos.file.tolist(), videos.first.tolist()]
-        else:
-            tables = [path.stat() for path in sorted((self.source.root / "data").glob("*/*.parquet"))]
-            facts += [str(self.source.root.resolve()), [[stat.st_size, stat.st_mtime_ns] for stat in tables]]
-        facts += [self.source.episodes, self.source.starts.tolist(), self.source.ends.tolist()]
+        for path in files:
+            stat = path.stat()
+            facts.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def open(self, key: str, place: Path) -> Tensor:

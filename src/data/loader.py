@@ -13,7 +13,7 @@ from torch import Tensor
 from config import UserError
 from data.frames import Frames
 from data.source import Source
-from data.windows import epoch_order, trainable_rows, window_rows
+from data.windows import epoch_order, trainable_rows, weighted_order, window_rows
 
 RING = 3  # buffers for a batch's frames: one that the loop holds, one that waits, one that is being filled
 
@@ -30,6 +30,7 @@ class Loader:
         samples_seen: samples that the run has trained on already; the next batch starts there.
         drop_n_last_frames: frames at an episode's end at which no sample starts.
         device: where the batches go: pinned buffers for CUDA, whose copies then need not wait.
+        weights: share of each dataset in the samples, where the source has several; None for each row once an epoch.
 
     Raises:
         UserError: no frame is left to start a sample at.
@@ -45,6 +46,7 @@ class Loader:
         samples_seen: int = 0,
         drop_n_last_frames: int = 0,
         device: torch.device | str = "cpu",
+        weights: list[float] | None = None,
     ):
         self.source, self.frames, self.batch_size, self.seed = source, frames, batch_size, seed
         self.deltas = {key: torch.tensor(window) for key, window in deltas.items()}
@@ -54,6 +56,12 @@ class Loader:
                 f"dataset {source.name}: no episode is longer than the {drop_n_last_frames} frames that the policy "
                 "leaves out at its end: pass --policy_args drop_n_last_frames=0"
             )
+        self.weights = weights
+        if weights:  # trainable rows of each dataset
+            dataset = torch.arange(len(weights)).repeat_interleave(torch.tensor(source.parts))  # of each episode
+            self.counts = torch.bincount(dataset[source.episode_of(self.rows)], minlength=len(weights)).tolist()
+            if not all(self.counts):
+                raise UserError(f"one of the datasets in {source.name} has no frame to start a sample at: leave it out")
         self.tasks = source.tasks
         self.device = torch.device(device)
         self._orders: dict[int, Tensor] = {}
@@ -95,10 +103,15 @@ class Loader:
         for epoch in torch.unique(epochs).tolist():
             if epoch not in self._orders:
                 self._orders = {e: order for e, order in self._orders.items() if e >= epoch - 1}
-                self._orders[epoch] = epoch_order(len(self.rows), self.seed, epoch)
+                self._orders[epoch] = self._order(epoch)
             mine = epochs == epoch
             rows[mine] = self.rows[self._orders[epoch][positions[mine]]]
         return rows
+
+    def _order(self, epoch: int) -> Tensor:
+        if self.weights:
+            return weighted_order(self.counts, self.weights, self.seed, epoch)
+        return epoch_order(len(self.rows), self.seed, epoch)
 
     def describe(self, samples_seen: int) -> str:
         """Which episode and frame each sample of a batch comes from, for people."""

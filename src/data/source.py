@@ -17,6 +17,7 @@ from torch import Tensor
 
 import hub
 from config import UserError, one_line
+from data import v21
 
 
 @dataclass
@@ -36,11 +37,13 @@ class Source:
         name: the dataset as the user wrote it.
         meta: LeRobot's `LeRobotDatasetMetadata`: features, stats, tasks, fps.
         root: the dataset's folder.
-        episodes: selected episode indices, ascending.
+        episodes: selected episode indices, ascending; for several datasets "dataset#index".
         starts, ends: (E,) int64 first row of each episode, and the row after its last.
         columns: (N, ...) tensors, or lists of N strings, in LeRobot's own dtypes.
         images: encoded pictures (PNG or JPEG bytes) of each `image` feature, one a row.
         videos: where the frames of each `video` feature lie.
+        tables: the files that the columns were read from.
+        parts: episodes of each dataset, where there are several.
         problems: what makes the dataset unfit to train on, one line each.
         warnings: what a user should know but can train with.
     """
@@ -48,12 +51,14 @@ class Source:
     name: str
     meta: object
     root: Path
-    episodes: list[int]
+    episodes: list
     starts: Tensor
     ends: Tensor
     columns: dict[str, Tensor | list[str]]
     images: dict[str, pa.ChunkedArray] = field(default_factory=dict)
     videos: dict[str, Videos] = field(default_factory=dict)
+    tables: list[Path] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -91,7 +96,7 @@ def open_dataset(
     """Open a folder or a Hub dataset (downloaded first) and check it.
 
     Args:
-        dataset_id: a folder, or a Hub id.
+        dataset_id: a folder, or a Hub id; LeRobot v3.0 or v2.1.
         dataset_root: folder that a Hub dataset is downloaded into.
         revision: branch, tag or commit of a Hub dataset.
         episodes: which episodes, such as "0:40,45"; None for all.
@@ -99,14 +104,21 @@ def open_dataset(
     Raises:
         UserError: there is no such dataset, it is in another format, or an episode is out of range.
     """
-    meta = open_metadata(dataset_id, dataset_root, revision)
-    selected = parse_episodes(episodes, meta.total_episodes)
-    if not Path(dataset_id).expanduser().is_dir():
-        download(dataset_id, dataset_root, revision, selected if episodes else None)
-    table, problems = read_table(meta, selected if episodes else None)
-    source = Source(
-        dataset_id, meta, meta.root, *episode_rows(table, selected, problems), columns={}, problems=problems
-    )
+    folder = Path(dataset_id).expanduser()
+    if not folder.is_dir() and not re.fullmatch(hub.HUB_ID, dataset_id):
+        raise UserError(f"no dataset {dataset_id}: there is no such folder, and a Hub id is written user/name")
+    if folder.is_dir():
+        meta = open_folder(dataset_id, folder)
+        selected = parse_episodes(episodes, meta.total_episodes)
+    else:
+        meta = open_hub(dataset_id, dataset_root, revision)
+        selected = parse_episodes(episodes, meta.total_episodes)
+        if meta.revision != "v2.1":  # of those, all is there already
+            download(dataset_id, dataset_root, revision, selected if episodes else None)
+    tables = sorted((meta.root / "data").glob("*/*.parquet"))
+    table, problems = read_table(tables, meta.root, selected if episodes else None)
+    place = episode_rows(table, selected, problems)
+    source = Source(dataset_id, meta, meta.root, *place, columns={}, tables=tables, problems=problems)
     read_columns(source, table)
     source.videos = {key: find_videos(meta, key, source.episodes) for key in meta.video_keys}
     if not problems:  # the checks below index by what the ones above have found sound
@@ -115,30 +127,37 @@ def open_dataset(
     return source
 
 
-def open_metadata(dataset_id: str, dataset_root: str | None, revision: str | None):
-    folder = Path(dataset_id).expanduser()
-    is_folder = folder.is_dir()
-    if is_folder:
-        if not (folder / "meta" / "info.json").is_file():
-            raise UserError(f"{dataset_id} is a folder without meta/info.json: not a LeRobot dataset")
-        check_version(dataset_id, folder)
-    elif not re.fullmatch(hub.HUB_ID, dataset_id):
-        raise UserError(f"no dataset {dataset_id}: there is no such folder, and a Hub id is written user/name")
+def open_folder(dataset_id: str, folder: Path):
+    """Metadata of a folder, v3.0 or v2.1."""
+    if not (folder / "meta" / "info.json").is_file():
+        raise UserError(f"{dataset_id} is a folder without meta/info.json: not a LeRobot dataset")
+    with told_as_user_errors(dataset_id):
+        version = json.loads((folder / "meta" / "info.json").read_text()).get("codebase_version")
+        name = folder.resolve().name
+        if version == "v2.1":
+            return v21.read_metadata(folder, name)
+        if version == "v3.0":
+            from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+
+            return LeRobotDatasetMetadata(name, root=folder)
+    raise UserError(
+        f"dataset {dataset_id} is in LeRobot's format {version}, expected v3.0 or v2.1: convert it with LeRobot"
+    )
+
+
+def open_hub(dataset_id: str, dataset_root: str | None, revision: str | None):
+    """Metadata of a Hub dataset, v3.0 or v2.1 (of which the whole is downloaded)."""
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+    from lerobot.datasets.utils import BackwardCompatibilityError
 
     with told_as_user_errors(dataset_id):
-        if is_folder:
-            return LeRobotDatasetMetadata(folder.resolve().name, root=folder)
-        return LeRobotDatasetMetadata(dataset_id, root=dataset_root, revision=revision)
+        try:
+            return LeRobotDatasetMetadata(dataset_id, root=dataset_root, revision=revision)
+        except BackwardCompatibilityError:
+            from huggingface_hub import snapshot_download
 
-
-def check_version(dataset_id: str, folder: Path) -> None:
-    version = json.loads((folder / "meta" / "info.json").read_text()).get("codebase_version")
-    if version != "v3.0":
-        raise UserError(
-            f"dataset {dataset_id} is in LeRobot's format {version}, expected v3.0: "
-            f"convert it with python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={folder.resolve().name} --root={dataset_id}"
-        )
+            at = {"revision": revision or "v2.1", "local_dir": dataset_root}
+            return open_folder(dataset_id, Path(snapshot_download(dataset_id, repo_type="dataset", **at)))
 
 
 def download(dataset_id: str, dataset_root: str | None, revision: str | None, episodes: list[int] | None) -> None:
@@ -159,7 +178,7 @@ def told_as_user_errors(dataset_id: str):
             yield
     except UserError:
         raise
-    except (CompatibilityError, OSError, KeyError, ValueError) as error:
+    except (CompatibilityError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"dataset {dataset_id} cannot be opened: {one_line(error)[:300]}") from error
 
 
@@ -186,19 +205,18 @@ def parse_episodes(text: str | None, total: int) -> list[int]:
     return sorted(chosen)
 
 
-def read_table(meta, episodes: list[int] | None) -> tuple[pa.Table, list[str]]:
+def read_table(files: list[Path], root: Path, episodes: list[int] | None) -> tuple[pa.Table, list[str]]:
     """The rows of the selected episodes in the order of their files, and what kept files from being read."""
-    files = sorted((meta.root / "data").glob("*/*.parquet"))
     chosen = None if episodes is None else pa.dataset.field("episode_index").isin(episodes)
     tables, problems = [], []
     for file in files:
         try:
             tables.append(pa.dataset.dataset(file, format="parquet").to_table(filter=chosen))
         except (pa.ArrowInvalid, OSError) as error:
-            problems.append(f"{file.relative_to(meta.root)} cannot be read: {one_line(error)[:200]}")
+            problems.append(f"{file.relative_to(root)} cannot be read: {one_line(error)[:200]}")
     if not tables:
         raise UserError(
-            f"dataset {meta.root} has no readable table: " + ("; ".join(problems) or "data/*/*.parquet is missing")
+            f"dataset {root} has no readable table: " + ("; ".join(problems) or "data/*/*.parquet is missing")
         )
     return pa.concat_tables(tables, promote_options="permissive"), problems
 

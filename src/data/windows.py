@@ -43,3 +43,29 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     """
     entropy = np.random.SeedSequence([seed, epoch]).generate_state(1, dtype=np.uint64)[0]
     return torch.randperm(count, generator=torch.Generator().manual_seed(int(entropy)))
+
+
+def weighted_order(counts: list[int], weights: list[float], seed: int, epoch: int) -> Tensor:
+    """(M,) int64 positions of one epoch over several datasets that lie one after the other, sampled by weight.
+
+    An epoch has as many samples as there are rows, M = sum(counts), shared out by weight. Each dataset walks through
+    shuffles of its own, one after the other and on through the epochs, so that its rows come up equally often.
+
+    Args:
+        counts: trainable rows of each dataset.
+        weights: relative share of each dataset, above 0.
+        seed, epoch: the order is a function of these.
+    """
+    total = sum(counts)
+    ends = [round(total * share) for share in np.cumsum(weights) / sum(weights)]
+    quotas = np.diff([0, *ends]).tolist()
+    order, offset = torch.empty(total, dtype=torch.int64), 0
+    slots = epoch_order(total, seed, epoch).split(quotas)  # which of the epoch's samples are whose
+    for part, (count, quota) in enumerate(zip(counts, quotas, strict=True)):
+        drawn = torch.arange(epoch * quota, (epoch + 1) * quota)  # of all that this dataset ever gives
+        own_seed = int(np.random.SeedSequence([seed, part, 0xDA7A]).generate_state(1)[0])
+        for lap in torch.unique(drawn // max(count, 1)).tolist():
+            mine = drawn // count == lap
+            order[slots[part].sort().values[mine]] = offset + epoch_order(count, own_seed, lap)[drawn[mine] % count]
+        offset += count
+    return order

@@ -1,0 +1,220 @@
+"""The frame store: decoded once, never half-built, never stale."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SHIPPED, small
+
+from config import UserError
+from data import frames as module
+from data.frames import Frames, main
+from data.source import open_dataset
+from train import train
+
+TOP = "observation.images.top"
+
+
+def all_frames(store: Frames, key=TOP):
+    return store.read(key, torch.arange(store.source.rows))
+
+
+def stores(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("name", ["many_files", "images"])
+@pytest.mark.parametrize("size", [None, [30, 40]])
+def test_store_holds_what_decoding_on_the_fly_gives(made, tmp_path, name, size):
+    source = open_dataset(str(made(name)))
+    fly, built = Frames(source, size), Frames(source, size, "on", tmp_path, num_threads=2)
+    opened = Frames(source, size, "on", tmp_path)
+    assert fly.store == {}
+    assert all_frames(fly).shape[1:] == (3, *(size or (64, 96)))
+    assert torch.equal(all_frames(fly), all_frames(built))
+    assert torch.equal(all_frames(fly), all_frames(opened))
+    assert any("GB of decoded frames in" in note for note in built.notes)
+    assert not any("GB of decoded frames in" in note for note in opened.notes)
+
+
+def test_resized_as_the_saved_pipeline_does_to_a_rounding(made):
+    from lerobot.processor import ImageCropResizeProcessorStep
+
+    source = open_dataset(str(made("video")))
+    full = all_frames(Frames(source)) / 255.0
+    step = ImageCropResizeProcessorStep(resize_size=(30, 40))
+    theirs = step.observation({TOP: full})[TOP]
+    ours = all_frames(Frames(source, [30, 40])) / 255.0
+    assert (ours - theirs).abs().max() <= 0.5001 / 255
+
+
+def test_some_episodes_and_several_rows_in_any_order(made, tmp_path):
+    source = open_dataset(str(made("two_cameras")), episodes="0,2")
+    fly, built = Frames(source), Frames(source, None, "on", tmp_path)
+    rows = torch.tensor([23, 0, 12, 13, 13, 5])
+    for key in source.videos:
+        assert torch.equal(fly.read(key, rows), built.read(key, rows))
+
+
+@pytest.mark.parametrize("change", ["time", "size", "image_size", "episodes", "decoder"])
+def test_what_changes_the_content_makes_another_store(copy_of, tmp_path, change, monkeypatch):
+    root = copy_of("video")
+    video = next((root / "videos").glob("*/*/*.mp4"))
+    before = Frames(open_dataset(str(root)), None, "on", tmp_path / "cache")
+    size, episodes = None, None
+    if change == "time":
+        os.utime(video, ns=(0, video.stat().st_mtime_ns + 1))
+    if change == "size":
+        when = video.stat().st_mtime_ns
+        video.write_bytes(video.read_bytes() + b"\0\0\0\x08free")  # an empty atom
+        os.utime(video, ns=(when, when))
+    if change == "image_size":
+        size = [32, 48]
+    if change == "episodes":
+        episodes = "1"
+    if change == "decoder":
+        monkeypatch.setattr(type(before.decoder), "name", "another")
+    Frames(open_dataset(str(root), episodes=episodes), size, "on", tmp_path / "cache")
+    assert len(stores(tmp_path / "cache")) == 2
+    Frames(open_dataset(str(root), episodes=episodes), size, "on", tmp_path / "cache")
+    assert len(stores(tmp_path / "cache")) == 2
+
+
+def test_auto_falls_back_with_one_line_and_on_refuses(made, tmp_path, monkeypatch):
+    source = open_dataset(str(made("video")))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    auto = Frames(source, None, "auto", tmp_path)
+    assert auto.store == {}
+    assert [note for note in auto.notes if note.startswith("frame cache off, no room for 0.0 GB of decoded frames in")]
+    assert torch.equal(all_frames(auto), all_frames(Frames(source)))
+    with pytest.raises(
+        UserError, match=r"--frame_cache on: no room for .* pass --frame_cache off, --image_size or another --cache_dir"
+    ):
+        Frames(source, None, "on", tmp_path)
+
+
+BUILD = """
+import sys, time
+from data import frames
+from data.source import open_dataset
+decode = frames.Decoder.read
+def slow(self, key, rows):
+    time.sleep(float(sys.argv[3]))
+    return decode(self, key, rows)
+frames.Decoder.read = slow
+frames.Frames(open_dataset(sys.argv[1]), None, "on", sys.argv[2])
+print("built")
+"""
+
+
+def start_building(root, cache, pause="0.3"):
+    command = [sys.executable, "-c", BUILD, str(root), str(cache), pause]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process=None, seconds=60):
+    for _ in range(seconds * 20):
+        if condition():
+            return
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError("nothing happened")
+
+
+def test_killed_while_building_goes_on_where_it_stopped(made, tmp_path, monkeypatch):
+    process = start_building(made("video"), tmp_path)
+    wait_for(lambda: [path for path in tmp_path.glob(".*/journal.txt") if path.read_text().count("\n") >= 1], process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert stores(tmp_path)[0].startswith("."), "no finished store after a kill"
+    done = len(next(tmp_path.glob(".*/journal.txt")).read_text().split())
+    decoded = []
+    real = Frames.decode_episode
+    monkeypatch.setattr(
+        Frames, "decode_episode", lambda self, key, i, *rest: (decoded.append(i), real(self, key, i, *rest))
+    )
+    source = open_dataset(str(made("video")))
+    built = Frames(source, None, "on", tmp_path)
+    assert len(decoded) == 3 - done
+    assert torch.equal(all_frames(built), all_frames(Frames(source)))
+    assert len(stores(tmp_path)) == 1
+
+
+def test_two_builders_at_once_decode_once(made, tmp_path):
+    first = start_building(made("video"), tmp_path, pause="4")
+    wait_for(lambda: list(tmp_path.glob(".*/journal.txt")), first)
+    second = start_building(made("video"), tmp_path)
+    outs = [process.communicate(timeout=120) for process in (first, second)]
+    assert [process.returncode for process in (first, second)] == [0, 0]
+    assert outs[1][1].strip() == f"another process is decoding {TOP} into {tmp_path}: waiting for it"
+    assert outs[0][1] == ""
+    assert len(stores(tmp_path)) == 1
+
+
+def test_full_disk_while_building(made, tmp_path, monkeypatch):
+    small_disk = tmp_path / "disk"
+    small_disk.mkdir()
+    if (
+        os.name == "nt"
+        or os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", small_disk], check=False).returncode
+    ):
+        pytest.skip("a small tmpfs can be mounted by root on Linux only")
+    try:
+        monkeypatch.setattr(Frames, "fits", lambda *args: True)  # it was free when looked at, and is not when written
+        with pytest.raises(UserError) as caught:
+            Frames(open_dataset(str(made("video"))), None, "on", small_disk)
+        assert str(caught.value) == (
+            f"the frames of {TOP} cannot be written to {small_disk}: No space left on device: nothing is left behind; "
+            "free some space, or pass --frame_cache off"
+        )
+        assert stores(small_disk) == []
+    finally:
+        subprocess.run(["umount", small_disk], check=True)
+
+
+def test_video_cut_short_after_it_was_checked(copy_of, tmp_path):
+    root = copy_of("video")
+    source = open_dataset(str(root))
+    video = next((root / "videos").glob("*/*/*.mp4"))
+    video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"file-000\.mp4: frames \d+ to \d+ cannot be decoded"):
+        Frames(source, None, "on", tmp_path / "cache")
+    assert all(name.startswith(".") for name in stores(tmp_path / "cache"))
+
+
+def test_cache_modes_train_the_same_weights(tmp_path):
+    from safetensors.torch import load_file
+
+    weights = []
+    for mode in ("off", "on", "device"):
+        settings = small(
+            dataset_id=str(SHIPPED),
+            episodes="0:2",
+            image_size=[48, 48],
+            frame_cache=mode,
+            cache_dir=str(tmp_path / "cache"),
+        )
+        weights.append(load_file(train(**settings, output_dir=str(tmp_path / mode)).checkpoint / "policy.safetensors"))
+    assert all(torch.equal(value, other[key]) for other in weights[1:] for key, value in weights[0].items())
+
+
+def test_list_and_prune(made, tmp_path, capsys):
+    source = open_dataset(str(made("two_cameras")))
+    Frames(source, None, "on", tmp_path)
+    shown = subprocess.run([sys.executable, "-m", "data.frames", "list", "--cache_dir", str(tmp_path)], cwd=ROOT / "src",
+                           capture_output=True, text=True, check=True).stdout  # fmt: skip
+    assert shown.count("33 frames of 3x64x96") == 2
+    assert f"observation.images.wrist of {made('two_cameras')}" in shown
+    assert main(["prune", "--cache_dir", str(tmp_path), "--days", "1"]) == 0
+    assert len(stores(tmp_path)) == 2
+    capsys.readouterr()
+    assert main(["prune", "--cache_dir", str(tmp_path)]) == 0
+    assert "0.00 GB freed" in capsys.readouterr().out
+    assert stores(tmp_path) == []
