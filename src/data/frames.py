@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 
 from config import UserError, one_line
-from data.decode import Decoder
+from data.decode import CHUNK, Decoder
 from data.source import Source
 
 LAYOUT = 1  # another arrangement of the file is another store
-CHUNK = 32  # frames decoded at a time: 29 MB at 480x640
 SPARE = 2 * 2**30  # bytes that `auto` leaves free on the disk, and a tenth of it
 
 
@@ -186,9 +185,8 @@ class Frames:
         with open(path, "r+b", buffering=0) as file:  # written, not mapped: a full disk is an error here, a crash there
             file.seek(first * frame_bytes)
             for start in range(first, end, CHUNK):
-                pixels = memoryview(self.decoder.read(key, torch.arange(start, min(start + CHUNK, end))).numpy()).cast(
-                    "B"
-                )
+                pixels = self.decoder.read(key, torch.arange(start, min(start + CHUNK, end))).contiguous()
+                pixels = memoryview(pixels.numpy()).cast("B")
                 while pixels:
                     pixels = pixels[file.write(pixels) :]
                 bar.update(min(CHUNK, end - start))
@@ -213,16 +211,25 @@ class Frames:
             store = self.store[key]
             if self.on_device:
                 return store.index_select(0, rows.to(store.device, non_blocking=True))
-            return torch.index_select(store, 0, rows, out=out)
-        unique, back = torch.unique(rows, return_inverse=True)  # neighbours in a window often share frames
-        frames = torch.empty(len(unique), *self.decoder.shape(key), dtype=torch.uint8)
+            out = torch.empty(len(rows), *store.shape[1:], dtype=torch.uint8) if out is None else out
+            parts = zip(rows.chunk(self.num_threads), out.chunk(self.num_threads), strict=True)
+            # torch's own threads do not take part in a call from the loader's thread: half the bandwidth on two cores
+            for _ in self.pool.map(lambda part: torch.index_select(store, 0, part[0], out=part[1]), parts):
+                pass
+            return out
+        out = torch.empty(len(rows), *self.decoder.shape(key), dtype=torch.uint8) if out is None else out
+        slots: dict[int, list[int]] = {}  # neighbours in a window often share frames
+        for slot, row in enumerate(rows.tolist()):
+            slots.setdefault(row, []).append(slot)
 
         def decode(part: Tensor) -> None:
-            frames[part] = self.decoder.read(key, unique[part])
+            for row, pixels in zip(part.tolist(), self.decoder.read(key, part), strict=True):
+                for slot in slots[row]:
+                    out[slot].copy_(pixels)
 
-        for _ in self.pool.map(decode, self.decoder.parts(key, unique, self.num_threads)):
+        for _ in self.pool.map(decode, self.decoder.jobs(key, torch.tensor(sorted(slots)), self.num_threads)):
             pass
-        return torch.index_select(frames, 0, back, out=out)
+        return out
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
