@@ -1,5 +1,7 @@
 """The machine a run is on: device, threads, and randomness that is addressed, not consumed."""
 
+import contextlib
+import gc
 import os
 import platform
 import random
@@ -47,6 +49,16 @@ def threads(asked: int | None) -> int:
         return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 8)
+
+
+@contextlib.contextmanager
+def without_collector():
+    """Without garbage collection: it takes a second of what LeRobot's imports take."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def seed_all(*address: int) -> None:

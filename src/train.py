@@ -12,6 +12,7 @@ from config import TrainConfig, UserError, parse_command_line
 if __name__ == "__main__":
     GIVEN = parse_command_line(sys.argv[1:])  # before the imports that take seconds: --help answers at once
 
+
 import torch
 
 import checkpoint as checkpoints
@@ -37,7 +38,7 @@ from processors import (
 )
 from report import Report, Stopwatch, TrainResult, header, numbers, training_info
 from resume import settle
-from runtime import INIT, STEP, NoHostSync, pick_device, refuse_many_processes, seed_all, threads
+from runtime import INIT, STEP, NoHostSync, pick_device, refuse_many_processes, seed_all, threads, without_collector
 
 
 def train(**settings) -> TrainResult:
@@ -49,7 +50,8 @@ def train(**settings) -> TrainResult:
     Raises:
         UserError: a mistake the user can mend, told in one line.
     """
-    run = Run(*settle(settings))
+    with without_collector():
+        run = Run(*settle(settings))
     try:
         with run.report:
             while run.step < run.config.steps:

@@ -38,7 +38,7 @@ def open_both(root, deltas, episodes=None, mode="off"):
     }
     loader = Loader(source, Frames(source, mode=mode, num_threads=2), deltas, 4, seed=1)
     times = {key: [frame / source.meta.fps for frame in window] for key, window in deltas.items()}
-    backend = loader.frames.decoder.name
+    backend = loader.frames.decoder.library
     lerobot = LeRobotDataset("x", root=root, episodes=source.episodes if episodes else None, delta_timestamps=times,
                              video_backend=backend, return_uint8=True)  # fmt: skip
     return loader, lerobot
@@ -197,7 +197,9 @@ def test_v21_with_clock_jitter_warns_in_one_line_and_trains(v21, tmp_path, capsy
     assert result.steps == 2
     lines = capsys.readouterr().out.splitlines()
     warnings = [line for line in lines if line.startswith("warning: ")]
-    assert warnings == ["warning: timestamps are up to 0.95 s off frame_index / fps: frames are taken by row, not by clock"]
+    assert warnings == [
+        "warning: timestamps are up to 0.95 s off frame_index / fps: frames are taken by row, not by clock"
+    ]
 
 
 @pytest.mark.parametrize("frames", ["fewer", "more"])

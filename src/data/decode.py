@@ -4,6 +4,7 @@ n frames, C channels, H and W as recorded, h and w at training size.
 """
 
 import contextlib
+import functools
 import io
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from config import UserError, one_line
 from data.source import Source
 
+LIBRARIES = ("torchcodec", "pyav")  # they may differ in a rounding
 OPEN_READERS = 64  # a few MB each
 CHUNK = 16  # frames decoded at a time: 15 MB at 480x640, which malloc reuses; fresh memory costs more than the copy
 
@@ -79,12 +81,16 @@ class Decoder:
         self.source, self.image_size = source, image_size
         self.idle: list[tuple[Path, object]] = []  # open readers, least recently used first
         self.lock = threading.Lock()
-        self.video_decoder, self.warnings = load_torchcodec() if source.videos else (None, [])
+
+    @functools.cached_property
+    def loaded(self) -> tuple:
+        """torchcodec's VideoDecoder or None, and why: loaded once a frame has to be decoded, which may be never."""
+        return load_torchcodec()
 
     @property
-    def name(self) -> str:
-        """Which library decodes: two of them may differ in a rounding."""
-        return "torchcodec" if self.video_decoder else "pyav"
+    def library(self) -> str:
+        """Which of LIBRARIES decodes video here."""
+        return LIBRARIES[0] if self.loaded[0] else LIBRARIES[1]
 
     def shape(self, key: str) -> tuple[int, int, int]:
         """(C, h, w) of a camera."""
@@ -132,7 +138,7 @@ class Decoder:
             places = [place for place, (idle, _) in enumerate(self.idle) if idle == path]
             reader = self.idle.pop(places[-1])[1] if places else None
         if reader is None:
-            reader = TorchcodecReader(path, self.video_decoder) if self.video_decoder else PyavReader(path)
+            reader = TorchcodecReader(path, self.loaded[0]) if self.loaded[0] else PyavReader(path)
         yield reader
         with self.lock:
             self.idle.append((path, reader))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from config import UserError, one_line
-from data.decode import CHUNK, Decoder
+from data.decode import CHUNK, LIBRARIES, Decoder
 from data.source import Source
 
 LAYOUT = 1  # another arrangement of the file is another store
@@ -57,22 +57,22 @@ class Frames:
     ):
         self.source, self.decoder = source, Decoder(source, image_size)
         self.keys = [*source.videos, *source.images]
-        self.notes = list(self.decoder.warnings)  # for people, one line each
+        self.notes: list[str] = []  # for people, one line each
         self.num_threads = num_threads
         self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         self.store: dict[str, Tensor] = {}  # (N, C, h, w) uint8 of each camera
         self.on_device = mode == "device"
-        if mode == "off" or not self.keys:
+        if not self.keys:
             return
         folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-        places = {
-            key: folder / f"{source.meta.repo_id.replace('/', '--')}-{key.split('.')[-1]}-{self.fingerprint(key)}"
-            for key in self.keys
-        }
-        missing = [key for key in self.keys if not places[key].is_dir()]
-        size = sum(self.bytes_of(key) for key in missing)
-        if missing and not self.fits(folder, size, mode):
+        places = {} if mode == "off" else {key: self.finished(key, folder) for key in self.keys}
+        missing = [key for key in self.keys if places.get(key) is None]
+        if source.videos and missing:
+            self.notes += self.decoder.loaded[1]
+        if mode == "off" or (missing and not self.fits(folder, sum(self.bytes_of(key) for key in missing), mode)):
+            self.on_device = False
             return
+        places |= {key: self.place(key, folder, self.decoder.library) for key in missing}
         for key in self.keys:
             if key in missing:
                 self.build(key, places[key], quiet)
@@ -101,9 +101,13 @@ class Frames:
             f"--frame_cache {mode}: no room for {told}: pass --frame_cache off, --image_size or another --cache_dir"
         )
 
-    def fingerprint(self, key: str) -> str:
-        """A hash of all that decides the content of a camera's store."""
-        facts = [LAYOUT, self.decoder.name if key in self.source.videos else "pillow", self.decoder.shape(key)]
+    def finished(self, key: str, folder: Path) -> Path | None:
+        """A store of this very content, decoded by either library."""
+        return next((place for library in LIBRARIES if (place := self.place(key, folder, library)).is_dir()), None)
+
+    def place(self, key: str, folder: Path, library: str) -> Path:
+        """Where a camera's store is, or will be: its name holds a hash of all that decides the content."""
+        facts = [LAYOUT, library if key in self.source.videos else "pillow", self.decoder.shape(key)]
         facts += [self.source.episodes, self.source.starts.tolist(), self.source.ends.tolist()]
         files = self.source.tables
         if key in self.source.videos:
@@ -113,7 +117,8 @@ class Frames:
         for path in files:
             stat = path.stat()
             facts.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        name = f"{self.source.meta.repo_id.replace('/', '--')}-{key.split('.')[-1]}"
+        return folder / f"{name[:80]}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
 
     def open(self, key: str, place: Path) -> Tensor:
         """(N, C, h, w) uint8 over the file, read by the system when touched."""
