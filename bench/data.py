@@ -97,6 +97,7 @@ def lerobot(root: Path, batch_size: int, seconds: float) -> tuple[float, float]:
         for _ in range(5 * workers):  # until the workers have started, and what they fetched ahead meanwhile is used up
             next(batches)
         result = rate(batches, batch_size, seconds)
+        loader._iterator._shutdown_workers()  # LeRobot's workers abort where the interpreter ends them
     return result, peak.mb
 
 

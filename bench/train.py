@@ -3,8 +3,8 @@
     python bench/train.py [--dataset_id FOLDER] [--policy_args NAME=VALUE ...] [--batch_size 8] [--device cpu] [--quick] [--json]
 
 Same dataset, policy, batch size and device; LeRobot's loader with one worker a core (two at least); ours from a frame store
-that is there already. The ceiling is our step on one batch that stays where it is. Ours and the ceiling are timed in turns
-of a few steps within one process, and stall = 1 - ours / ceiling, the median over the turns, is what getting data costs.
+that is there already; the two commands run in turns. The ceiling is our step on one batch that stays where it is: with the
+loader and with that batch in turns of a few steps within one process, stall = 1 - with / without, the median over the turns.
 "Waiting" is the share of the time that our loop stood still for its next batch.
 """
 
@@ -71,14 +71,12 @@ def settings(args, steps: int, output: str) -> dict:
     }  # fmt: skip
 
 
-def first_step(args) -> float:
-    """Seconds from launch to the end of our first step."""
+def ours(args, steps: int) -> list[float]:
+    """Step times of our command line."""
     with tempfile.TemporaryDirectory(prefix="armature-bench-") as output:
         config = Path(output) / "config.json"
-        config.write_text(json.dumps(settings(args, 1, f"{output}/run")))
-        return times_of([sys.executable, str(ROOT / "src" / "train.py"), "--config_path", str(config)], r"^step \d+/")[
-            0
-        ]
+        config.write_text(json.dumps(settings(args, steps, f"{output}/run")))
+        return times_of([sys.executable, str(ROOT / "src" / "train.py"), "--config_path", str(config)], r"^step \d+/")
 
 
 def in_turns(args, turns: int, steps: int) -> tuple[list[float], list[float], float]:
@@ -118,21 +116,20 @@ def main() -> None:
     args = parser.parse_args()
     args.cache_dir = tempfile.mkdtemp(prefix="armature-bench-")
     try:
-        first_step(args)  # builds the store
-        peers = [lerobot(args, 25 if args.quick else 60)]
-        first = statistics.median(first_step(args) for _ in range(1 if args.quick else 3))
-        mine, top, waiting = in_turns(args, *((4, 5) if args.quick else (16, 10)))
-        peers.append(lerobot(args, 25 if args.quick else 60))  # before and after: these machines drift
+        ours(args, 1)  # builds the store
+        turns, steps = (1, 20) if args.quick else (3, 40)
+        pairs = [(lerobot(args, steps), ours(args, steps)) for _ in range(turns)]  # in turns: these machines drift
+        mine, top, waiting = in_turns(args, *((4, 5) if args.quick else (16, 8)))
     finally:
         shutil.rmtree(args.cache_dir)
     result = {
-        "lerobot_steps_per_s": statistics.mean(speed(peer) for peer in peers),
-        "steps_per_s": statistics.median(mine),
+        "lerobot_steps_per_s": statistics.median(speed(theirs) for theirs, _ in pairs),
+        "steps_per_s": statistics.median(speed(own) for _, own in pairs),
         "ceiling_steps_per_s": statistics.median(top),
         "stall": statistics.median(1 - a / b for a, b in zip(mine, top, strict=True)),
         "waiting": waiting,
-        "first_step_s": first,
-        "lerobot_first_step_s": statistics.mean(peer[0] for peer in peers),
+        "first_step_s": statistics.median(own[0] for _, own in pairs),
+        "lerobot_first_step_s": statistics.median(theirs[0] for theirs, _ in pairs),
     }
     cores = len(os.sched_getaffinity(0))
     print(f"{args.policy} on {Path(args.dataset_id).name}, batch {args.batch_size}, {args.device}, {cores} cores")

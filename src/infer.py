@@ -74,7 +74,7 @@ class LoadedPolicy:
         kind, shape = self.expected[key]
         if key not in observation:
             raise UserError(
-                f"the observation has no {key!r}: expected {kind} of shape {shape}, got keys {sorted(observation)}"
+                f"the observation has no {key!r}: expected {kind} of shape {spell(shape)}, got keys {sorted(observation)}"
             )
         value = np.asarray(observation[key])
         fits = len(value.shape) == len(shape) and all(

@@ -33,13 +33,18 @@ def settle(settings: dict):
     if state is not None:
         changes = compare(config, state, resumed)
     if output_dir is None:
-        output_dir = resumed.parent if checkpoints.step_of(resumed) is not None else default_output_dir(config)
+        beside = Path(asked).expanduser().is_dir() and checkpoints.step_of(resumed) is not None  # not a download
+        output_dir = resumed.parent if beside else default_output_dir(config)
     output_dir = Path(output_dir)
     inside = checkpoints.find_checkpoints(output_dir)
     if inside and (resumed is None or resumed.resolve().parent != output_dir.resolve()):
         raise UserError(
             f"--output_dir {output_dir} already holds {inside[-1].name}: pass --resume_from_checkpoint latest to go on "
             "from it, or another --output_dir"
+        )
+    if inside and inside[-1].resolve() != resumed.resolve():
+        changes.append(
+            f"{inside[-1]} is further on: checkpoints after {resumed.name} are replaced as this run comes to them"
         )
     return config, output_dir, resumed, state, changes
 

@@ -12,7 +12,6 @@ from config import TrainConfig, UserError, parse_command_line
 if __name__ == "__main__":
     GIVEN = parse_command_line(sys.argv[1:])  # before the imports that take seconds: --help answers at once
 
-
 import torch
 
 import checkpoint as checkpoints
@@ -100,8 +99,8 @@ class Run:
         self.report.say(header(source, self.policy, config, self.device, self.step, output_dir, resumed))
         self.report.warn([*changes, *source.warnings])
         size, workers = resize_of(self.preprocess), threads(config.num_threads)
-        frames = Frames(source, size, config.frame_cache, config.cache_dir, workers, self.device, config.quiet)
-        self.report.say("\n".join(frames.notes))
+        cache = (config.frame_cache, config.cache_dir)
+        frames = Frames(source, size, *cache, workers, self.device, config.quiet, self.report.say)
         self.loader = Loader(
             source,
             frames,

@@ -135,6 +135,8 @@ def test_an_error_while_reading_reaches_the_loop(made):
     loader = Loader(source, Frames(source), {}, 4, seed=3)
     with pytest.raises(UserError, match=r"gone/videos/.*file-000\.mp4: frames \d+ to \d+ cannot be decoded"):
         next(loader)
+    with pytest.raises(UserError):
+        next(loader)  # and does not hang
     loader.close()
 
 

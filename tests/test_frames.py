@@ -32,14 +32,15 @@ def stores(folder):
 @pytest.mark.parametrize("size", [None, [30, 40]])
 def test_store_holds_what_decoding_on_the_fly_gives(made, tmp_path, name, size):
     source = open_dataset(str(made(name)))
-    fly, built = Frames(source, size), Frames(source, size, "on", tmp_path, num_threads=2)
-    opened = Frames(source, size, "on", tmp_path)
+    first, second = [], []
+    fly, built = Frames(source, size), Frames(source, size, "on", tmp_path, num_threads=2, say=first.append)
+    opened = Frames(source, size, "on", tmp_path, say=second.append)
     assert fly.store == {}
     assert all_frames(fly).shape[1:] == (3, *(size or (64, 96)))
     assert torch.equal(all_frames(fly), all_frames(built))
     assert torch.equal(all_frames(fly), all_frames(opened))
-    assert any("GB of decoded frames in" in note for note in built.notes)
-    assert not any("GB of decoded frames in" in note for note in opened.notes)
+    assert [line for line in first if line.startswith("frame cache: 0.0 GB of decoded frames in")]
+    assert second == []
 
 
 def test_resized_as_the_saved_pipeline_does_to_a_rounding(made):
@@ -87,9 +88,10 @@ def test_auto_falls_back_with_one_line_and_on_refuses(made, tmp_path, monkeypatc
     source = open_dataset(str(made("video")))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
-    auto = Frames(source, None, "auto", tmp_path)
+    said = []
+    auto = Frames(source, None, "auto", tmp_path, say=said.append)
     assert auto.store == {}
-    assert [note for note in auto.notes if note.startswith("frame cache off, no room for 0.0 GB of decoded frames in")]
+    assert [line for line in said if line.startswith("frame cache off, no room for 0.0 GB of decoded frames in")]
     assert torch.equal(all_frames(auto), all_frames(Frames(source)))
     with pytest.raises(
         UserError, match=r"--frame_cache on: no room for .* pass --frame_cache off, --image_size or another --cache_dir"
@@ -201,6 +203,25 @@ def test_cache_modes_train_the_same_weights(tmp_path):
         )
         weights.append(load_file(train(**settings, output_dir=str(tmp_path / mode)).checkpoint / "policy.safetensors"))
     assert all(torch.equal(value, other[key]) for other in weights[1:] for key, value in weights[0].items())
+
+
+def test_a_cache_folder_that_cannot_be_made(made, tmp_path):
+    (tmp_path / "file").write_text("")
+    said = []
+    source = open_dataset(str(made("video")))
+    assert Frames(source, None, "auto", tmp_path / "file" / "cache", say=said.append).store == {}
+    assert "no room for decoded frames in" in said[-1]
+    with pytest.raises(UserError, match="Not a directory"):
+        Frames(source, None, "on", tmp_path / "file" / "cache")
+
+
+def test_a_store_of_another_size_than_it_should_have_is_not_read(made, tmp_path):
+    source = open_dataset(str(made("video")))
+    Frames(source, None, "on", tmp_path)
+    with open(next(tmp_path.glob("*/frames.u8")), "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match=r"frames\.u8 has 1000 bytes, expected 608256: delete "):
+        Frames(source, None, "on", tmp_path)
 
 
 def test_list_and_prune(made, tmp_path, capsys):

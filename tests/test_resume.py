@@ -88,6 +88,15 @@ def test_changed_settings_are_told_and_a_finished_run_is_left_alone(made, tmp_pa
     assert state["param_groups"][0]["lr"] == 2e-3
 
 
+def test_going_back_to_an_earlier_checkpoint_is_told(made, tmp_path, capsys):
+    settings = small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path))
+    train(**settings)
+    train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    told = f"warning: {tmp_path}/checkpoint-4 is further on: checkpoints after checkpoint-2 are replaced as this run comes to them"
+    assert told in capsys.readouterr().out
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_renamed_folder_needs_resume_step(made, tmp_path):
     settings = small(dataset_id=str(made("video")))
     train(**settings, output_dir=str(tmp_path / "run"))

@@ -10,6 +10,7 @@ folder is renamed. Its name is a hash of all that decides its content, so it is 
 N rows, B samples, C channels, h and w pixels at training size.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -47,17 +48,26 @@ class Frames:
         num_threads: threads that decode.
         device: where `device` holds the frames.
         quiet: no progress bar.
+        say: takes what a person should know, a line at a time.
 
     Raises:
         UserError: a frame cannot be decoded, or the disk or the device has no room for what `on` or `device` ask.
     """
 
     def __init__(
-        self, source: Source, image_size=None, mode="off", cache_dir=None, num_threads=1, device="cpu", quiet=True
+        self,
+        source: Source,
+        image_size: list[int] | None = None,
+        mode: str = "off",
+        cache_dir: str | Path | None = None,
+        num_threads: int = 1,
+        device: torch.device | str = "cpu",
+        quiet: bool = True,
+        say=lambda line: None,
     ):
         self.source, self.decoder = source, Decoder(source, image_size)
         self.keys = [*source.videos, *source.images]
-        self.notes: list[str] = []  # for people, one line each
+        self.say = say
         self.num_threads = num_threads
         self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         self.store: dict[str, Tensor] = {}  # (N, C, h, w) uint8 of each camera
@@ -68,7 +78,8 @@ class Frames:
         places = {} if mode == "off" else {key: self.finished(key, folder) for key in self.keys}
         missing = [key for key in self.keys if places.get(key) is None]
         if source.videos and missing:
-            self.notes += self.decoder.loaded[1]
+            for line in self.decoder.loaded[1]:
+                say(line)
         if mode == "off" or (missing and not self.fits(folder, sum(self.bytes_of(key) for key in missing), mode)):
             self.on_device = False
             return
@@ -85,15 +96,18 @@ class Frames:
 
     def fits(self, folder: Path, size: int, mode: str) -> bool:
         """Whether `size` more bytes go on the cache's disk; `auto` says what it does about it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        disk = shutil.disk_usage(folder)
-        room = disk.free - (max(SPARE, disk.total // 10) if mode == "auto" else 0)
-        told = f"{size / 1e9:.1f} GB of decoded frames in {folder}, {disk.free / 1e9:.1f} GB free"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            disk = shutil.disk_usage(folder)
+            room = disk.free - (max(SPARE, disk.total // 10) if mode == "auto" else 0)
+            told = f"{size / 1e9:.1f} GB of decoded frames in {folder}, {disk.free / 1e9:.1f} GB free"
+        except OSError as error:
+            room, told = 0, f"decoded frames in {folder} ({error.strerror})"
         if size <= room:
-            self.notes.append(f"frame cache: {told}")
+            self.say(f"frame cache: {told}")
             return True
         if mode == "auto":
-            self.notes.append(
+            self.say(
                 f"frame cache off, no room for {told}: frames are decoded as they are needed (--cache_dir, --image_size)"
             )
             return False
@@ -122,9 +136,12 @@ class Frames:
 
     def open(self, key: str, place: Path) -> Tensor:
         """(N, C, h, w) uint8 over the file, read by the system when touched."""
-        os.utime(place)  # when it was last used, for prune
-        shape = (self.source.rows, *self.decoder.shape(key))
-        return torch.from_numpy(np.memmap(place / "frames.u8", np.uint8, "c", shape=shape))  # private: never written
+        shape, path = (self.source.rows, *self.decoder.shape(key)), place / "frames.u8"
+        if path.stat().st_size != self.bytes_of(key):
+            raise UserError(f"{path} has {path.stat().st_size} bytes, expected {self.bytes_of(key)}: delete {place}")
+        with contextlib.suppress(PermissionError):  # a cache that others keep
+            os.utime(place)  # when it was last used, for prune
+        return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))  # private: never written
 
     def build(self, key: str, place: Path, quiet: bool) -> None:
         """Decode a camera's frames into `place`, unless another process has done so by the time it lets us."""

@@ -92,6 +92,7 @@ class Loader:
             self._free.put((self._held, copied))
         batch, self._held = self._ahead.get()
         if isinstance(batch, BaseException):
+            self._ahead.put((batch, None))  # and again to whoever asks after that: there will be no other batch
             raise batch
         return batch
 
