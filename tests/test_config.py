@@ -138,4 +138,4 @@ def test_readme_names_only_files_that_exist():
 
 def test_shipped_configs_are_valid():
     for path in (ROOT / "configs").glob("*"):
-        merge(read_config_file(str(path)))
+        assert merge(read_config_file(str(path))).output_dir.startswith("outputs/")

@@ -181,9 +181,8 @@ class Frames:
         }
         (folder / "about.json").write_text(json.dumps(facts))
         lengths = (self.source.ends - self.source.starts).tolist()
-        bar = tqdm(
-            total=self.source.rows, unit="frame", desc=f"decoding {key.split('.')[-1]}", disable=quiet, mininterval=1
-        )
+        every = 1 if sys.stderr.isatty() or "ipykernel" in sys.modules else 30  # seconds; a log file keeps each update
+        bar = tqdm(total=self.source.rows, unit="frame", desc=f"decoding {key}", disable=quiet, mininterval=every)
         with bar, open(journal, "a") as log, ThreadPoolExecutor(self.num_threads, thread_name_prefix="decode") as pool:
             jobs = {
                 pool.submit(self.decode_episode, key, i, path, bar): i

@@ -99,9 +99,9 @@ def join(columns: list):
 
 
 def join_videos(videos: list[Videos]) -> Videos:
-    offsets = [0, *torch.tensor([len(v.files) for v in videos]).cumsum(0).tolist()]
+    offsets = [0, *torch.tensor([len(v.files) for v in videos]).cumsum(0).tolist()][:-1]
     return Videos(
         [path for v in videos for path in v.files],
-        torch.cat([v.file + offset for v, offset in zip(videos, offsets, strict=False)]),
+        torch.cat([v.file + offset for v, offset in zip(videos, offsets, strict=True)]),
         torch.cat([v.first for v in videos]),
     )
