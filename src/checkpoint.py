@@ -1,15 +1,18 @@
-"""The checkpoint folder: written whole or not at all, found, verified, read. Knows files, not loops.
+"""The checkpoint folder: found, verified, read, pruned, and a CLI to look at it. Knows files, not loops.
 
-A checkpoint is written into a hidden folder beside its place, every file is flushed to disk and listed with its sha256 in
-manifest.json, and then the folder is renamed: one called checkpoint-<step> is complete or does not exist.
+python src/checkpoint.py list outputs/my_run
+python src/checkpoint.py verify outputs/my_run
+python src/checkpoint.py show outputs/my_run/checkpoint-5000
 """
 
+import argparse
 import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,84 +43,25 @@ class TrainState:
     training_info: dict
 
 
-def write_checkpoint(
-    output_dir: Path, step: int, policy, preprocessor, postprocessor, optimizer, state: TrainState
-) -> Path:
-    """Write checkpoint-<step> into `output_dir` and return it.
-
-    Raises:
-        UserError: the disk is full or cannot be written; nothing is left behind and earlier checkpoints are untouched.
-    """
-    import torch
-    from safetensors.torch import save_model
-
-    place = output_dir / f"checkpoint-{step}"
-    folder = output_dir / f".checkpoint-{step}.{os.getpid()}.tmp"
-    try:
-        folder.mkdir(parents=True)
-        save_model(policy, str(folder / WEIGHTS))
-        policy.config.save_pretrained(folder)
-        preprocessor.save_pretrained(folder, config_filename="preprocessor_config.json")
-        postprocessor.save_pretrained(folder, config_filename="postprocessor_config.json")
-        torch.save(optimizer.state_dict(), folder / OPTIMIZER)
-        for name in ("trainer_state", "train_config", "training_info"):
-            (folder / f"{name}.json").write_text(json.dumps(getattr(state, name), indent=2) + "\n")
-        for alias, name in ALIASES.items():
-            link(folder / name, folder / alias)
-        files = sorted(path for path in folder.iterdir())
-        manifest = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in files}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        for path in [*files, folder / MANIFEST, folder]:
-            flush(path)
-        aside = output_dir / f".checkpoint-{step}.{os.getpid()}.old"
-        if place.exists():  # an earlier course of this run wrote that step
-            os.rename(place, aside)
-        os.rename(folder, place)
-        flush(output_dir)
-        shutil.rmtree(aside, ignore_errors=True)
-    except (OSError, RuntimeError) as error:  # torch and safetensors tell a full disk as errors of their own
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError) or "write" in str(error).lower() or "os error" in str(error).lower():
-            raise UserError(
-                f"checkpoint-{step} could not be written to {output_dir}: {one_line(error)[:200]}; "
-                "earlier checkpoints are whole: free some space and resume"
-            ) from error
-        raise
-    return place
-
-
-def link(source: Path, alias: Path) -> None:
-    """`alias` as a hard link to `source`, or as a copy where the file system has none."""
-    try:
-        os.link(source, alias)
-    except OSError:
-        shutil.copyfile(source, alias)
-
-
-def flush(path: Path) -> None:
-    """Have a file or folder on the disk itself, not only in the system's cache."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def publish(checkpoint: Path, output_dir: Path) -> None:
-    """Put the files that run the policy into `output_dir` itself, one atomic replacement each."""
-    for source in sorted(checkpoint.iterdir()):
-        if source.name not in NOT_FINAL:
-            fresh = output_dir / f".{source.name}.{os.getpid()}.tmp"
-            # weights are linked, for their size; what a person might edit is copied, or the checkpoint would change with it
-            (link if source.suffix == ".safetensors" else shutil.copyfile)(source, fresh)
-            os.replace(fresh, output_dir / source.name)
+def manifest_text(files: dict[str, dict]) -> str:
+    """manifest.json of `files` (name -> size and sha256), with its own sha256 as the last entry."""
+    own = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return json.dumps({**files, MANIFEST: {"sha256": own}}, indent=2) + "\n"
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of all files that lie in `folder`."""
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(manifest_text(files))
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
@@ -132,66 +76,78 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def prune(output_dir: Path, keep_last: int | None, never: Path | None) -> None:
-    """Delete all but the `keep_last` newest checkpoints, and never the one being resumed from."""
-    if keep_last is not None:
-        for path in find_checkpoints(output_dir)[:-keep_last]:
-            if never is None or path.resolve() != never.resolve():
-                (
-                    path / MANIFEST
-                ).unlink()  # incomplete from here on: a half-deleted folder is not taken for a checkpoint
-                shutil.rmtree(path)
+def prune(output_dir: Path, step: int, keep_last: int | None, keep_every: int | None, never=()) -> None:
+    """Delete checkpoints up to `step` but the `keep_last` newest (None keeps all), multiples of `keep_every`, and `never`.
+
+    Those after `step` are an earlier course of the run, which it replaces as it comes to them.
+    """
+    if keep_last is None:
+        return
+    kept = {path.resolve() for path in never}
+    for path in [path for path in find_checkpoints(output_dir) if step_of(path) <= step][:-keep_last]:
+        if path.resolve() not in kept and not (keep_every and step_of(path) % keep_every == 0):
+            gone = path.with_name(f".{path.name}.tmp")
+            os.rename(path, gone)  # a half-deleted folder is never called checkpoint-<step>
+            shutil.rmtree(gone)
 
 
 def make_ready(output_dir: Path) -> None:
-    """Make the folder, remove what processes that are gone left half-written, put back what they were replacing.
+    """Remove what a process that is gone left half-written, and put back what it was replacing.
 
     Raises:
-        UserError: it cannot be written.
+        OSError: the folder cannot be written.
     """
-    import psutil
-
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / f".writable.{os.getpid()}.tmp").write_bytes(b"?" * 4096)
-        (output_dir / f".writable.{os.getpid()}.tmp").unlink()
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
-    for path in [*output_dir.glob(".*.tmp"), *output_dir.glob(".checkpoint-*.old")]:
-        name, pid, kind = path.name[1:].rsplit(".", 2)
-        if not pid.isdigit() or psutil.pid_exists(int(pid)):
-            continue
-        if kind == "old" and not (output_dir / name).exists():
-            os.rename(path, output_dir / name)
-        else:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (output_dir / ".writable.tmp").write_bytes(b"?" * 4096)
+    for aside in output_dir.glob(".checkpoint-*.old"):
+        place = output_dir / aside.name[1:].removesuffix(".old")
+        shutil.rmtree(aside) if place.exists() else os.rename(aside, place)
+    for path in output_dir.glob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def find_resume(asked: str, output_dir: Path) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means; None if `auto` finds none.
+def find_resume(asked: str, output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `--resume_from_checkpoint` means, verified (None if `auto` finds none), and what to warn of.
 
     Raises:
-        UserError: there is none, or it is no checkpoint.
+        UserError: there is none, it is no checkpoint, or it is damaged.
     """
     if asked in ("latest", "auto"):
-        found = find_checkpoints(output_dir)
-        if not found and asked == "latest":
-            raise UserError(
-                f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint-<step> folder: drop the flag to start afresh"
-            )
-        return found[-1] if found else None
+        return newest_whole(output_dir, asked)
     path = Path(asked).expanduser()
     if path.is_dir():
         if not (path / MANIFEST).is_file():
             inside = find_checkpoints(path)
             hint = f": it holds {inside[-1].name}, pass {inside[-1]}" if inside else ": pass a checkpoint-<step> folder"
             raise UserError(f"--resume_from_checkpoint {asked} is no complete checkpoint (it has no {MANIFEST}){hint}")
-        return path
-    if asked.count("/") == 1 and not path.parent.exists() and not asked.startswith((".", "~")):
-        return download_checkpoint(asked)
-    names = [p.name for p in find_checkpoints(path.parent)]
-    there = f"{nearest(path.name, names)}: {path.parent} has {', '.join(names)}" if names else ""
-    raise UserError(f"--resume_from_checkpoint {asked}: there is no such folder{there}")
+    elif asked.count("/") == 1 and not path.parent.exists() and not asked.startswith((".", "~")):
+        path = download_checkpoint(asked)
+    else:
+        names = [p.name for p in find_checkpoints(path.parent)]
+        there = f"{nearest(path.name, names)}: {path.parent} has {', '.join(names)}" if names else ""
+        raise UserError(f"--resume_from_checkpoint {asked}: there is no such folder{there}")
+    try:
+        verify(path)
+    except UserError as error:
+        raise UserError(f"{error}: take another checkpoint") from None
+    return path, []
+
+
+def newest_whole(output_dir: Path, asked: str) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is not damaged, and a warning for each newer one that is."""
+    found, warnings = find_checkpoints(output_dir), []
+    for path in reversed(found):
+        try:
+            verify(path)
+            return path, warnings
+        except UserError as error:
+            warnings.append(f"{error}: it is passed over")
+    if found:
+        raise UserError(f"{warnings[-1]}, and {output_dir} has no other: delete it to start afresh")
+    if asked == "latest":
+        raise UserError(
+            f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint-<step> folder: drop the flag to start afresh"
+        )
+    return None, []
 
 
 def download_checkpoint(repo: str) -> Path:
@@ -206,19 +162,28 @@ def verify(path: Path) -> None:
     """Compare every file with the manifest.
 
     Raises:
-        UserError: names the first file that is missing or differs.
+        UserError: names the files that are missing or differ.
     """
-    manifest = read_json(path / MANIFEST)
-    for name, wanted in manifest.items():
+    manifest, damage, hashed = read_json(path / MANIFEST), [], {}
+    files = {name: entry for name, entry in manifest.items() if name != MANIFEST} if type(manifest) is dict else {}
+    if manifest_text(files) != (path / MANIFEST).read_text():
+        raise UserError(f"{path} is damaged: {MANIFEST} does not match its sha256")
+    for name, wanted in files.items():
         file = path / name
         if not file.is_file():
-            raise UserError(f"{path} is damaged: {name} is missing: take another checkpoint")
-        if file.stat().st_size != wanted["size"]:
-            raise UserError(
-                f"{path} is damaged: {name} has {file.stat().st_size} bytes, expected {wanted['size']}: take another checkpoint"
-            )
-        if sha256(file) != wanted["sha256"]:
-            raise UserError(f"{path} is damaged: {name} does not match its sha256: take another checkpoint")
+            damage.append(f"{name} is missing")
+            continue
+        there = file.stat()
+        if there.st_size != wanted["size"]:
+            damage.append(f"{name} has {there.st_size} bytes, expected {wanted['size']}")
+            continue
+        inode = (there.st_dev, there.st_ino) if there.st_ino else name
+        if inode not in hashed:  # two names of one file are read once
+            hashed[inode] = sha256(file)
+        if hashed[inode] != wanted["sha256"]:
+            damage.append(f"{name} does not match its sha256")
+    if damage:
+        raise UserError(f"{path} is damaged: {', '.join(damage)}")
 
 
 def read_state(path: Path, resume_step: int | None) -> TrainState:
@@ -268,4 +233,53 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)[:160]}: take another checkpoint") from None
+        raise UserError(f"{path} cannot be read: {one_line(error)[:160]}") from None
+
+
+def describe(path: Path) -> str:
+    """One line about a checkpoint: name, bytes, when and with what loss it was saved, and whether it is whole."""
+    try:
+        verify(path)
+        info, state = read_json(path / "training_info.json"), "whole"
+        loss = "-" if info["loss"] is None else f"{info['loss']:.4g}"
+        said = f"loss {loss:>8}  saved {info['saved_at']}"
+    except UserError as error:
+        said, state = "", str(error).removeprefix(f"{path} is ")
+    inodes = {file.stat().st_ino: file.stat().st_size for file in path.iterdir()}  # links counted once
+    return f"{path.name:<20} {sum(inodes.values()) / 1e6:9.1f} MB  {said}  {state}"
+
+
+def show(path: Path) -> str:
+    """What a checkpoint is: facts of its run, the settings that are not the defaults, its files."""
+    from config import FIELDS
+
+    info, config = read_json(path / "training_info.json"), read_json(path / "train_config.json")
+    lines = [f"{name:<15} {value}" for name, value in info.items() if not isinstance(value, dict)]
+    lines += [f"--{name} {value}" for name, value in config.items() if name in FIELDS and value != FIELDS[name].default]
+    return "\n".join([*lines, *(f"{file.stat().st_size:>12,}  {file.name}" for file in sorted(path.iterdir()))])
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="checkpoint.py", description="Look at checkpoints.")
+    parser.add_argument("what", choices=("list", "verify", "show"), help="list or verify a run's, or show one")
+    parser.add_argument("path", type=Path, help="a run's folder or a checkpoint-<step> folder")
+    args = parser.parse_args(argv)
+    found = [args.path] if (args.path / MANIFEST).is_file() else find_checkpoints(args.path)
+    if not found:
+        print(f"error: {args.path} is no checkpoint and holds none", file=sys.stderr)
+        return 2
+    damaged = 0
+    for path in found if args.what == "verify" else found[-1:] if args.what == "show" else []:
+        try:
+            verify(path)
+            print(show(path) if args.what == "show" else f"{path}: whole")
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            damaged = 2
+    if args.what == "list":
+        print("\n".join(describe(path) for path in found))
+    return damaged
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -126,7 +126,15 @@ class TrainConfig:
     output_dir: Optional[str] = setting("output", None, "where the run is kept (else outputs/<dataset>_<policy>)")
     log_freq: int = setting("output", 50, "steps between two lines of metrics.jsonl")
     save_freq: int = setting("output", 5_000, "steps between two checkpoints, 0 for one at the end")
+    save_minutes: Optional[float] = setting("output", None, "save as well when this many minutes have gone by")
+    save_async: str = setting(
+        "output",
+        "on",
+        "write checkpoints in the background: on (takes their size in memory), or off (training waits)",
+        choices=("on", "off"),
+    )
     keep_last: Optional[int] = setting("output", None, "keep this many newest checkpoints (else all)")
+    keep_every: Optional[int] = setting("output", None, "with keep_last: keep those at multiples of this step as well")
     push_to_hub: Optional[str] = setting("output", None, "Hub repo to upload the finished policy to, such as me/my_act")
     quiet: bool = setting("output", False, "print only warnings and the closing line")
 
@@ -148,6 +156,7 @@ class TrainConfig:
             "num_threads": 1,
             "log_freq": 1,
             "keep_last": 1,
+            "keep_every": 1,
             "save_freq": 0,
             "warmup_steps": 0,
             "resume_step": 0,
@@ -161,6 +170,10 @@ class TrainConfig:
                 raise UserError(f"--{name} must be at least {low}, got {value}")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise UserError(f"--lr must be above 0, got {self.lr}")
+        if self.save_minutes is not None and not self.save_minutes > 0:
+            raise UserError(f"--save_minutes must be above 0, got {self.save_minutes}")
+        if self.keep_every is not None and self.keep_last is None:
+            raise UserError("--keep_every keeps checkpoints besides the newest: pass --keep_last as well")
         if self.image_size is not None and min(self.image_size) < 1:
             raise UserError(f"--image_size must be two positive numbers (height width), got {self.image_size}")
         if self.warmup_steps is not None and self.warmup_steps > self.steps:

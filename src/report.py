@@ -25,6 +25,7 @@ class TrainResult:
         checkpoint: the newest checkpoint folder.
         policy: the trained policy, on its device, in eval mode.
         output_dir: the run's folder.
+        stopped_by: the signal that ended the run before its last step, such as "SIGINT"; None if it went to its end.
     """
 
     steps: int
@@ -33,10 +34,12 @@ class TrainResult:
     checkpoint: Path
     policy: object = field(repr=False)
     output_dir: Path = field(repr=False)
+    stopped_by: str | None = None
 
     def __repr__(self):
         loss = "-" if self.final_loss is None else f"{self.final_loss:.4g}"
-        return f"TrainResult(steps={self.steps}, final_loss={loss}, checkpoint={str(self.checkpoint)!r})"
+        stopped = f", stopped_by={self.stopped_by!r}" if self.stopped_by else ""
+        return f"TrainResult(steps={self.steps}, final_loss={loss}, checkpoint={str(self.checkpoint)!r}{stopped})"
 
     def plot(self):
         """The loss and learning rate over steps, as a matplotlib figure."""
@@ -109,7 +112,7 @@ class Report:
         if text and not self.quiet:
             self._print(text)
 
-    def warn(self, texts: list[str]) -> None:
+    def warn(self, *texts: str) -> None:
         for text in texts:
             self._print(f"warning: {text}")
 
@@ -200,7 +203,7 @@ class Stopwatch:
     """Wall time of the run, and since the last log line how much of it went into waiting for data."""
 
     def __init__(self):
-        self.start = self.lap = time.perf_counter()
+        self.start = self.lap = self.last_save = time.perf_counter()
         self.waited, self.left_out, self.steps = 0.0, 0.0, 0
 
     def wait(self, loader):
@@ -211,9 +214,13 @@ class Stopwatch:
         self.steps += 1
         return batch
 
-    def leave_out(self, seconds: float) -> None:
-        """Time that is not training's, such as a save."""
+    def saved(self, seconds: float) -> None:
+        """A save has just held the loop up for `seconds`, which are not training's."""
         self.left_out += seconds
+        self.last_save = time.perf_counter()
+
+    def minutes_since_save(self) -> float:
+        return (time.perf_counter() - self.last_save) / 60
 
     def since_start(self) -> float:
         return time.perf_counter() - self.start

@@ -1,9 +1,11 @@
 """Which run is meant: settings, output folder and checkpoint, settled before anything heavy is loaded."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import checkpoint as checkpoints
 from config import TrainConfig, UserError, check_names, merge, read_config_file
+from writer import sole_writer
 
 POLICY_FIELDS = ("policy", "policy_path", "policy_args", "image_size")  # a resumed run keeps its policy
 # another value of these is another run
@@ -13,8 +15,10 @@ COURSE_FIELDS = (
 )  # fmt: skip
 
 
-def settle(settings: dict):
-    """What `settings` ask for: config, output folder, checkpoint to go on from, its state, and changes against it.
+def settle(settings: dict, held: ExitStack):
+    """What `settings` ask for: config, output folder, checkpoint to go on from, its state, and what to warn of.
+
+    The output folder is this run's alone until `held` is closed.
 
     Raises:
         UserError: unknown or contradicting settings, no such checkpoint, or an output folder that is in use.
@@ -24,17 +28,17 @@ def settle(settings: dict):
     asked, output_dir = given.get("resume_from_checkpoint"), given.get("output_dir")
     if output_dir is None and asked in (None, "latest", "auto"):
         output_dir = default_output_dir(merge(given))
-    resumed = checkpoints.find_resume(asked, output_dir and Path(output_dir)) if asked else None
-    state, changes = None, []
-    if resumed is not None:
-        checkpoints.verify(resumed)
-        state = checkpoints.read_state(resumed, given.get("resume_step"))
+    if output_dir is not None:
+        held.enter_context(sole_writer(Path(output_dir)))
+    resumed, changes = checkpoints.find_resume(asked, output_dir and Path(output_dir)) if asked else (None, [])
+    state = None if resumed is None else checkpoints.read_state(resumed, given.get("resume_step"))
     config = merge(given, state and state.train_config)
     if state is not None:
-        changes = compare(config, state, resumed)
+        changes += compare(config, state, resumed)
     if output_dir is None:
         beside = Path(asked).expanduser().is_dir() and checkpoints.step_of(resumed) is not None  # not a download
         output_dir = resumed.parent if beside else default_output_dir(config)
+        held.enter_context(sole_writer(output_dir))
     output_dir = Path(output_dir)
     inside = checkpoints.find_checkpoints(output_dir)
     if inside and (resumed is None or resumed.resolve().parent != output_dir.resolve()):

@@ -5,6 +5,8 @@ import gc
 import os
 import platform
 import random
+import signal
+import threading
 from importlib.metadata import version
 
 import numpy as np
@@ -59,6 +61,33 @@ def without_collector():
         yield
     finally:
         gc.enable()
+
+
+class StopSignals:
+    """Within this, SIGINT, SIGTERM and SIGUSR1 are kept in `asked` for the loop to see; a second SIGINT interrupts at once.
+
+    SLURM sends SIGUSR1 ahead of a job's end if asked to (`--signal=USR1@120`), SIGTERM at its end.
+    """
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+
+    def __init__(self):
+        self.asked: signal.Signals | None = None
+
+    def _ask(self, number, frame):
+        if self.asked == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.asked = self.asked or signal.Signals(number)
+
+    def __enter__(self):
+        mine = threading.current_thread() is threading.main_thread()  # Python gives signals to that thread alone
+        there = [getattr(signal, name) for name in self.NAMES if mine and hasattr(signal, name)]
+        self.before = {number: signal.signal(number, self._ask) for number in there}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def seed_all(*address: int) -> None:

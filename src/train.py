@@ -3,6 +3,9 @@
 Top to bottom: train() and its loop, one step, what is logged and saved, and how a run comes to be.
 """
 
+import contextlib
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -16,68 +19,61 @@ import torch
 
 import checkpoint as checkpoints
 import hub
-from data.frames import Frames
-from data.loader import Loader
-from data.source import open_dataset
-from data.union import unite
-from optim import apply_flags, make_optimizer, make_schedule
-from policy import build_policy, load_policy_config, policy_config
-from processors import (
-    adapt_processors,
-    feature_problems,
-    has_processors,
-    load_processors,
-    make_processors,
-    pixels_to_float,
-    policy_features,
-    resize_of,
-    stats_problems,
-    usable_stats,
-    window_deltas,
-)
+from build import build_loader, build_policy_and_processors, build_source
+from optim import make_optimizer, make_schedule
+from processors import pixels_to_float
 from report import Report, Stopwatch, TrainResult, header, numbers, training_info
 from resume import settle
-from runtime import INIT, STEP, NoHostSync, pick_device, refuse_many_processes, seed_all, threads, without_collector
+from runtime import (
+    INIT,
+    STEP,
+    NoHostSync,
+    StopSignals,
+    pick_device,
+    refuse_many_processes,
+    seed_all,
+    without_collector,
+)
+from writer import Writer, publish
 
 
 def train(**settings) -> TrainResult:
     """Train a policy. Every keyword is a flag of the command line: `python src/train.py --help` lists them.
 
+    SIGINT (Ctrl-C, a notebook's interrupt), SIGTERM and SIGUSR1 end it after the step under way, with a checkpoint.
+
     Returns:
-        TrainResult with steps, final_loss, history, checkpoint, policy and plot().
+        TrainResult with steps, final_loss, history, checkpoint, policy, stopped_by and plot().
 
     Raises:
         UserError: a mistake the user can mend, told in one line.
+        KeyboardInterrupt: a second SIGINT; what was being written is dropped, earlier checkpoints are whole.
     """
-    with without_collector():
-        run = Run(*settle(settings))
-    try:
-        with run.report:
-            while run.step < run.config.steps:
-                batch = run.watch.wait(run.loader)
-                parts, grad_norm = run.train_step(batch)
-                if run.is_log_step():
-                    run.log(parts, grad_norm)
-                if run.is_save_step():
-                    run.save()
-    finally:
-        run.loader.close()
-    return run.finish()
+    with contextlib.ExitStack() as held:
+        with without_collector():
+            run = Run(*settle(settings, held), held)
+        while not run.is_over():
+            batch = run.watch.wait(run.loader)
+            parts, grad_norm = run.train_step(batch)
+            if run.is_log_step():
+                run.log(parts, grad_norm)
+            if run.is_save_step():
+                run.save()
+        return run.finish()
 
 
 class Run:
     """One training run: the policy and everything that moves it, and where it stands."""
 
-    def __init__(self, config: TrainConfig, output_dir: Path, resumed: Path | None, state, changes: list[str]):
+    def __init__(self, config: TrainConfig, output_dir: Path, resumed: Path | None, state, changes: list[str], held):
         refuse_many_processes()
         self.config, self.output_dir, self.resumed = config, output_dir, resumed
         self.device = pick_device(config.device)
-        opened = [
-            open_dataset(name, config.dataset_root, config.revision, config.episodes) for name in config.dataset_id
-        ]
-        source = unite(opened)
+        source = build_source(config)
         seed_all(config.seed, INIT)
-        self.policy, self.preprocess, self.postprocess = build(config, resumed, source, self.device)
+        self.policy, self.preprocess, self.postprocess = build_policy_and_processors(
+            config, resumed, source, self.device
+        )
         self.optimizer, self.clip_norm = make_optimizer(self.policy, config)
         self.set_lr = make_schedule(self.policy, self.optimizer, config)
         self.cameras = source.meta.camera_keys
@@ -93,27 +89,18 @@ class Run:
         if resumed is not None:
             checkpoints.load_optimizer(resumed, self.optimizer)
 
-        checkpoints.make_ready(output_dir)
-        self.saved, self.start_step = resumed, self.step
-        self.report = Report(output_dir, self.step, config.steps, config.quiet)
+        self.start_step, self.saved_step = self.step, self.step if resumed else None
+        self.report = held.enter_context(Report(output_dir, self.step, config.steps, config.quiet))
         self.report.say(header(source, self.policy, config, self.device, self.step, output_dir, resumed))
-        self.report.warn([*changes, *source.warnings])
-        size, workers = resize_of(self.preprocess), threads(config.num_threads)
-        cache = (config.frame_cache, config.cache_dir)
-        frames = Frames(source, size, *cache, workers, self.device, config.quiet, self.report.say)
-        self.loader = Loader(
-            source,
-            frames,
-            window_deltas(self.policy.config, source.meta),
-            config.batch_size,
-            config.seed,
-            self.samples_seen,
-            getattr(self.policy.config, "drop_n_last_frames", 0),
-            self.device,
-            config.dataset_weights,
+        self.report.warn(*changes, *source.warnings)
+        self.loader = build_loader(
+            config, source, self.policy, self.preprocess, self.samples_seen, self.device, self.report.say
         )
+        held.callback(self.loader.close)
+        self.writer = held.enter_context(Writer(output_dir, config, self.report.warn, resumed))
         self.policy.train()
         self.watch = Stopwatch()
+        self.signals = held.enter_context(StopSignals())
 
     def train_step(self, batch: dict):
         """One optimizer step on a batch; returns the policy's sub-losses and the gradient norm, on the device."""
@@ -139,11 +126,20 @@ class Run:
         self.report.advance()
         return parts, grad_norm
 
+    def is_over(self) -> bool:
+        return self.step >= self.config.steps or (self.signals.asked is not None and self.saved_step == self.step)
+
     def is_log_step(self) -> bool:
         return self.step % self.config.log_freq == 0 or self.step in (1, self.config.steps)
 
     def is_save_step(self) -> bool:
-        return (self.config.save_freq > 0 and self.step % self.config.save_freq == 0) or self.step == self.config.steps
+        minutes, freq = self.config.save_minutes, self.config.save_freq
+        return (
+            (freq > 0 and self.step % freq == 0)
+            or self.step == self.config.steps
+            or (minutes is not None and self.watch.minutes_since_save() >= minutes)
+            or self.signals.asked is not None
+        )
 
     def stop_if_not_finite(self) -> None:
         first = int(self.bad_step)  # waits for the device
@@ -159,6 +155,7 @@ class Run:
     def log(self, parts: dict | None, grad_norm) -> None:
         """One line of metrics, the loss as its mean since the line before."""
         self.stop_if_not_finite()
+        self.writer.check()
         line = {
             "step": self.step,
             "epoch": round(self.samples_seen / self.loader.samples_per_epoch, 4),
@@ -170,7 +167,7 @@ class Run:
         self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
 
     def save(self) -> None:
-        """Write checkpoint-<step>; a run that went bad since the last log line is stopped instead."""
+        """Have checkpoint-<step> written; a run that went bad since the last log line is stopped instead."""
         self.stop_if_not_finite()
         begun = time.perf_counter()
         standing = {"step": self.step, "samples_seen": self.samples_seen, "batch_size": self.config.batch_size}
@@ -184,66 +181,49 @@ class Run:
                 "train_seconds": round(self.train_seconds + self.watch.since_start(), 1),
             },
         )
-        self.saved = checkpoints.write_checkpoint(
-            self.output_dir, self.step, self.policy, self.preprocess, self.postprocess, self.optimizer, state
-        )
-        in_first_interval = self.step - self.start_step <= self.config.save_freq
-        checkpoints.prune(self.output_dir, self.config.keep_last, never=self.resumed if in_first_interval else None)
-        self.watch.leave_out(time.perf_counter() - begun)
+        in_first_interval = self.resumed and self.step - self.start_step <= self.config.save_freq
+        never = [self.resumed] if in_first_interval else []
+        self.writer.save(self.step, self.policy, self.preprocess, self.postprocess, self.optimizer, state, never)
+        self.saved_step = self.step
+        self.watch.saved(time.perf_counter() - begun)
 
     def finish(self) -> TrainResult:
-        """Final model files, curve, upload, and what to run next."""
+        """Final model files, curve, upload, and what to run next; of a run that was stopped, the command that goes on."""
+        self.writer.finish()
         self.policy.eval()
         self.report.save_curve()
-        checkpoints.publish(self.saved, self.output_dir)
-        history = self.report.history
+        saved, history = self.writer.saved, self.report.history
         loss = history[-1]["loss"] if history else None
+        stopped_by = self.signals.asked.name if self.step < self.config.steps else None
+        if stopped_by:
+            print(f"stopped by {stopped_by} at step {self.step} of {self.config.steps}; go on with:")
+            print(f"python src/train.py --resume_from_checkpoint {saved}", flush=True)
+            return TrainResult(self.step, loss, history, saved, self.policy, self.output_dir, stopped_by)
+        publish(saved, self.output_dir)
         if self.step == self.start_step:
-            print(f"nothing to do: {self.saved} is already at step {self.step}, pass --steps to go on")
+            print(f"nothing to do: {saved} is already at step {self.step}, pass --steps to go on")
         else:
-            print(f"done: {self.saved}, loss {loss:.4g}")
+            print(f"done: {saved}, loss {loss:.4g}")
         if self.config.push_to_hub:
-            print(f"uploaded to {hub.push(self.config.push_to_hub, self.output_dir, self.saved)}")
-        print(f"next: python src/infer.py {self.saved} --dataset_id {self.config.dataset_id[0]} --episode 0")
-        return TrainResult(self.step, loss, history, self.saved, self.policy, self.output_dir)
-
-
-def build(config: TrainConfig, resumed: Path | None, source, device):
-    """(policy, preprocessor, postprocessor): from the checkpoint, from --policy_path, or afresh."""
-    folder = resumed or (hub.fetch(config.policy_path, "--policy_path") if config.policy_path else None)
-    inputs, outputs = policy_features(source.meta, config.image_size)
-    if folder is None:
-        policy_cfg = policy_config(config.policy, config.policy_args, str(device))
-        policy_cfg.input_features, policy_cfg.output_features = inputs, outputs
-    else:
-        policy_cfg = load_policy_config(folder, None if resumed else config.policy_args, str(device))
-        source.require(feature_problems(policy_cfg, inputs, outputs, folder.name))
-    apply_flags(policy_cfg, config)
-    if resumed:
-        source.require()
-        return build_policy(policy_cfg, source.meta, folder), *load_processors(folder, str(device))
-    stats = usable_stats(source.meta, config.imagenet_stats == "on")
-    source.require(stats_problems(policy_cfg, stats))
-    if folder and has_processors(folder):
-        return build_policy(policy_cfg, source.meta, folder), *adapt_processors(
-            folder, policy_cfg, stats, config.image_size
-        )
-    return build_policy(policy_cfg, source.meta, folder), *make_processors(
-        policy_cfg, source.meta, stats, config.image_size
-    )
+            print(f"uploaded to {hub.push(self.config.push_to_hub, self.output_dir, saved)}")
+        print(f"next: python src/infer.py {saved} --dataset_id {self.config.dataset_id[0]} --episode 0")
+        return TrainResult(self.step, loss, history, saved, self.policy, self.output_dir)
 
 
 def main(given: dict) -> int:
-    """Run the command line; a user's mistake is one line and exit status 2."""
+    """Run the command line; a user's mistake is one line and exit status 2, a signal's stop 128 plus its number."""
     try:
-        train(**given)
+        result = train(**given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; go on with --resume_from_checkpoint latest", file=sys.stderr)
-        return 130
-    return 0
+        print(
+            "interrupted; --resume_from_checkpoint auto goes on from the newest checkpoint, or starts", file=sys.stderr
+        )
+        sys.stderr.flush()
+        os._exit(130)  # at once: a thread may still be writing
+    return 128 + signal.Signals[result.stopped_by] if result.stopped_by else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Checkpoint folders on disk: found only when complete, pruned, put back; final model files."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,9 +7,10 @@ import sys
 import pytest
 from conftest import ROOT, SHIPPED, small
 
-from checkpoint import MANIFEST, find_checkpoints, make_ready, prune, publish, sha256, verify
+from checkpoint import MANIFEST, find_checkpoints, make_ready, prune, seal, verify
 from config import UserError
 from train import train
+from writer import publish
 
 
 def a_checkpoint(output_dir, step, content=b"weights"):
@@ -18,15 +18,8 @@ def a_checkpoint(output_dir, step, content=b"weights"):
     folder.mkdir(parents=True)
     (folder / "policy.safetensors").write_bytes(content)
     (folder / "config.json").write_text("{}")
-    files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in folder.iterdir()}
-    (folder / MANIFEST).write_text(json.dumps(files))
+    seal(folder)
     return folder
-
-
-def a_dead_process() -> int:
-    done = subprocess.Popen([sys.executable, "-c", ""])
-    done.wait()
-    return done.pid
 
 
 def test_only_complete_folders_are_found_in_order_of_steps(tmp_path):
@@ -37,30 +30,31 @@ def test_only_complete_folders_are_found_in_order_of_steps(tmp_path):
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-900", "checkpoint-1000"]
 
 
-def test_prune_keeps_the_newest_and_the_one_resumed_from(tmp_path):
-    folders = [a_checkpoint(tmp_path, step) for step in (1, 2, 3, 4)]
-    prune(tmp_path, None, None)
-    assert len(find_checkpoints(tmp_path)) == 4
-    prune(tmp_path, 2, never=folders[0])
-    assert find_checkpoints(tmp_path) == [folders[0], *folders[2:]]
-    prune(tmp_path, 2, None)
-    assert find_checkpoints(tmp_path) == folders[2:]
+def test_prune_keeps_the_newest_the_multiples_and_those_named(tmp_path):
+    folders = [a_checkpoint(tmp_path, step) for step in (1, 2, 3, 4, 5, 6)]
+    prune(tmp_path, 6, None, None)
+    assert len(find_checkpoints(tmp_path)) == 6
+    prune(tmp_path, 6, 2, 3, never=[folders[0]])
+    assert find_checkpoints(tmp_path) == [folders[0], folders[2], *folders[4:]]
+    prune(tmp_path, 6, 2, None)
+    assert find_checkpoints(tmp_path) == folders[4:]
+    assert not list(tmp_path.glob(".*"))
 
 
-def test_leftovers_of_dead_processes_go_and_what_they_replaced_comes_back(tmp_path):
-    dead, alive = a_dead_process(), os.getpid()
-    (tmp_path / f".checkpoint-3.{dead}.tmp").mkdir()
-    (tmp_path / f".checkpoint-4.{alive}.tmp").mkdir()
-    a_checkpoint(tmp_path, 5).rename(tmp_path / f".checkpoint-5.{dead}.old")  # killed between two renames
-    a_checkpoint(tmp_path, 6, b"old").rename(tmp_path / f".checkpoint-6.{dead}.old")
+def test_prune_leaves_later_steps_of_an_earlier_course(tmp_path):
+    folders = [a_checkpoint(tmp_path, step) for step in (1, 2, 8, 9)]
+    prune(tmp_path, 2, 1, None)
+    assert find_checkpoints(tmp_path) == folders[1:]
+
+
+def test_what_a_dead_process_left_goes_and_what_it_was_replacing_comes_back(tmp_path):
+    (tmp_path / ".checkpoint-3.tmp").mkdir()
+    a_checkpoint(tmp_path, 5).rename(tmp_path / ".checkpoint-5.old")  # killed between two renames
+    a_checkpoint(tmp_path, 6, b"old").rename(tmp_path / ".checkpoint-6.old")
     a_checkpoint(tmp_path, 6, b"new")
-    (tmp_path / f".model.safetensors.{dead}.tmp").write_text("")
+    (tmp_path / ".model.safetensors.tmp").write_text("")
     make_ready(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f".checkpoint-4.{alive}.tmp",
-        "checkpoint-5",
-        "checkpoint-6",
-    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-6"]
     assert (tmp_path / "checkpoint-6" / "policy.safetensors").read_bytes() == b"new"
 
 

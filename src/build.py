@@ -1,0 +1,79 @@
+"""The parts of a run, made from its settings: the data, the policy with its processors, the loader."""
+
+from pathlib import Path
+
+import hub
+from config import TrainConfig
+from data.frames import Frames
+from data.loader import Loader
+from data.source import open_dataset
+from data.union import unite
+from optim import apply_flags
+from policy import build_policy, load_policy_config, policy_config
+from processors import (
+    adapt_processors,
+    feature_problems,
+    has_processors,
+    load_processors,
+    make_processors,
+    policy_features,
+    resize_of,
+    stats_problems,
+    usable_stats,
+    window_deltas,
+)
+from runtime import threads
+
+
+def build_source(config: TrainConfig):
+    """The dataset, or several as one."""
+    return unite(
+        [open_dataset(name, config.dataset_root, config.revision, config.episodes) for name in config.dataset_id]
+    )
+
+
+def build_policy_and_processors(config: TrainConfig, resumed: Path | None, source, device):
+    """(policy, preprocessor, postprocessor), on the device: from the checkpoint, from --policy_path, or afresh.
+
+    Raises:
+        UserError: the data do not fit the policy, or the Hub has no such one.
+    """
+    folder = resumed or (hub.fetch(config.policy_path, "--policy_path") if config.policy_path else None)
+    inputs, outputs = policy_features(source.meta, config.image_size)
+    if folder is None:
+        policy_cfg = policy_config(config.policy, config.policy_args, str(device))
+        policy_cfg.input_features, policy_cfg.output_features = inputs, outputs
+    else:
+        policy_cfg = load_policy_config(folder, None if resumed else config.policy_args, str(device))
+        source.require(feature_problems(policy_cfg, inputs, outputs, folder.name))
+    apply_flags(policy_cfg, config)
+    if resumed:
+        source.require()
+        return build_policy(policy_cfg, source.meta, folder), *load_processors(folder, str(device))
+    stats = usable_stats(source.meta, config.imagenet_stats == "on")
+    source.require(stats_problems(policy_cfg, stats))
+    if folder and has_processors(folder):
+        return build_policy(policy_cfg, source.meta, folder), *adapt_processors(
+            folder, policy_cfg, stats, config.image_size
+        )
+    return build_policy(policy_cfg, source.meta, folder), *make_processors(
+        policy_cfg, source.meta, stats, config.image_size
+    )
+
+
+def build_loader(config: TrainConfig, source, policy, preprocess, samples_seen: int, device, say) -> Loader:
+    """The batches of the run from `samples_seen` on; `say` is called with what there is to tell of the frame store."""
+    workers = threads(config.num_threads)
+    cache = (config.frame_cache, config.cache_dir)
+    frames = Frames(source, resize_of(preprocess), *cache, workers, device, config.quiet, say)
+    return Loader(
+        source,
+        frames,
+        window_deltas(policy.config, source.meta),
+        config.batch_size,
+        config.seed,
+        samples_seen,
+        getattr(policy.config, "drop_n_last_frames", 0),
+        device,
+        config.dataset_weights,
+    )
