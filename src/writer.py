@@ -13,6 +13,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from uuid import uuid4
 
 import torch
 from safetensors.torch import save_model
@@ -179,9 +180,9 @@ def write_checkpoint(output_dir: Path, snapshot: Snapshot) -> Path:
         UserError: the disk is full or cannot be written; nothing is left behind and earlier checkpoints are untouched.
     """
     name = f"checkpoint-{snapshot.step}"
-    place, folder, aside = output_dir / name, output_dir / f".{name}.tmp", output_dir / f".{name}.old"
-    for leftover in (folder, aside):
-        shutil.rmtree(leftover, ignore_errors=True)
+    place, aside = output_dir / name, output_dir / f".{name}.old"
+    folder = output_dir / f".{name}.{uuid4().hex[:8]}.tmp"  # its own even if an interrupted run's thread writes on
+    shutil.rmtree(aside, ignore_errors=True)
     try:
         folder.mkdir()
         save_model(SimpleNamespace(state_dict=lambda: snapshot.weights), str(folder / WEIGHTS))

@@ -1,0 +1,290 @@
+"""Saving: in the background and not, on a full disk, by time and by signal, by one run at a time."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, small
+
+import train as train_module
+import writer
+from checkpoint import MANIFEST, find_checkpoints, main, manifest_text, sha256, verify
+from config import UserError
+from train import train
+from writer import HostCopies, sole_writer
+
+
+@pytest.fixture
+def settings(made, tmp_path):
+    return small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return train(**small(dataset_id=str(made("no_camera")), output_dir=str(folder), steps=2)).checkpoint
+
+
+def at_step(monkeypatch, step, act):
+    """Call `act` in the middle of a step of the run."""
+    begun = train_module.Run.train_step
+
+    def train_step(run, batch):
+        if run.step + 1 == step:
+            act()
+        return begun(run, batch)
+
+    monkeypatch.setattr(train_module.Run, "train_step", train_step)
+
+
+def steps(run):
+    return [int(path.name.split("-")[1]) for path in find_checkpoints(run)]
+
+
+def wait_for_the_writer():
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint writer":
+            thread.join()
+
+
+@pytest.mark.parametrize("policy", ["act", "diffusion"])
+def test_background_or_not_gives_the_same_bytes(made, tmp_path, policy):
+    for how in ("on", "off"):
+        train(**small(policy, dataset_id=str(made("video")), output_dir=str(tmp_path / how), save_async=how))
+    one, other = ([tmp_path / how / f"checkpoint-{step}" for step in (2, 4)] for how in ("on", "off"))
+    told = {MANIFEST, "train_config.json", "training_info.json"}  # the flag itself, the folder's name, times
+    for a, b in zip(one, other, strict=True):
+        names = {path.name for path in a.iterdir()}
+        assert names == {path.name for path in b.iterdir()}
+        assert all(sha256(a / name) == sha256(b / name) for name in names - told)
+
+
+def test_copies_are_apart_from_the_original_keep_ties_and_reuse_their_memory():
+    copies, weight = HostCopies(), torch.arange(6.0).reshape(2, 3)
+    tree = {"a": weight, "tied": weight, "transposed": weight.T, "groups": [{"lr": 1e-3, "params": [0, 1]}], "n": 3}
+    first = copies.of(tree)
+    kept = first["a"].data_ptr()
+    weight += 1
+    assert torch.equal(first["a"], torch.arange(6.0).reshape(2, 3))
+    assert first["tied"] is first["a"]
+    assert first["transposed"].shape == (3, 2)
+    assert first["groups"] == tree["groups"]
+    assert copies.of(tree)["a"].data_ptr() == kept
+    assert torch.equal(copies.of(tree)["a"], weight)
+
+
+def test_keep_every_and_keep_last(settings):
+    train(**{**settings, "steps": 7, "save_freq": 1, "keep_last": 2, "keep_every": 3})
+    assert steps(Path(settings["output_dir"])) == [3, 6, 7]
+
+
+def test_resumed_from_is_kept_for_one_interval(settings, tmp_path, monkeypatch):
+    train(**settings)
+    there = []
+    at_step(monkeypatch, 6, lambda: there.append(steps(tmp_path / "run")))
+    at_step(monkeypatch, 9, lambda: there.append(steps(tmp_path / "run")))
+    train(**{**settings, "steps": 9, "save_freq": 3, "save_minutes": 1e-9, "keep_last": 1, "save_async": "off"},
+          resume_from_checkpoint="latest")  # fmt: skip
+    assert there == [[4, 5], [8]]
+
+
+def test_save_minutes(settings, tmp_path):
+    train(**{**settings, "save_freq": 0, "save_minutes": 1e-9})
+    assert steps(tmp_path / "run") == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_signals_finish_the_step_and_save(settings, tmp_path, monkeypatch, capsys, name):
+    before = signal.getsignal(getattr(signal, name))
+    at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), getattr(signal, name)))
+    result = train(**settings)
+    assert (result.steps, result.stopped_by) == (3, name)
+    assert result.checkpoint == tmp_path / "run" / "checkpoint-3"
+    verify(result.checkpoint)
+    assert signal.getsignal(getattr(signal, name)) is before
+    assert f"stopped by {name} at step 3 of 4; go on with:\n" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "model.safetensors").exists()  # it is not the finished policy
+    assert train(resume_from_checkpoint=str(result.checkpoint)).stopped_by is None
+
+
+def test_a_second_sigint_leaves_at_once(settings, tmp_path, monkeypatch):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(monkeypatch, 3, twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(**settings)
+    wait_for_the_writer()  # it was left behind with checkpoint-2, in a script that goes on
+    verify(tmp_path / "run" / "checkpoint-2")
+    assert steps(tmp_path / "run") == [2]
+
+
+def test_a_second_run_in_the_folder_is_refused(settings, tmp_path):
+    with sole_writer(tmp_path / "run"), pytest.raises(UserError) as refused:
+        train(**settings)
+    assert str(refused.value) == (
+        f"--output_dir {tmp_path}/run is being written by process {os.getpid()} on {socket.gethostname()}: "
+        "stop that run first, or pass another --output_dir"
+    )
+    assert not (tmp_path / "run").exists()  # nothing was begun there
+    train(**settings)
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
+    hold = "import sys, time; sys.path.insert(0, 'src'); from pathlib import Path; from writer import sole_writer\n"
+    hold += "with sole_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", hold, str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"process {other.pid} on"), sole_writer(tmp_path / "run"):
+            pass
+        other.kill()
+    with sole_writer(tmp_path / "run"):
+        assert json.loads((tmp_path / "run" / ".lock.json").read_text())["pid"] == os.getpid()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with room for two checkpoints."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", place], capture_output=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("how", ["on", "off"])
+def test_a_full_disk_harms_nothing_and_the_next_save_succeeds(settings, small_disk, monkeypatch, capsys, how):
+    run, filling = small_disk / "run", small_disk / "filling"
+    settings |= {"output_dir": str(run), "save_freq": 1, "keep_last": 1, "save_async": how}
+
+    def fill():
+        wait_for_the_writer()
+        with open(filling, "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+            while True:
+                file.write(b"0" * 4096)
+
+    def look_and_free():
+        wait_for_the_writer()
+        assert steps(run) == [1]
+        verify(run / "checkpoint-1")
+        filling.unlink()
+
+    at_step(monkeypatch, 2, fill)
+    at_step(monkeypatch, 3, look_and_free)
+    assert train(**settings).checkpoint == run / "checkpoint-4"
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(told) == 1
+    assert told[0].startswith(f"warning: checkpoint-2 could not be written to {run}: ")
+    assert "No space left on device" in told[0]
+    assert told[0].endswith("; training goes on, and the next save tries again")
+    assert steps(run) == [4]
+
+
+def test_a_second_failure_in_a_row_stops_the_run(settings, tmp_path, monkeypatch):
+    flush = writer.flush
+
+    def full(path):
+        if ".checkpoint-2" not in str(path) and "checkpoint" in str(path):
+            raise OSError(28, "No space left on device")
+        flush(path)
+
+    monkeypatch.setattr(writer, "flush", full)
+    with pytest.raises(
+        UserError, match=r"checkpoint-6 could not be .* second time in a row: free some space and resume"
+    ):
+        train(**{**settings, "steps": 20})
+    assert steps(tmp_path / "run") == [2]
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
+
+
+def test_a_failed_last_save_is_tried_again(settings, tmp_path, monkeypatch, capsys):
+    flush, failed = writer.flush, []
+
+    def full_once(path):
+        if ".checkpoint-4" in str(path) and not failed:
+            failed.append(path)
+            raise OSError(28, "No space left on device")
+        flush(path)
+
+    monkeypatch.setattr(writer, "flush", full_once)
+    assert train(**settings).checkpoint == tmp_path / "run" / "checkpoint-4"
+    assert "warning: checkpoint-4 could not be written" in capsys.readouterr().out
+
+
+def test_our_own_mistake_in_the_thread_is_no_warning(settings, monkeypatch):
+    monkeypatch.setattr(writer, "seal", lambda folder: {}["ours"])
+    with pytest.raises(KeyError, match="ours"):
+        train(**settings)
+
+
+def test_every_flip_and_truncation_is_found_by_name(checkpoint, tmp_path):
+    for name in sorted(path.name for path in checkpoint.iterdir()):
+        folder = tmp_path / name / checkpoint.name
+        shutil.copytree(checkpoint, folder)  # which parts hard links
+        content = (folder / name).read_bytes()
+        places = sorted({0, len(content) - 1, *(len(content) * i // 23 for i in range(23))})
+        for bit, place in enumerate(places):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << bit % 8
+            for damaged in (bytes(flipped), content[:place]):
+                (folder / name).write_bytes(damaged)
+                with pytest.raises(
+                    UserError, match=rf"{name}( cannot be read| does not match| has \d+ bytes, expected)"
+                ):
+                    verify(folder)
+        (folder / name).write_bytes(content)
+        verify(folder)
+
+
+def test_latest_and_auto_pass_over_what_is_damaged(settings, tmp_path, capsys):
+    train(**settings)
+    run = tmp_path / "run"
+    weights = run / "checkpoint-4" / "trainer_state.json"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    assert train(**settings, resume_from_checkpoint="auto").checkpoint == run / "checkpoint-4"
+    told = capsys.readouterr().out
+    assert f"warning: {run}/checkpoint-4 is damaged: trainer_state.json has " in told
+    assert "it is passed over" in told
+    verify(run / "checkpoint-4")
+    for path in find_checkpoints(run):
+        (path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config.json is missing.*has no other: delete it to start afresh"):
+        train(**settings, resume_from_checkpoint="auto")
+
+
+def test_a_manifest_of_other_content_is_refused(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    for text in ("[]", "{}", manifest_text({}) + " "):
+        (folder / MANIFEST).write_text(text)
+        with pytest.raises(UserError, match=r"manifest\.json does not match its sha256"):
+            verify(folder)
+
+
+def test_command_line(checkpoint, tmp_path, capsys):
+    run = shutil.copytree(checkpoint.parent, tmp_path / "run")
+    assert main(["list", str(run)]) == 0
+    assert "checkpoint-2 " in capsys.readouterr().out
+    assert main(["show", str(run / "checkpoint-2")]) == 0
+    shown = capsys.readouterr().out
+    assert "policy.safetensors" in shown
+    assert "--batch_size 4" in shown
+    assert main(["verify", str(run)]) == 0
+    (run / "checkpoint-2" / "config.json").write_text("{}")
+    assert main(["verify", str(run)]) == 2
+    assert "config.json has 2 bytes, expected" in capsys.readouterr().err
+    assert main(["list", str(run)]) == 0
+    assert "damaged: config.json has 2 bytes" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} is no checkpoint and holds none\n"
