@@ -9,6 +9,7 @@ loader and with that batch in turns of a few steps within one process, stall = 1
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -92,15 +93,14 @@ def in_turns(args, turns: int, steps: int) -> tuple[list[float], list[float], fl
             run.loss_sum.item()  # waits for the device, as lerobot-train does at every step
         return time.perf_counter() - begun
 
-    with tempfile.TemporaryDirectory(prefix="armature-bench-") as output:
-        run = Run(*settle({**settings(args, 10**6, output), "quiet": True}))
+    with tempfile.TemporaryDirectory(prefix="armature-bench-") as output, contextlib.ExitStack() as held:
+        run = Run(*settle({**settings(args, 10**6, output), "quiet": True}, held), held)
         batch = run.watch.wait(run.loader)
         kept = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
         turn(True)  # to warm up
         run.watch.waited = 0.0
         took = [(turn(True), turn(False)) for _ in range(turns)]
         waiting = run.watch.waited / sum(mine for mine, _ in took)
-        run.loader.close()
     return [steps / mine for mine, _ in took], [steps / top for _, top in took], waiting
 
 

@@ -34,7 +34,7 @@ def lives(output_dir, settings, *plan):
     path = output_dir.with_suffix(".json")
     path.write_text(json.dumps({**settings, "output_dir": str(output_dir)}))
     command = [sys.executable, "tests/lives.py", str(path), *map(str, plan)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told = [json.loads(line) for line in done.stdout.splitlines()]
     assert told[-1]["status"] == 0, output_dir.with_suffix(".log").read_text()[-2000:]

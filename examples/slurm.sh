@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Train under SLURM's time limit: the job saves ahead of it, queues itself again, and goes on as the same run.
+#
+#     sbatch examples/slurm.sh --dataset_id ISdept/piper_arm --output_dir outputs/my_run --steps 100000
+#
+#SBATCH --job-name=armature
+#SBATCH --gpus=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=USR1@120
+set -uo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+
+# auto: the newest whole checkpoint in --output_dir, or a start. srun hands USR1 on, 120 s ahead of the limit.
+srun .venv/bin/python src/train.py "$@" --resume_from_checkpoint auto
+status=$?
+if [ $status -eq 138 ]; then # stopped by SIGUSR1 and saved
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+fi
+exit $status
