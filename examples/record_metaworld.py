@@ -11,11 +11,9 @@ those of LeRobot's environment (lerobot/envs/metaworld.py), so a policy trained 
 """
 
 import argparse
-import difflib
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -23,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 HOLD = 10  # frames kept after the first success: the policy learns to stay there
 PACKAGES = {"lerobot": "'lerobot[dataset]==0.6.1'", "metaworld": "metaworld==3.1.1 mujoco==3.3.0"}
@@ -33,69 +33,17 @@ def fail(message):
     sys.exit(2)
 
 
-def check_name(name, names, what):
-    if name not in names:
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
-        fail(f"unknown {what} {name!r}, did you mean {nearest!r}? Known: {', '.join(sorted(names))}")
-
-
-def pick_renderer():
-    """Set MUJOCO_GL, which has to happen before mujoco is imported: EGL where it works, else OSMesa."""
-    if "MUJOCO_GL" in os.environ or sys.platform != "linux":
-        return os.environ.get("MUJOCO_GL", "the system's own")
-    probe = "import mujoco; mujoco.GLContext(64, 64).make_current()"
-    for backend in ("egl", "osmesa"):  # tried in another process: a failed attempt cannot be undone in this one
-        os.environ["MUJOCO_GL"] = backend
-        if subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode == 0:
-            return backend
-    fail("no library for rendering without a screen: apt-get install -y libegl1 libgl1 libosmesa6")
-
-
-def make_env(task, camera, image_size, look):
-    """The task as LeRobot sets it up. Make one per process: under EGL, closing one turns the others' images black."""
-    import metaworld
-    import mujoco
-
-    benchmark = metaworld.MT1(task, seed=42)
-    make = benchmark.train_classes[task]
-    env = make(render_mode="rgb_array", camera_name=camera, width=image_size, height=image_size)
-    check_name(camera, [env.model.camera(i).name for i in range(env.model.ncam)], "camera")
-    env.set_task(benchmark.train_tasks[0])
-    env._freeze_rand_vec, env.seeded_rand_vec = False, True  # new positions at each reset, drawn from the seed
-    if camera == "corner2":
-        env.model.cam_pos[2] = [0.75, 0.075, 0.7]  # LeRobot's viewpoint, closer than Meta-World's
-    if look == "plain":  # these before the first render, which allocates the buffers; the flags need it done
-        env.model.vis.quality.offsamples = env.model.vis.quality.shadowsize = 0
-        env.model.mat_reflectance[:] = 0
-        env.render()
-        flags = env.mujoco_renderer.viewer.scn.flags
-        flags[mujoco.mjtRndFlag.mjRND_SHADOW] = flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-    return env
-
-
-def render(env, camera):
-    image = env.render()
-    if image.mean() < 1:
-        fail("the renderer gives black images: try again with MUJOCO_GL=osmesa")
-    return np.flip(image, (0, 1)).copy() if camera == "corner2" else image.copy()  # corner2 hangs upside down
-
-
 def demonstrate(env, expert, camera, noise, seed):
     """One attempt of the expert: its frames, or none if it failed."""
-    import mujoco
+    from sim.metaworld import begin, picture
 
-    rng = np.random.default_rng(seed)
-    env.seed(seed)
-    env.reset()
-    mujoco.mj_forward(env.model, env.data)  # reset() moves the object but still shows it where it was before
-    observation = env._get_obs()
-
+    rng, observation = np.random.default_rng(seed), begin(env, seed)
     frames, end = [], env.max_path_length
     while len(frames) < end:
         action = np.clip(expert.get_action(observation), -1, 1).astype(np.float32)
         frame = {
             "observation.state": observation[:4].astype(np.float32),
-            f"observation.images.{camera}": render(env, camera),
+            f"observation.images.{camera}": picture(env, camera),
             "action": action,
         }
         noisy = action + np.append(noise * rng.standard_normal(3), 0)  # not the gripper: it would drop things
@@ -113,11 +61,12 @@ def record(args, output):
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
     from lerobot.envs.metaworld import TASK_DESCRIPTIONS, TASK_POLICY_MAPPING
 
+    from sim.metaworld import make_task
+
     datasets.disable_progress_bars()  # one bar, ours, and no ffmpeg lines in it
     av.logging.set_libav_level(av.logging.ERROR)
     warnings.filterwarnings("ignore", message="Constant")  # experts ask for moves beyond 1 and are clipped
-    check_name(args.task, list(TASK_POLICY_MAPPING), "task")
-    env = make_env(args.task, args.camera, args.image_size, args.look)
+    env = make_task(args.task, args.camera, args.image_size, args.look)
 
     image = {"shape": (args.image_size, args.image_size, 3), "names": ["height", "width", "channels"]}
     features = {
@@ -194,8 +143,14 @@ def main():
     for package, pinned in PACKAGES.items():
         if importlib.util.find_spec(package) is None:
             fail(f"{package} is not installed: pip install {pinned}")
-    print(f"renderer: {pick_renderer()}")
-    record(args, output)
+    from config import UserError
+    from sim import pick_renderer
+
+    try:
+        print(f"renderer: {pick_renderer()}")
+        record(args, output)
+    except UserError as error:
+        fail(error)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,9 @@ from runtime import threads
 
 
 def build_source(config: TrainConfig):
-    """The dataset, or several as one."""
-    return unite(
-        [open_dataset(name, config.dataset_root, config.revision, config.episodes) for name in config.dataset_id]
-    )
+    """The dataset, or several as one, with the episodes to train on and those held out."""
+    chosen = ",".join(text for text in (config.episodes, config.val_episodes) if text) if config.episodes else None
+    return unite([open_dataset(name, config.dataset_root, config.revision, chosen) for name in config.dataset_id])
 
 
 def build_policy_and_processors(config: TrainConfig, resumed: Path | None, source, device):
@@ -61,8 +60,8 @@ def build_policy_and_processors(config: TrainConfig, resumed: Path | None, sourc
     )
 
 
-def build_loader(config: TrainConfig, source, policy, preprocess, samples_seen: int, device, say) -> Loader:
-    """The batches of the run from `samples_seen` on; `say` is called with what there is to tell of the frame store."""
+def build_loader(config: TrainConfig, source, episodes, policy, preprocess, samples_seen: int, device, say) -> Loader:
+    """The batches of the run from `samples_seen` on, of the given positions in `source.episodes`."""
     workers = threads(config.num_threads)
     cache = (config.frame_cache, config.cache_dir)
     frames = Frames(source, resize_of(preprocess), *cache, workers, device, config.quiet, say)
@@ -76,4 +75,5 @@ def build_loader(config: TrainConfig, source, policy, preprocess, samples_seen: 
         getattr(policy.config, "drop_n_last_frames", 0),
         device,
         config.dataset_weights,
+        episodes,
     )

@@ -6,6 +6,7 @@ python src/checkpoint.py show outputs/my_run/checkpoint-5000
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -89,6 +90,16 @@ def prune(output_dir: Path, step: int, keep_last: int | None, keep_every: int | 
             gone = path.with_name(f".{path.name}.tmp")
             os.rename(path, gone)  # a half-deleted folder is never called checkpoint-<step>
             shutil.rmtree(gone)
+
+
+def best_checkpoint(output_dir: Path) -> tuple[Path | None, float | None]:
+    """The checkpoint with the lowest validation loss, and that loss; None twice if none was validated."""
+    losses = {}
+    for path in find_checkpoints(output_dir):
+        with contextlib.suppress(UserError):  # a damaged one is not the best
+            losses[path] = read_json(path / "training_info.json").get("val_loss")
+    losses = {path: loss for path, loss in losses.items() if loss is not None}
+    return min(losses.items(), key=lambda item: item[1], default=(None, None))
 
 
 def make_ready(output_dir: Path) -> None:
@@ -243,6 +254,7 @@ def describe(path: Path) -> str:
         info, state = read_json(path / "training_info.json"), "whole"
         loss = "-" if info["loss"] is None else f"{info['loss']:.4g}"
         said = f"loss {loss:>8}  saved {info['saved_at']}"
+        said += "  best by validation" if best_checkpoint(path.parent)[0] == path else ""
     except UserError as error:
         said, state = "", str(error).removeprefix(f"{path} is ")
     inodes = {file.stat().st_ino: file.stat().st_size for file in path.iterdir()}  # links counted once

@@ -123,6 +123,27 @@ class TrainConfig:
     device: str = setting("training", "auto", "auto, cpu, cuda, cuda:1, mps, ...")
     num_threads: Optional[int] = setting("training", None, "threads that read data ahead (else one a core, at most 8)")
 
+    val_fraction: Optional[float] = setting("evaluation", None, "hold out this share of the episodes, 0.1 say")
+    val_episodes: Optional[str] = setting("evaluation", None, 'hold out these episodes, such as "36:40"')
+    val_freq: Optional[int] = setting("evaluation", None, "steps between two validations (else at every save)")
+    val_samples: int = setting(
+        "evaluation", 256, "held-out frames that a validation looks at, evenly spread; 0 for all"
+    )
+    eval_env: Optional[str] = setting(
+        "evaluation", None, "try the policy in this simulation while it trains: metaworld, or any that LeRobot knows"
+    )
+    eval_task: Optional[str] = setting("evaluation", None, "its task, such as drawer-open-v3")
+    eval_freq: Optional[int] = setting("evaluation", None, "steps between two tries (else at every save)")
+    eval_episodes: int = setting("evaluation", 10, "episodes a try, from fixed seeds")
+    eval_args: Optional[List[str]] = setting(
+        "evaluation",
+        None,
+        "settings of the environment's own, such as image_size=128",
+        nargs="+",
+        type=str,
+        metavar="NAME=VALUE",
+    )
+
     output_dir: Optional[str] = setting("output", None, "where the run is kept (else outputs/<dataset>_<policy>)")
     log_freq: int = setting("output", 50, "steps between two lines of metrics.jsonl")
     save_freq: int = setting("output", 5_000, "steps between two checkpoints, 0 for one at the end")
@@ -135,6 +156,9 @@ class TrainConfig:
     )
     keep_last: Optional[int] = setting("output", None, "keep this many newest checkpoints (else all)")
     keep_every: Optional[int] = setting("output", None, "with keep_last: keep those at multiples of this step as well")
+    tracker: str = setting(
+        "output", "none", "tensorboard, wandb, trackio, or several with commas; metrics.jsonl always"
+    )
     push_to_hub: Optional[str] = setting("output", None, "Hub repo to upload the finished policy to, such as me/my_act")
     quiet: bool = setting("output", False, "print only warnings and the closing line")
 
@@ -157,6 +181,10 @@ class TrainConfig:
             "log_freq": 1,
             "keep_last": 1,
             "keep_every": 1,
+            "val_freq": 1,
+            "val_samples": 0,
+            "eval_freq": 1,
+            "eval_episodes": 1,
             "save_freq": 0,
             "warmup_steps": 0,
             "resume_step": 0,
@@ -172,6 +200,7 @@ class TrainConfig:
             raise UserError(f"--lr must be above 0, got {self.lr}")
         if self.save_minutes is not None and not self.save_minutes > 0:
             raise UserError(f"--save_minutes must be above 0, got {self.save_minutes}")
+        self._check_evaluation()
         if self.keep_every is not None and self.keep_last is None:
             raise UserError("--keep_every keeps checkpoints besides the newest: pass --keep_last as well")
         if self.image_size is not None and min(self.image_size) < 1:
@@ -188,6 +217,18 @@ class TrainConfig:
             )
         if self.dataset_weights and not 0 < min(self.dataset_weights) <= max(self.dataset_weights) < float("inf"):
             raise UserError(f"--dataset_weights must be above 0, got {self.dataset_weights}")
+
+    def _check_evaluation(self):
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
+            raise UserError(f"--val_fraction must be between 0 and 1, got {self.val_fraction}")
+        if self.val_fraction is not None and self.val_episodes is not None:
+            raise UserError("--val_fraction and --val_episodes both choose the held-out episodes: pass one of them")
+        if self.val_episodes is not None and len(self.dataset_id or []) > 1:
+            raise UserError(f"--val_episodes chooses from one dataset, got {len(self.dataset_id)}: pass --val_fraction")
+        if self.val_freq is not None and self.val_fraction is None and self.val_episodes is None:
+            raise UserError("--val_freq needs episodes to validate on: pass --val_fraction 0.1 or --val_episodes")
+        if self.eval_env is None and (self.eval_task is not None or self.eval_freq is not None):
+            raise UserError("--eval_task and --eval_freq need a simulation: pass --eval_env metaworld")
 
     def asdict(self) -> dict:
         return asdict(self)
@@ -210,9 +251,9 @@ def typed(f, value):
         return None
     if f.name == "dataset_id" and isinstance(value, (str, Path)):
         return [str(value)]
-    if f.name == "policy_args" and isinstance(value, dict):
+    if f.name in ("policy_args", "eval_args") and isinstance(value, dict):
         return [f"{name}={'none' if item is None else item}" for name, item in value.items()]
-    if f.name == "episodes" and isinstance(value, (list, tuple, range)):
+    if f.name in ("episodes", "val_episodes") and isinstance(value, (list, tuple, range)):
         return ",".join(str(item) for item in value)
     try:
         if f.metadata.get("nargs") is not None:

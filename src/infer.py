@@ -14,25 +14,16 @@ class LoadedPolicy:
     """A policy with its processors, one observation at a time, as the arm asks for actions.
 
     Args:
-        checkpoint: a checkpoint-<step> folder, a run's output folder, or any LeRobot policy folder or Hub id.
-        device: auto, cpu, cuda, ...
-        n_action_steps: actions that are carried out of each predicted chunk (else as trained).
+        policy, preprocess, postprocess: LeRobot's, on their device.
         task: task text for observations that bring none.
     """
 
-    def __init__(self, checkpoint: str | Path, device: str = "auto", n_action_steps: int | None = None, task: str = ""):
-        import hub
-        from policy import build_policy, load_policy_config
-        from processors import load_processors, resize_of
-        from runtime import pick_device
+    def __init__(self, policy, preprocess, postprocess, task: str = ""):
+        from processors import resize_of
 
-        folder = hub.fetch(str(checkpoint), "policy")
-        self.device, self.task = pick_device(device), task
-        pairs = None if n_action_steps is None else [f"n_action_steps={n_action_steps}"]
-        config = load_policy_config(folder, pairs, str(self.device))
-        self.policy = build_policy(config, None, folder).eval()
-        self.preprocess, self.postprocess = load_processors(folder, str(self.device))
-        self.expected = expected_observation(self.policy.config, self.preprocess, resize_of(self.preprocess))
+        self.policy, self.preprocess, self.postprocess, self.task = policy, preprocess, postprocess, task
+        self.device = next(policy.parameters()).device
+        self.expected = expected_observation(policy.config, preprocess, resize_of(preprocess))
         self.reset()
 
     def reset(self) -> None:
@@ -54,7 +45,6 @@ class LoadedPolicy:
         Raises:
             UserError: a key, shape or dtype is not what the policy was trained on.
         """
-        import torch
 
         batch = {key: self._tensor(key, observation) for key in self.expected}
         unknown = set(observation) - set(self.expected) - {"task"}
@@ -64,9 +54,14 @@ class LoadedPolicy:
                 f"the observation has {key!r}, which this policy does not take{nearest(key, self.expected)}"
             )
         batch["task"] = observation.get("task", self.task)
+        return self.select(batch).squeeze(0).cpu().numpy()
+
+    def select(self, batch: dict):
+        """(B, A) actions in robot units, a tensor, for a LeRobot batch of one moment's observations."""
+        import torch
+
         with torch.inference_mode():
-            action = self.policy.select_action(self.preprocess(batch))
-            return self.postprocess(action).squeeze(0).cpu().numpy()
+            return self.postprocess(self.policy.select_action(self.preprocess(batch)))
 
     def _tensor(self, key: str, observation: dict):
         import torch
@@ -93,7 +88,29 @@ class LoadedPolicy:
         return torch.from_numpy(value.astype(np.float32))
 
 
-load_policy = LoadedPolicy
+def load_policy(
+    checkpoint: str | Path, device: str = "auto", n_action_steps: int | None = None, task: str = ""
+) -> LoadedPolicy:
+    """A trained policy, ready to act.
+
+    Args:
+        checkpoint: a checkpoint-<step> folder, a run's output folder, or any LeRobot policy folder or Hub id.
+        device: auto, cpu, cuda, ...
+        n_action_steps: actions that are carried out of each predicted chunk (else as trained).
+        task: task text for observations that bring none.
+
+    Raises:
+        UserError: there is no policy, or it does not load.
+    """
+    import hub
+    from policy import build_policy, load_policy_config
+    from processors import load_processors
+    from runtime import pick_device
+
+    folder, on = hub.fetch(str(checkpoint), "policy"), str(pick_device(device))
+    pairs = None if n_action_steps is None else [f"n_action_steps={n_action_steps}"]
+    policy = build_policy(load_policy_config(folder, pairs, on), None, folder).eval()
+    return LoadedPolicy(policy, *load_processors(folder, on), task)
 
 
 def expected_observation(config, preprocess, image_size) -> dict[str, tuple[str, tuple]]:
@@ -148,9 +165,12 @@ def compare(policy: LoadedPolicy, source, episode: int) -> dict:
     """Run the policy over a recorded episode, asking for an action at every frame.
 
     Returns:
-        names (A,), mean absolute error (A,) in robot units, the recorded actions' spread (A,), milliseconds of each act().
+        names (A,), predicted and recorded (N, A) in robot units, mean absolute error (A,), the recorded actions'
+        standard deviation as spread (A,), milliseconds (N,) of each act().
     """
     from tqdm.auto import tqdm
+
+    from validation import action_names
 
     policy.reset()
     predicted, recorded, times = [], [], []
@@ -161,14 +181,10 @@ def compare(policy: LoadedPolicy, source, episode: int) -> dict:
         times.append(1000 * (time.perf_counter() - begun))
         recorded.append(action)
     predicted, recorded = np.stack(predicted), np.stack(recorded)  # (N, A)
-    names = source.meta.features["action"].get("names")
-    names = (
-        names
-        if isinstance(names, list) and len(names) == recorded.shape[1]
-        else [f"action {i}" for i in range(recorded.shape[1])]
-    )
     return {
-        "names": names,
+        "names": action_names(source.meta),
+        "predicted": predicted,
+        "recorded": recorded,
         "error": np.abs(predicted - recorded).mean(0),
         "spread": recorded.std(0),
         "milliseconds": np.array(times),

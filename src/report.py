@@ -1,6 +1,9 @@
-"""What a person sees of a run: header, progress, metrics.jsonl, the loss curve, and the result that train() returns."""
+"""What a person sees of a run: header, progress, metrics.jsonl, curves, and the result that train() returns.
 
-import io
+python src/report.py outputs/a outputs/b        # compare runs: a page, and a picture
+"""
+
+import argparse
 import json
 import sys
 import time
@@ -9,9 +12,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from config import UserError
+from page import curves_figure
 from runtime import describe_machine
+from summary import last, model_card, read_history, runs_page
+from trackers import Trackers
 
-CURVE = "loss.png"
+CURVE, CURVE_PANELS = "loss.png", ("loss", "val_loss", "eval_success_rate")
+DRAW_EVERY = 3.0  # seconds between two pictures in a notebook
 
 
 @dataclass
@@ -42,28 +49,12 @@ class TrainResult:
         return f"TrainResult(steps={self.steps}, final_loss={loss}, checkpoint={str(self.checkpoint)!r}{stopped})"
 
     def plot(self):
-        """The loss and learning rate over steps, as a matplotlib figure."""
-        return loss_figure(self.history, self.output_dir.name)
+        """Training loss, validation loss and success over steps, as far as they were measured, as a matplotlib figure."""
+        return curves_figure({self.output_dir.name: self.history}, CURVE_PANELS)
 
-
-def loss_figure(history: list[dict], title: str):
-    from matplotlib.figure import Figure
-
-    class Picture(Figure):  # pyplot would show it twice in a notebook, a bare Figure not at all
-        def _repr_png_(self):
-            buffer = io.BytesIO()
-            self.savefig(buffer, format="png", dpi=110)
-            return buffer.getvalue()
-
-    figure = Picture(figsize=(7, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    steps = [line["step"] for line in history]
-    axes.plot(steps, [line["loss"] for line in history], marker="o" if len(steps) < 40 else None, markersize=3)
-    if min((line["loss"] for line in history), default=0) > 0:
-        axes.set_yscale("log")
-    axes.set(xlabel="step", ylabel="loss", title=title)
-    axes.grid(alpha=0.3, which="both")
-    return figure
+    def report(self):
+        """The run as an HTML page, which a notebook shows and `.save("run.html")` writes."""
+        return runs_page({self.output_dir.name: self.history})
 
 
 class Report:
@@ -71,26 +62,20 @@ class Report:
 
     Args:
         output_dir: where metrics.jsonl and loss.png go.
-        start, steps: the steps this process does: start + 1 to steps.
-        quiet: print only warnings and the closing line.
+        start: the step that this process starts from.
+        config: steps, quiet, tracker.
+        run_id: the run's name at its trackers, None for a new run.
     """
 
-    def __init__(self, output_dir: Path, start: int, steps: int, quiet: bool):
-        self.output_dir, self.start, self.steps, self.quiet = output_dir, start, steps, quiet
+    def __init__(self, output_dir: Path, start: int, config, run_id: str | None):
+        self.output_dir, self.start, self.steps, self.quiet = output_dir, start, config.steps, config.quiet
         self.path = output_dir / "metrics.jsonl"
-        self.history = [line for line in self._read() if line["step"] <= start]
-        self.bar, self.file = None, None
+        written = read_history(output_dir) if self.path.exists() else []
+        self.history = [line for line in written if line["step"] <= start]
+        self.bar, self.file, self.picture = None, None, None
+        self.draw_next = 0.0
+        self.trackers = Trackers(config.tracker, output_dir, run_id, config.asdict(), start, self.warn)
         self.live = sys.stderr.isatty() or "ipykernel" in sys.modules
-
-    def _read(self) -> list[dict]:
-        """Lines that an earlier process wrote whole; one cut short by a kill is left out."""
-        lines = []
-        for text in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                continue
-        return lines
 
     def __enter__(self):
         fresh = self.path.with_name(".metrics.jsonl.tmp")
@@ -105,6 +90,7 @@ class Report:
 
     def __exit__(self, *error):
         self.file.close()
+        self.trackers.close()
         if self.bar is not None:
             self.bar.close()
 
@@ -128,22 +114,51 @@ class Report:
 
     def log(self, line: dict) -> None:
         """One line of metrics, to the file and to the person."""
+        self._keep(line)
+        shown = f"loss {line['loss']:.4g}  lr {line['lr']:.3g}  {line['samples_per_s']:.1f} samples/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(shown, refresh=False)
+            self._draw()
+        else:
+            left = (self.steps - line["step"]) * line["step_s"]
+            self.say(f"step {line['step']}/{self.steps}  {shown}  ETA {clock(left)}")
+
+    def note(self, line: dict, text: str) -> None:
+        """A line of metrics that is not training's own, such as a validation's."""
+        self._keep(line)
+        self.say(f"step {line['step']}/{self.steps}  {text}")
+
+    def _keep(self, line: dict) -> None:
         self.history.append(line)
         try:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}: free some space and resume") from error
-        shown = f"loss {line['loss']:.4g}  lr {line['lr']:.3g}  {line['samples_per_s']:.1f} samples/s"
-        if self.bar is not None:
-            self.bar.set_postfix_str(shown, refresh=False)
-        else:
-            left = (self.steps - line["step"]) * line["step_s"]
-            self.say(f"step {line['step']}/{self.steps}  {shown}  ETA {clock(left)}")
+        self.trackers.log(line)
+
+    def _draw(self) -> None:
+        """In a notebook, the curve so far, in one place, every few seconds."""
+        if "ipykernel" not in sys.modules or time.monotonic() < self.draw_next:
+            return
+        from IPython.display import display
+
+        self.picture = self.picture or display(display_id=True)
+        self.picture.update(self.figure())
+        self.draw_next = time.monotonic() + DRAW_EVERY
+
+    def figure(self):
+        return curves_figure({self.output_dir.name: self.history}, CURVE_PANELS)
 
     def save_curve(self) -> None:
         if self.history:
-            loss_figure(self.history, self.output_dir.name).savefig(self.output_dir / CURVE, dpi=110)
+            figure = self.figure()
+            figure.savefig(self.output_dir / CURVE, dpi=110)
+            self.trackers.picture("curves", figure, self.history[-1]["step"])
+
+    def save_card(self, checkpoint: Path) -> None:
+        """README.md of the finished policy, for the Hub."""
+        (self.output_dir / "README.md").write_text(model_card(checkpoint))
 
 
 def numbers(parts: dict | None) -> dict[str, float]:
@@ -157,8 +172,9 @@ def training_info(policy, dataset_id: list[str], history: list[dict], device) ->
         "policy": policy.name,
         "parameters": sum(p.numel() for p in policy.parameters()),
         "dataset": dataset_id,
-        "epoch": history[-1]["epoch"] if history else 0,
-        "loss": history[-1]["loss"] if history else None,
+        "epoch": last(history, "epoch") or 0,
+        "loss": last(history, "loss"),
+        "success_rate": last(history, "eval_success_rate"),
         "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         **describe_machine(device),
     }
@@ -214,10 +230,9 @@ class Stopwatch:
         self.steps += 1
         return batch
 
-    def saved(self, seconds: float) -> None:
-        """A save has just held the loop up for `seconds`, which are not training's."""
+    def leave_out(self, seconds: float) -> None:
+        """Time that is not training's, such as a save's or a validation's."""
         self.left_out += seconds
-        self.last_save = time.perf_counter()
 
     def minutes_since_save(self) -> float:
         return (time.perf_counter() - self.last_save) / 60
@@ -236,3 +251,30 @@ class Stopwatch:
         }
         self.lap, self.waited, self.left_out, self.steps = now, 0.0, 0.0, 0
         return rates
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="report.py", description="Compare runs by their metrics.jsonl.")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
+    parser.add_argument("--output", default="outputs/runs", help="where .html and .png go [outputs/runs]")
+    args = parser.parse_args(argv)
+    names = [run.resolve().name for run in args.runs]
+    names = names if len(set(names)) == len(names) else [str(run) for run in args.runs]
+    try:
+        runs = {name: read_history(run) for name, run in zip(names, args.runs, strict=True)}
+        output = Path(args.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        page = runs_page(runs).save(output.with_suffix(".html"))
+        curves_figure(runs).savefig(output.with_suffix(".png"), dpi=110)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: --output {args.output} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -4,13 +4,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import checkpoint as checkpoints
-from config import TrainConfig, UserError, check_names, merge, read_config_file
+from config import FIELDS, TrainConfig, UserError, check_names, merge, read_config_file
 from writer import sole_writer
 
 POLICY_FIELDS = ("policy", "policy_path", "policy_args", "image_size")  # a resumed run keeps its policy
 # another value of these is another run
 COURSE_FIELDS = (
-    "dataset_id", "dataset_weights", "revision", "episodes", "imagenet_stats", "batch_size", "lr", "weight_decay", "grad_clip_norm",
+    "dataset_id", "dataset_weights", "revision", "episodes", "val_fraction", "val_episodes",
+    "imagenet_stats", "batch_size", "lr", "weight_decay", "grad_clip_norm",
     "warmup_steps", "lr_schedule", "augment", "seed",
 )  # fmt: skip
 
@@ -60,7 +61,8 @@ def default_output_dir(config: TrainConfig) -> Path:
 
 def compare(config: TrainConfig, state, resumed: Path) -> list[str]:
     """One line for each setting that changes the course of the resumed run; what cannot change is refused."""
-    now, was, changes = config.asdict(), state.train_config, []
+    now, changes = config.asdict(), []
+    was = {name: f.default for name, f in FIELDS.items()} | state.train_config
     if state.trainer_state["step"] > config.steps:
         raise UserError(
             f"{resumed} is at step {state.trainer_state['step']}, past --steps {config.steps}: pass more steps"

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from config import UserError, one_line
 
 # First part of an address: what the randomness is for. Data order is addressed by (seed, epoch) as LeRobot does.
-INIT, STEP = 1, 2
+INIT, STEP, EVAL, VALIDATE = 1, 2, 3, 4
 
 
 def pick_device(name: str) -> torch.device:

@@ -19,21 +19,15 @@ import torch
 
 import checkpoint as checkpoints
 import hub
+import runtime
 from build import build_loader, build_policy_and_processors, build_source
+from exam import Exam, said
 from optim import make_optimizer, make_schedule
 from processors import pixels_to_float
 from report import Report, Stopwatch, TrainResult, header, numbers, training_info
 from resume import settle
-from runtime import (
-    INIT,
-    STEP,
-    NoHostSync,
-    StopSignals,
-    pick_device,
-    refuse_many_processes,
-    seed_all,
-    without_collector,
-)
+from summary import last
+from validation import split
 from writer import Writer, publish
 
 
@@ -50,13 +44,15 @@ def train(**settings) -> TrainResult:
         KeyboardInterrupt: a second SIGINT; what was being written is dropped, earlier checkpoints are whole.
     """
     with contextlib.ExitStack() as held:
-        with without_collector():
+        with runtime.without_collector():
             run = Run(*settle(settings, held), held)
         while not run.is_over():
             batch = run.watch.wait(run.loader)
             parts, grad_norm = run.train_step(batch)
             if run.is_log_step():
                 run.log(parts, grad_norm)
+            if run.exam.is_due(run.step):
+                run.examine()
             if run.is_save_step():
                 run.save()
         return run.finish()
@@ -66,11 +62,12 @@ class Run:
     """One training run: the policy and everything that moves it, and where it stands."""
 
     def __init__(self, config: TrainConfig, output_dir: Path, resumed: Path | None, state, changes: list[str], held):
-        refuse_many_processes()
+        runtime.refuse_many_processes()
         self.config, self.output_dir, self.resumed = config, output_dir, resumed
-        self.device = pick_device(config.device)
+        self.device = runtime.pick_device(config.device)
         source = build_source(config)
-        seed_all(config.seed, INIT)
+        kept, held_out = split(source, config)
+        runtime.seed_all(config.seed, runtime.INIT)
         self.policy, self.preprocess, self.postprocess = build_policy_and_processors(
             config, resumed, source, self.device
         )
@@ -90,27 +87,33 @@ class Run:
             checkpoints.load_optimizer(resumed, self.optimizer)
 
         self.start_step, self.saved_step = self.step, self.step if resumed else None
-        self.report = held.enter_context(Report(output_dir, self.step, config.steps, config.quiet))
+        self.report = held.enter_context(Report(output_dir, self.step, config, before.get("tracker_run_id")))
         self.report.say(header(source, self.policy, config, self.device, self.step, output_dir, resumed))
         self.report.warn(*changes, *source.warnings)
+        parts = self.policy, self.preprocess, self.postprocess
         self.loader = build_loader(
-            config, source, self.policy, self.preprocess, self.samples_seen, self.device, self.report.say
+            config, source, kept, self.policy, self.preprocess, self.samples_seen, self.device, self.report.say
         )
         held.callback(self.loader.close)
+        self.exam = Exam(config, self.loader, held_out, *parts)
+        held.callback(self.exam.close)
+        self.val_loss = (None, None)  # the last one, and the step it was measured at
         self.writer = held.enter_context(Writer(output_dir, config, self.report.warn, resumed))
         self.policy.train()
         self.watch = Stopwatch()
-        self.signals = held.enter_context(StopSignals())
+        self.signals = held.enter_context(runtime.StopSignals())
 
     def train_step(self, batch: dict):
         """One optimizer step on a batch; returns the policy's sub-losses and the gradient norm, on the device."""
-        seed_all(self.config.seed, STEP, self.step, 0)  # dropout and noise are a function of (seed, step, rank)
+        runtime.seed_all(
+            self.config.seed, runtime.STEP, self.step, 0
+        )  # dropout and noise are a function of (seed, step, rank)
         batch = pixels_to_float(batch, self.cameras, self.device)
         if self.config.augment and self.cameras:
             from processors.augment import augment
 
             batch = augment(batch, self.cameras, self.config.seed)
-        with NoHostSync():
+        with runtime.NoHostSync():
             loss, parts = self.policy.forward(self.preprocess(batch))
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.clip_norm or float("inf"))
@@ -166,18 +169,33 @@ class Run:
         self.report.log({**line, **numbers(parts), **self.watch.rates(self.config.batch_size)})
         self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
 
+    def examine(self) -> None:
+        """Held-out episodes and simulation, to a line of metrics."""
+        begun = time.perf_counter()
+        results = self.exam.results(self.step)
+        self.val_loss = (self.step, results.get("val_loss"))
+        self.report.note({"step": self.step, **results}, said(results))
+        self.watch.leave_out(time.perf_counter() - begun)
+
     def save(self) -> None:
         """Have checkpoint-<step> written; a run that went bad since the last log line is stopped instead."""
         self.stop_if_not_finite()
         begun = time.perf_counter()
         standing = {"step": self.step, "samples_seen": self.samples_seen, "batch_size": self.config.batch_size}
         standing |= {"seed": self.config.seed, "world_size": 1}
+        val_loss = self.val_loss[1] if self.val_loss[0] == self.step else None
         state = checkpoints.TrainState(
-            trainer_state={**standing, "loss_sum": self.loss_sum.item(), "loss_count": self.loss_count},
+            trainer_state={
+                **standing,
+                "loss_sum": self.loss_sum.item(),
+                "loss_count": self.loss_count,
+                "tracker_run_id": self.report.trackers.run_id,
+            },
             train_config=self.config.asdict(),
             training_info={
                 **training_info(self.policy, self.config.dataset_id, self.report.history, self.device),
                 **standing,
+                "val_loss": val_loss,
                 "train_seconds": round(self.train_seconds + self.watch.since_start(), 1),
             },
         )
@@ -185,7 +203,8 @@ class Run:
         never = [self.resumed] if in_first_interval else []
         self.writer.save(self.step, self.policy, self.preprocess, self.postprocess, self.optimizer, state, never)
         self.saved_step = self.step
-        self.watch.saved(time.perf_counter() - begun)
+        self.watch.leave_out(time.perf_counter() - begun)
+        self.watch.last_save = time.perf_counter()
 
     def finish(self) -> TrainResult:
         """Final model files, curve, upload, and what to run next; of a run that was stopped, the command that goes on."""
@@ -193,13 +212,14 @@ class Run:
         self.policy.eval()
         self.report.save_curve()
         saved, history = self.writer.saved, self.report.history
-        loss = history[-1]["loss"] if history else None
+        loss = last(history, "loss")
         stopped_by = self.signals.asked.name if self.step < self.config.steps else None
         if stopped_by:
             print(f"stopped by {stopped_by} at step {self.step} of {self.config.steps}; go on with:")
             print(f"python src/train.py --resume_from_checkpoint {saved}", flush=True)
             return TrainResult(self.step, loss, history, saved, self.policy, self.output_dir, stopped_by)
         publish(saved, self.output_dir)
+        self.report.save_card(saved)
         if self.step == self.start_step:
             print(f"nothing to do: {saved} is already at step {self.step}, pass --steps to go on")
         else:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor
 
-from checkpoint import ALIASES, NOT_FINAL, OPTIMIZER, WEIGHTS, TrainState, make_ready, prune, seal
+from checkpoint import ALIASES, NOT_FINAL, OPTIMIZER, WEIGHTS, TrainState, best_checkpoint, make_ready, prune, seal
 from config import TrainConfig, UserError, one_line
 
 LOCK, OWNER = ".lock", ".lock.json"
@@ -126,7 +126,8 @@ class Writer:
             if self.snapshot.ready is not None:
                 self.snapshot.ready.synchronize()
             self.saved = write_checkpoint(self.output_dir, self.snapshot)
-            prune(self.output_dir, self.snapshot.step, self.config.keep_last, self.config.keep_every, never=self.never)
+            never = [*self.never, *mark_best(self.output_dir)]
+            prune(self.output_dir, self.snapshot.step, self.config.keep_last, self.config.keep_every, never)
             self.failures, self.snapshot = [], None
         except BaseException as error:  # reaches the loop at its next save, log line or end
             self.failures.append(error)
@@ -230,6 +231,17 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def mark_best(output_dir: Path) -> list[Path]:
+    """Name the checkpoint with the lowest validation loss in best.json; returns it, or nothing if none was validated."""
+    best, loss = best_checkpoint(output_dir)
+    if best is None:
+        return []
+    fresh = output_dir / ".best.json.tmp"
+    fresh.write_text(json.dumps({"checkpoint": best.name, "val_loss": loss}) + "\n")
+    os.replace(fresh, output_dir / "best.json")
+    return [best]
 
 
 def publish(checkpoint: Path, output_dir: Path) -> None:

@@ -293,12 +293,17 @@ def test_command_line(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(("status", "requeued"), [(138, "requeue 7\n"), (0, ""), (2, "")])
 def test_slurm_job_queues_itself_again_when_it_was_stopped(tmp_path, status, requeued):
     """With stand-ins for SLURM's two commands."""
-    for name, text in (("srun", f'echo "$@" > {tmp_path}/ran; exit {status}'), ("scontrol", f'echo "$@" >> {tmp_path}/told')):
+    for name, text in (
+        ("srun", f'echo "$@" > {tmp_path}/ran; exit {status}'),
+        ("scontrol", f'echo "$@" >> {tmp_path}/told'),
+    ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     done = subprocess.run(["bash", "examples/slurm.sh", "--output_dir", "a b"], cwd=ROOT, env=env, check=False)
     assert done.returncode == (0 if requeued else status)
-    assert (tmp_path / "ran").read_text() == ".venv/bin/python src/train.py --output_dir a b --resume_from_checkpoint auto\n"
+    assert (
+        tmp_path / "ran"
+    ).read_text() == ".venv/bin/python src/train.py --output_dir a b --resume_from_checkpoint auto\n"
     assert ((tmp_path / "told").read_text() if requeued else "") == requeued
     assert (tmp_path / "told").exists() == bool(requeued)

@@ -31,6 +31,7 @@ class Loader:
         drop_n_last_frames: frames at an episode's end at which no sample starts.
         device: where the batches go: pinned buffers for CUDA, whose copies then need not wait.
         weights: share of each dataset in the samples, where the source has several; None for each row once an epoch.
+        episodes: (E',) positions in `source.episodes` whose rows samples start at; None for all.
 
     Raises:
         UserError: no frame is left to start a sample at.
@@ -47,10 +48,12 @@ class Loader:
         drop_n_last_frames: int = 0,
         device: torch.device | str = "cpu",
         weights: list[float] | None = None,
+        episodes: Tensor | None = None,
     ):
         self.source, self.frames, self.batch_size, self.seed = source, frames, batch_size, seed
         self.deltas = {key: torch.tensor(window) for key, window in deltas.items()}
-        self.rows = trainable_rows(source.starts, source.ends, drop_n_last_frames)  # (M,)
+        kept = torch.arange(len(source.episodes)) if episodes is None else episodes
+        self.rows = trainable_rows(source.starts[kept], source.ends[kept], drop_n_last_frames)  # (M,)
         if len(self.rows) == 0:
             raise UserError(
                 f"dataset {source.name}: no episode is longer than the {drop_n_last_frames} frames that the policy "

@@ -182,7 +182,7 @@ def told_as_user_errors(dataset_id: str):
         raise UserError(f"dataset {dataset_id} cannot be opened: {one_line(error)[:300]}") from error
 
 
-def parse_episodes(text: str | None, total: int) -> list[int]:
+def parse_episodes(text: str | None, total: int, flag: str = "--episodes") -> list[int]:
     """Episode indices of "0:40,45" (ends exclusive, as in Python), ascending and once each.
 
     Raises:
@@ -194,13 +194,11 @@ def parse_episodes(text: str | None, total: int) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", part)
         if match is None:
-            raise UserError(f'--episodes {text}: {part!r} is neither a number nor a range such as "0:40"')
+            raise UserError(f'{flag} {text}: {part!r} is neither a number nor a range such as "0:40"')
         first = int(match[1])
         end = first + 1 if match[2] is None else int(match[2])
         if end > total or first >= end:
-            raise UserError(
-                f"--episodes {text}: {part.strip()} is out of range, the dataset has episodes 0 to {total - 1}"
-            )
+            raise UserError(f"{flag} {text}: {part.strip()} is out of range, the dataset has episodes 0 to {total - 1}")
         chosen.update(range(first, end))
     return sorted(chosen)
 

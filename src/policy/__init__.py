@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from config import UserError, nearest, one_line
+from pairs import parse_pairs
 
 
 def known_policies() -> list[str]:
@@ -14,37 +15,6 @@ def known_policies() -> list[str]:
     from lerobot.configs import PreTrainedConfig
 
     return sorted(PreTrainedConfig.get_known_choices())
-
-
-def parse_policy_args(config_class, pairs: list[str] | None) -> dict:
-    """`name=value` pairs as values of the types that the policy's config class declares.
-
-    Raises:
-        UserError: a name that this policy does not have, or a value not of its type.
-    """
-    import typing
-
-    import draccus
-    import yaml
-
-    types = typing.get_type_hints(config_class)
-    names = [f.name for f in fields(config_class) if f.init]
-    values = {}
-    for pair in pairs or []:
-        name, equals, text = pair.partition("=")
-        policy = config_class.get_choice_name(config_class)
-        if not equals:
-            raise UserError(f"--policy_args {pair}: expected NAME=VALUE, such as chunk_size=50")
-        if name not in names:
-            raise UserError(f"--policy_args {name}: policy {policy} has no such setting{nearest(name, names)}")
-        try:
-            value = None if text.strip().lower() in ("none", "null") else yaml.safe_load(text)
-            values[name] = draccus.decode(types[name], value)
-        except (yaml.YAMLError, draccus.utils.DraccusException, ValueError, TypeError, KeyError):
-            wanted = getattr(types[name], "__name__", None) or str(types[name])
-            wanted = str(types[name]) if typing.get_args(types[name]) else wanted
-            raise UserError(f"--policy_args {name}: expected {wanted}, got {text!r}") from None
-    return values
 
 
 def policy_config(name: str, pairs: list[str] | None, device: str):
@@ -59,7 +29,7 @@ def policy_config(name: str, pairs: list[str] | None, device: str):
     if name not in known:
         raise UserError(f"unknown policy {name!r}{nearest(name, known)}: LeRobot has {', '.join(known)}")
     config_class = PreTrainedConfig.get_choice_class(name)
-    values = parse_policy_args(config_class, pairs)
+    values = parse_pairs("--policy_args", config_class, pairs)
     defaults = {f.name: f.default for f in fields(config_class)}
     if "chunk_size" in values and "n_action_steps" in defaults:  # a shorter chunk cannot keep the longer default
         values.setdefault("n_action_steps", min(values["chunk_size"], defaults["n_action_steps"]))
@@ -82,7 +52,7 @@ def load_policy_config(folder: Path, pairs: list[str] | None, device: str):
         raise UserError(f"{folder} holds a policy {name!r}, which this LeRobot does not know")
     with told_as_user_errors(name), quiet_lerobot():
         config = PreTrainedConfig.from_pretrained(folder)
-    for key, value in parse_policy_args(type(config), pairs).items():
+    for key, value in parse_pairs("--policy_args", type(config), pairs).items():
         setattr(config, key, value)
     config.device = device
     return config

@@ -1,0 +1,78 @@
+"""What a policy is examined on while it trains: episodes it has not seen, and a simulation. Changes nothing of the run."""
+
+import sim
+from config import TrainConfig
+from infer import LoadedPolicy
+from sim.rollout import run_episodes, summary
+from validation import measure, spread
+
+FIRST_SEED = 1000  # of a simulation's episodes, as lerobot-eval's; the shipped demonstrations are of 0 to 39
+
+
+class Exam:
+    """Examines the policy of a run at the steps that its settings name.
+
+    Args:
+        config: val_freq, val_samples, eval_env, eval_task, eval_args, eval_freq, eval_episodes.
+        loader: of the run; validation batches are made by it.
+        held_out: (E,) positions in the source's episodes to validate on, possibly none.
+        policy, preprocess, postprocess: the run's own.
+
+    Raises:
+        UserError: there is no such simulation.
+    """
+
+    def __init__(self, config: TrainConfig, loader, held_out, policy, preprocess, postprocess):
+        self.config, self.loader = config, loader
+        self.parts = policy, preprocess, postprocess
+        source = loader.source
+        self.rows = (
+            spread(source.starts[held_out], source.ends[held_out], config.val_samples) if len(held_out) else None
+        )
+        self.env = sim.make_env(config.eval_env, config.eval_task, config.eval_args) if config.eval_env else None
+        self.checked_fit = False
+
+    def is_due(self, step: int) -> bool:
+        return self._validates(step) or self._simulates(step)
+
+    def _validates(self, step: int) -> bool:
+        return self.rows is not None and self._at(step, self.config.val_freq)
+
+    def _simulates(self, step: int) -> bool:
+        return self.env is not None and self._at(step, self.config.eval_freq)
+
+    def _at(self, step: int, freq: int | None) -> bool:
+        freq = freq or self.config.save_freq
+        return step == self.config.steps or (freq > 0 and step % freq == 0)
+
+    def results(self, step: int) -> dict:
+        """Figures for a line of metrics.jsonl; the policy is in training mode again afterwards."""
+        line, (policy, preprocess, postprocess) = {}, self.parts
+        if self._validates(step):
+            line |= measure(policy, preprocess, postprocess, self.loader, self.rows, self.config.seed).line()
+        if self._simulates(step):
+            loaded = LoadedPolicy(policy, preprocess, postprocess)
+            seeds = range(FIRST_SEED, FIRST_SEED + self.config.eval_episodes)
+            result = summary(run_episodes(*self.env, loaded, list(seeds), quiet=self.config.quiet))
+            loaded.reset()
+            line |= {f"eval_{name}": result[name] for name in ("success_rate", "success_low", "success_high")}
+        policy.train()
+        return line
+
+    def close(self) -> None:
+        if self.env is not None:
+            self.env[0].close()
+
+
+def said(line: dict) -> str:
+    """An exam's figures for people."""
+    parts = []
+    if "val_loss" in line:
+        parts.append(f"validation loss {line['val_loss']:.4g}")
+    if "val_action_error" in line:
+        joints = ", ".join(f"{name} {error:.3g}" for name, error in list(line["val_error_by_joint"].items())[:8])
+        parts.append(f"action error {line['val_action_error']:.3g} standard deviations ({joints})")
+    if "eval_success_rate" in line:
+        interval = f"{line['eval_success_low']:.0%} to {line['eval_success_high']:.0%}"
+        parts.append(f"success {line['eval_success_rate']:.0%} (95 % interval {interval})")
+    return ", ".join(parts)

@@ -1,0 +1,122 @@
+"""How good a policy is on episodes it has not seen: its loss, and how far its actions are from the recorded ones.
+
+B samples, T steps of the chunk from now on, A joints.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import TrainConfig, UserError
+from data.source import parse_episodes
+from policy.chunk import predict_chunk
+from processors import pixels_to_float
+from runtime import VALIDATE, seed_all
+
+
+def split(source, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Positions in `source.episodes` to train on and to hold out, ascending; a function of the settings alone.
+
+    Raises:
+        UserError: nothing would be left to train on.
+    """
+    count = len(source.episodes)
+    chosen: set[int] = set()
+    if config.val_episodes:
+        wanted = set(parse_episodes(config.val_episodes, source.meta.total_episodes, "--val_episodes"))
+        chosen = {i for i, episode in enumerate(source.episodes) if episode in wanted}
+    elif config.val_fraction:
+        order = np.random.default_rng([config.seed, VALIDATE]).permutation(count)
+        chosen = set(order[: max(1, round(config.val_fraction * count))].tolist())
+    if len(chosen) == count:
+        asked = (
+            f"--val_episodes {config.val_episodes}" if config.val_episodes else f"--val_fraction {config.val_fraction}"
+        )
+        raise UserError(f"{asked} holds out all {count} episodes: leave some to train on")
+    kept = [i for i in range(count) if i not in chosen]
+    return torch.tensor(kept, dtype=torch.int64), torch.tensor(sorted(chosen), dtype=torch.int64)
+
+
+def spread(starts: Tensor, ends: Tensor, count: int) -> Tensor:
+    """(at most `count`,) rows, evenly spread over the given episodes; all of them for 0."""
+    rows = torch.cat([torch.arange(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)])
+    if count == 0 or count >= len(rows):
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, count).round().long()]
+
+
+def action_names(meta) -> list[str]:
+    """(A,) names of the joints, numbered where the dataset has none."""
+    size, names = meta.features["action"]["shape"][0], meta.features["action"].get("names")
+    return names if isinstance(names, list) and len(names) == size else [f"action {i}" for i in range(size)]
+
+
+@dataclass
+class Errors:
+    """What a policy got wrong over a set of samples.
+
+    Attributes:
+        loss: mean of the policy's own loss, None if it was not asked for.
+        grid: (T, A) mean absolute action error in robot units, of each step of the chunk and joint; None without chunks.
+        spread: (A,) standard deviation of the recorded actions, to measure errors by.
+        names: (A,) joints.
+    """
+
+    loss: float | None
+    grid: np.ndarray | None
+    spread: np.ndarray
+    names: list[str]
+
+    def line(self) -> dict:
+        """As a line of metrics.jsonl has it: by joint in robot units, and by step of the chunk in standard deviations."""
+        line = {} if self.loss is None else {"val_loss": self.loss}
+        if self.grid is not None:
+            moving = self.spread > 0
+            relative = (self.grid[:, moving] / self.spread[moving]).mean(1) if moving.any() else self.grid.mean(1)
+            line["val_action_error"] = float(relative.mean())
+            line["val_error_by_joint"] = dict(zip(self.names, self.grid.mean(0).tolist(), strict=True))
+            line["val_error_by_step"] = relative.tolist()
+        return line
+
+
+@torch.no_grad()
+def measure(policy, preprocess, postprocess, loader, rows: Tensor, seed: int, with_loss: bool = True) -> Errors:
+    """Compare the policy with the recording at each of `rows`; the policy is left in eval mode.
+
+    Randomness is a function of (seed, batch): two calls with the same weights give the same numbers.
+
+    Args:
+        loader: the batches' maker, a data.loader.Loader.
+        rows: (N,) rows of its source.
+    """
+    policy.eval()
+    device, source = next(policy.parameters()).device, loader.source
+    now = loader.deltas["action"].tolist().index(0) if "action" in loader.deltas else 0
+    loss, total, count = torch.zeros((), device=device), 0.0, 0.0
+    chunks = True
+    for number, part in enumerate(rows.split(loader.batch_size)):
+        seed_all(seed, VALIDATE, number)
+        batch = loader.batch_of(part)
+        ready = preprocess(pixels_to_float(batch, source.meta.camera_keys, device))
+        if with_loss:
+            loss = loss + policy.forward(ready)[0] * len(part)
+        try:
+            predicted = postprocess(predict_chunk(policy, ready)).float().cpu() if chunks else None  # (B, T, A)
+        except NotImplementedError:
+            chunks = False
+        if chunks:
+            recorded = batch["action"].reshape(len(part), -1, predicted.shape[-1])[:, now:]  # (B, T', A)
+            steps = min(predicted.shape[1], recorded.shape[1])
+            there = ~batch["action_is_pad"][:, now : now + steps, None] if "action_is_pad" in batch else torch.ones(1)
+            error = (predicted[:, :steps] - recorded[:, :steps]).abs() * there
+            total, count = total + error.double().sum(0), count + there.double().expand_as(error).sum(0)
+    policy.reset()
+    actions = source.columns["action"]
+    return Errors(
+        loss.item() / len(rows) if with_loss else None,
+        (total / count.clamp_min(1)).numpy() if chunks else None,  # (T, A)
+        actions.double().std(0).reshape(-1).numpy(),
+        action_names(source.meta),
+    )
