@@ -3,6 +3,7 @@
 import sim
 from config import TrainConfig
 from infer import LoadedPolicy
+from page import horizon_figure
 from sim.rollout import run_episodes, summary
 from validation import measure, spread
 
@@ -30,7 +31,7 @@ class Exam:
             spread(source.starts[held_out], source.ends[held_out], config.val_samples) if len(held_out) else None
         )
         self.env = sim.make_env(config.eval_env, config.eval_task, config.eval_args) if config.eval_env else None
-        self.checked_fit = False
+        self.errors = None
 
     def is_due(self, step: int) -> bool:
         return self._validates(step) or self._simulates(step)
@@ -47,9 +48,10 @@ class Exam:
 
     def results(self, step: int) -> dict:
         """Figures for a line of metrics.jsonl; the policy is in training mode again afterwards."""
-        line, (policy, preprocess, postprocess) = {}, self.parts
+        line, self.errors, (policy, preprocess, postprocess) = {}, None, self.parts
         if self._validates(step):
-            line |= measure(policy, preprocess, postprocess, self.loader, self.rows, self.config.seed).line()
+            self.errors = measure(policy, preprocess, postprocess, self.loader, self.rows, self.config.seed)
+            line |= self.errors.line()
         if self._simulates(step):
             loaded = LoadedPolicy(policy, preprocess, postprocess)
             seeds = range(FIRST_SEED, FIRST_SEED + self.config.eval_episodes)
@@ -58,6 +60,13 @@ class Exam:
             line |= {f"eval_{name}": result[name] for name in ("success_rate", "success_low", "success_high")}
         policy.train()
         return line
+
+    def picture(self):
+        """Of the last validation, how the error grows along the chunk; None if there was none."""
+        if self.errors is None or self.errors.grid is None:
+            return None
+        meta = self.loader.source.meta
+        return horizon_figure(self.errors.grid, self.errors.spread, self.errors.names, meta.fps)
 
     def close(self) -> None:
         if self.env is not None:

@@ -123,9 +123,11 @@ class Report:
             left = (self.steps - line["step"]) * line["step_s"]
             self.say(f"step {line['step']}/{self.steps}  {shown}  ETA {clock(left)}")
 
-    def note(self, line: dict, text: str) -> None:
-        """A line of metrics that is not training's own, such as a validation's."""
+    def examined(self, line: dict, text: str, picture) -> None:
+        """A validation's or a simulation's line of metrics; `picture()` gives a figure or None, and is asked if anyone looks."""
         self._keep(line)
+        if self.trackers.open and (figure := picture()) is not None:
+            self.trackers.picture("error along the chunk", figure, line["step"])
         self.say(f"step {line['step']}/{self.steps}  {text}")
 
     def _keep(self, line: dict) -> None:
@@ -166,14 +168,15 @@ def numbers(parts: dict | None) -> dict[str, float]:
     return {k: float(v) for k, v in (parts or {}).items() if isinstance(v, (int, float)) or getattr(v, "ndim", 1) == 0}
 
 
-def training_info(policy, dataset_id: list[str], history: list[dict], device) -> dict:
-    """Facts of a run for people; train() adds where it stands."""
+def training_info(policy, dataset_id: list[str], history: list[dict], device, step: int) -> dict:
+    """Facts of a run for people at a step; train() adds where it stands."""
     return {
         "policy": policy.name,
         "parameters": sum(p.numel() for p in policy.parameters()),
         "dataset": dataset_id,
         "epoch": last(history, "epoch") or 0,
         "loss": last(history, "loss"),
+        "val_loss": last([line for line in history if line["step"] == step], "val_loss"),
         "success_rate": last(history, "eval_success_rate"),
         "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         **describe_machine(device),
@@ -186,7 +189,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def header(source, policy, config, device, start: int, output_dir: Path, resumed_from: Path | None) -> str:
+def header(source, held_out, policy, config, device, start: int, output_dir: Path, resumed_from: Path | None) -> str:
     """What is about to be trained, on what, from where, to where."""
     meta = source.meta
     size = " -> {}x{}".format(*config.image_size) if config.image_size else ""
@@ -206,6 +209,7 @@ def header(source, policy, config, device, start: int, output_dir: Path, resumed
     came = f", resumed from {resumed_from.name}" if resumed_from else ""
     lines = [
         f"dataset   {source.name}: {len(source.episodes)} episodes, {source.rows:,} frames at {meta.fps:g} fps",
+        f"          {len(held_out)} episodes are held out for validation" if len(held_out) else None,
         f"          task {tasks[0]!r}" + (f" and {len(tasks) - 1} more" if len(tasks) > 1 else "") if tasks else None,
         f"          cameras {cameras + size if cameras else 'none'}; {dims}",
         f"policy    {policy.name}, {weights / 1e6:.1f}M parameters{frozen}, on {device}",

@@ -88,16 +88,14 @@ class Run:
 
         self.start_step, self.saved_step = self.step, self.step if resumed else None
         self.report = held.enter_context(Report(output_dir, self.step, config, before.get("tracker_run_id")))
-        self.report.say(header(source, self.policy, config, self.device, self.step, output_dir, resumed))
+        self.report.say(header(source, held_out, self.policy, config, self.device, self.step, output_dir, resumed))
         self.report.warn(*changes, *source.warnings)
-        parts = self.policy, self.preprocess, self.postprocess
         self.loader = build_loader(
             config, source, kept, self.policy, self.preprocess, self.samples_seen, self.device, self.report.say
         )
         held.callback(self.loader.close)
-        self.exam = Exam(config, self.loader, held_out, *parts)
+        self.exam = Exam(config, self.loader, held_out, self.policy, self.preprocess, self.postprocess)
         held.callback(self.exam.close)
-        self.val_loss = (None, None)  # the last one, and the step it was measured at
         self.writer = held.enter_context(Writer(output_dir, config, self.report.warn, resumed))
         self.policy.train()
         self.watch = Stopwatch()
@@ -105,9 +103,8 @@ class Run:
 
     def train_step(self, batch: dict):
         """One optimizer step on a batch; returns the policy's sub-losses and the gradient norm, on the device."""
-        runtime.seed_all(
-            self.config.seed, runtime.STEP, self.step, 0
-        )  # dropout and noise are a function of (seed, step, rank)
+        # dropout and noise are a function of (seed, step, rank)
+        runtime.seed_all(self.config.seed, runtime.STEP, self.step, 0)
         batch = pixels_to_float(batch, self.cameras, self.device)
         if self.config.augment and self.cameras:
             from processors.augment import augment
@@ -173,8 +170,7 @@ class Run:
         """Held-out episodes and simulation, to a line of metrics."""
         begun = time.perf_counter()
         results = self.exam.results(self.step)
-        self.val_loss = (self.step, results.get("val_loss"))
-        self.report.note({"step": self.step, **results}, said(results))
+        self.report.examined({"step": self.step, **results}, said(results), self.exam.picture)
         self.watch.leave_out(time.perf_counter() - begun)
 
     def save(self) -> None:
@@ -183,7 +179,6 @@ class Run:
         begun = time.perf_counter()
         standing = {"step": self.step, "samples_seen": self.samples_seen, "batch_size": self.config.batch_size}
         standing |= {"seed": self.config.seed, "world_size": 1}
-        val_loss = self.val_loss[1] if self.val_loss[0] == self.step else None
         state = checkpoints.TrainState(
             trainer_state={
                 **standing,
@@ -193,15 +188,15 @@ class Run:
             },
             train_config=self.config.asdict(),
             training_info={
-                **training_info(self.policy, self.config.dataset_id, self.report.history, self.device),
+                **training_info(self.policy, self.config.dataset_id, self.report.history, self.device, self.step),
                 **standing,
-                "val_loss": val_loss,
                 "train_seconds": round(self.train_seconds + self.watch.since_start(), 1),
             },
         )
         in_first_interval = self.resumed and self.step - self.start_step <= self.config.save_freq
         never = [self.resumed] if in_first_interval else []
         self.writer.save(self.step, self.policy, self.preprocess, self.postprocess, self.optimizer, state, never)
+        self.report.trackers.note("checkpoint", f"checkpoint-{self.step}", self.step)
         self.saved_step = self.step
         self.watch.leave_out(time.perf_counter() - begun)
         self.watch.last_save = time.perf_counter()

@@ -47,7 +47,7 @@ def summary(episodes: list[Episode]) -> dict:
     }
 
 
-def check_fits(expected: dict, batch: dict, rename: dict) -> None:
+def check_fits(expected: dict, batch: dict) -> None:
     """Raise a UserError if the environment's observation (LeRobot's batch of it) is not what the policy takes."""
     for key, (kind, shape) in expected.items():
         if key not in batch:
@@ -95,7 +95,7 @@ def run_episode(env, processors, policy, seed: int, rename: dict, cap: int | Non
             batch["task"] = words(env)
             batch = {rename.get(key, key): value for key, value in processors[0](batch).items()}
             if step == 1:
-                check_fits(policy.expected, batch, rename)
+                check_fits(policy.expected, batch)
             batch = {key: value for key, value in batch.items() if key in policy.expected or key == "task"}
             action = processors[1]({"action": policy.select(batch)})["action"].cpu().numpy()
         raw, earned, terminated, truncated, info = env.step(action)

@@ -1,0 +1,301 @@
+"""How good a policy is: held-out episodes, recorded episodes, simulation; what is measured changes nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHIPPED, small
+from test_resume import assert_same_run
+
+import evaluate
+import exam
+import sim
+from checkpoint import find_checkpoints, main
+from config import UserError, merge
+from data.source import open_dataset
+from infer import load_policy
+from sim.rollout import Episode, check_fits, run_episodes, summary, wilson
+from train import train
+from validation import Errors, measure, split, spread
+
+
+@pytest.fixture(scope="session")
+def renderer():
+    try:
+        return sim.pick_renderer()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def trained(made, tmp_path_factory):
+    """A checkpoint for the shipped task that has learned nothing."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    settings = small(dataset_id=str(SHIPPED), episodes="0", image_size=[48, 48], steps=1, save_freq=0)
+    return train(**settings, output_dir=str(folder)).checkpoint
+
+
+# --- held-out episodes ---
+
+
+def test_held_out_episodes_are_whole_and_a_function_of_the_seed():
+    source = open_dataset(str(SHIPPED))
+
+    def chosen(**settings):
+        kept, held_out = split(source, merge({"dataset_id": [str(SHIPPED)], **settings}))
+        assert sorted([*kept.tolist(), *held_out.tolist()]) == list(range(40))
+        return held_out.tolist()
+
+    assert chosen() == []
+    assert chosen(val_episodes="3:5,39") == [3, 4, 39]
+    assert len(chosen(val_fraction=0.1)) == 4
+    assert chosen(val_fraction=0.1) == chosen(val_fraction=0.1)
+    assert chosen(val_fraction=0.1) != chosen(val_fraction=0.1, seed=7)
+    with pytest.raises(UserError, match="--val_episodes 0:40 holds out all 40 episodes: leave some to train on"):
+        chosen(val_episodes="0:40")
+
+
+def test_rows_are_evenly_spread():
+    starts, ends = torch.tensor([0, 20]), torch.tensor([10, 30])
+    assert spread(starts, ends, 0).tolist() == [*range(10), *range(20, 30)]
+    assert spread(starts, ends, 3).tolist() == [0, 20, 29]
+
+
+class Offset:
+    """A policy that predicts what was recorded, a known distance off, for chunks longer than the recording has."""
+
+    config = SimpleNamespace(n_obs_steps=1)
+
+    def __init__(self, off):
+        self.off, self.weight = off, torch.nn.Parameter(torch.zeros(1))
+
+    def eval(self):
+        return self
+
+    reset = eval
+
+    def parameters(self):
+        return iter([self.weight])
+
+    def forward(self, batch):
+        return batch["action"].mean() * 0 + 2.0, {}
+
+    def predict_action_chunk(self, batch):
+        wrong = torch.where(batch["action_is_pad"][..., None], 1e6, 0.0)  # what is not there must not count
+        return torch.cat([batch["action"] + self.off + wrong, torch.full_like(batch["action"], 1e6)], dim=1)
+
+
+def test_errors_of_a_known_policy(made):
+    from data.frames import Frames
+    from data.loader import Loader
+
+    source = open_dataset(str(made("no_camera")))
+    loader = Loader(source, Frames(source), {"action": [0, 1, 2, 3]}, batch_size=5, seed=0)
+    off = torch.tensor([0.5, -1.0, 2.0])
+    errors = measure(Offset(off), lambda batch: batch, lambda chunk: chunk, loader, torch.arange(source.rows), seed=0)
+    loader.close()
+    assert errors.loss == 2.0
+    np.testing.assert_allclose(errors.grid, np.broadcast_to(np.abs(off.numpy()), (4, 3)), rtol=1e-5)
+    std = source.columns["action"].double().std(0).numpy()
+    line = errors.line()
+    assert line["val_error_by_joint"] == pytest.approx({"shoulder": 0.5, "elbow": 1.0, "gripper": 2.0}, rel=1e-5)
+    assert line["val_action_error"] == pytest.approx(
+        np.mean([0.5 / std[0], 1.0 / std[1]]), rel=1e-5
+    )  # the gripper never moves
+
+
+def test_measuring_changes_no_weight(made, tmp_path, renderer):
+    """Held-out episodes, simulation and tracker on and off."""
+    settings = small(dataset_id=str(SHIPPED), image_size=[48, 48], episodes="0:3")
+    train(**settings, output_dir=str(tmp_path / "off"))
+    watched = {"val_episodes": "3,7", "val_freq": 1, "eval_env": "metaworld", "eval_task": "drawer-open-v3", "eval_episodes": 1,
+               "eval_args": ["episode_length=5"], "eval_freq": 2, "tracker": "tensorboard"}  # fmt: skip
+    train(**settings, **watched, output_dir=str(tmp_path / "on"))
+    for step in (2, 4):
+        assert_same_run(tmp_path / "off", tmp_path / "on", step)
+    lines = [json.loads(line) for line in (tmp_path / "on" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val_loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval_success_rate" in line] == [2, 4]
+    assert list((tmp_path / "on" / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("policy", ["act", "diffusion"])
+def test_validation_goes_on_over_a_resume(made, tmp_path, policy):
+    settings = small(policy, dataset_id=str(made("video")), val_fraction=0.3, val_samples=6, frame_cache="off")
+    whole = train(**{**settings, "steps": 4}, output_dir=str(tmp_path / "whole"))
+    train(**{**settings, "steps": 2}, output_dir=str(tmp_path / "part"))
+    part = train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"), steps=4)
+    measured = [[line for line in result.history if "val_loss" in line] for result in (whole, part)]
+    assert measured[0] == measured[1]
+    assert [line["step"] for line in measured[0]] == [2, 4]
+    assert set(measured[0][0]["val_error_by_joint"]) == {"shoulder", "elbow", "gripper"}
+
+
+def test_best_checkpoint_is_marked_and_kept(made, tmp_path, monkeypatch, capsys):
+    losses = iter([3.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr(exam, "measure", lambda *args: Errors(next(losses), None, np.ones(3), ["a", "b", "c"]))
+    settings = small(dataset_id=str(made("no_camera")), val_fraction=0.3, save_freq=1, keep_last=1)
+    train(**settings, output_dir=str(tmp_path / "run"))
+    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4"]
+    assert json.loads((tmp_path / "run" / "best.json").read_text()) == {"checkpoint": "checkpoint-2", "val_loss": 1.0}
+    main(["list", str(tmp_path / "run")])
+    listed = capsys.readouterr().out.splitlines()[-2:]
+    assert ["best by validation" in line for line in listed] == [True, False]
+
+
+# --- recorded episodes ---
+
+
+def test_open_loop_report(trained, tmp_path, capsys):
+    command = [
+        str(trained),
+        "--dataset_id",
+        str(SHIPPED),
+        "--episodes",
+        "1,4",
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    assert evaluate.main(command) == 0
+    assert "mean |action error| in robot units: dx " in capsys.readouterr().out
+    numbers = json.loads((tmp_path / "open_loop" / "numbers.json").read_text())
+    policy, source = load_policy(trained, "cpu"), open_dataset(str(SHIPPED), episodes="1,4")
+    from infer import recorded_observations
+
+    errors = []
+    for episode in (1, 4):
+        policy.reset()
+        for observation, action in recorded_observations(source, episode, policy.expected):
+            errors.append(np.abs(policy.act(observation) - action))
+    assert numbers["frames"] == len(errors) == source.rows
+    np.testing.assert_allclose(list(numbers["error_by_joint"].values()), np.mean(errors, 0), rtol=1e-4)
+    assert len(numbers["error_by_step"]) == 4
+    assert [episode["episode"] for episode in numbers["episodes"]] == [1, 4]
+    assert numbers["latency_ms"]["p50"] <= numbers["latency_ms"]["p99"]
+    report = (tmp_path / "open_loop" / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 4  # error along the chunk, worst moments, two episodes
+    assert "http" not in report
+
+
+def test_results_lie_beside_the_checkpoint_not_in_it(trained):
+    from checkpoint import verify
+
+    folder = evaluate.folder_for(str(trained), None, "open_loop")
+    assert folder == trained.parent / "evaluation" / trained.name / "open_loop"
+    assert evaluate.folder_for(str(trained.parent), None, "x") == trained.parent / "evaluation" / "final" / "x"
+    verify(trained)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "nothing to evaluate on: pass --dataset_id with --episodes, or --env with --task"),
+        (["--env", "metawrld"], "--env metawrld: there is no such environment, did you mean 'metaworld'?"),
+        (["--env", "metaworld", "--task", "drawer-opn-v3"], "Meta-World has no task 'drawer-opn-v3', did you mean 'drawer-open-v3'"),
+        (["--env", "metaworld", "--env_args", "lok=plain"], "--env_args lok: armature_metaworld has no such setting, did you mean"),
+        (["--env", "metaworld", "--env_args", "camera=corner9"], "Meta-World has no camera 'corner9', did you mean 'corner'"),
+        (["--env", "metaworld", "--max_steps", "501"], "episode_length must be 1 to 500, got 501"),
+        (["--env", "metaworld", "--env_args", "camera=corner"], "the policy takes observation.images.corner2, the environment gives"),
+        (["--env", "pusht"], "--env pusht needs a package that is not installed"),
+        (["--env", "metaworld", "--rename", "a"], "--rename a: expected THEIRS=OURS"),
+        (["--dataset_id", "DATA"], "has no observation.images.corner2, which the policy takes"),
+        (["--dataset_id", "DATA", "--episodes", "9"], "--episodes 9: 9 is out of range, the dataset has episodes 0 to 2"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told(trained, made, tmp_path, capsys, renderer, flags, told):
+    flags = [str(made("video")) if flag == "DATA" else flag for flag in flags]
+    assert (
+        evaluate.main([str(trained), *flags, "--device", "cpu", "--num_episodes", "1", "--output_dir", str(tmp_path)])
+        == 2
+    )
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert told in line
+
+
+# --- simulation ---
+
+
+def test_wilson_interval():
+    """Against the values in Wilson's own terms: Brown, Cai and DasGupta (2001), and the closed form by hand."""
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-3)
+    assert wilson(6, 12) == pytest.approx((0.2538, 0.7462), abs=1e-3)
+    assert wilson(50, 50) == pytest.approx((0.9287, 1.0), abs=1e-3)
+
+
+def test_summary_counts():
+    episodes = [Episode(seed, seed % 2 == 0, 10 + seed, 1.0, []) for seed in range(5)]
+    told = summary(episodes)
+    assert (told["successes"], told["num_episodes"], told["success_rate"]) == (3, 5, 0.6)
+    assert told["median_steps_of_successes"] == 12.0
+    assert [episode["seed"] for episode in told["episodes"]] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("episodes", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_expert_succeeds_through_the_same_path(tmp_path, renderer, capsys, episodes):
+    command = ["expert", "--env", "metaworld", "--task", "drawer-open-v3", "--output_dir", str(tmp_path)]
+    assert evaluate.main([*command, "--num_episodes", str(episodes), "--num_videos", "1"]) == 0
+    folder = tmp_path / "metaworld_drawer-open-v3"
+    numbers = json.loads((folder / "numbers.json").read_text())
+    assert numbers["success_rate"] >= 0.95
+    assert [e["seed"] for e in numbers["episodes"]] == list(range(1000, 1000 + episodes))
+    import av
+
+    with av.open(str(folder / "success_1000.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == numbers["episodes"][0]["steps"]
+    report = (folder / "report.html").read_text()
+    assert report.count("data:video/mp4;base64,") == 1
+    assert "http" not in report
+
+
+def test_simulation_is_a_function_of_the_seed_and_shows_its_own_beginning(trained, renderer):
+    """In whatever order the episodes come; the first picture is of this episode, not of the one before."""
+    env, config = sim.make_env("metaworld", "drawer-open-v3", ["episode_length=20"])
+    policy = load_policy(trained, "cpu")
+    there = run_episodes(env, config, policy, [1, 2, 3])
+    back = run_episodes(env, config, policy, [3, 2, 1])[::-1]
+    env.close()
+    for one, other in zip(there, back, strict=True):
+        assert (one.seed, one.success, one.steps, one.reward) == (other.seed, other.success, other.steps, other.reward)
+        assert np.array_equal(one.frames[0], other.frames[0])
+        assert np.array_equal(one.frames[-1], other.frames[-1])
+    assert not np.array_equal(there[0].frames[0], there[1].frames[0])
+
+
+def test_policy_sees_what_it_was_trained_on(renderer):
+    """The first observation of seed 0 is the first frame of the shipped demonstration that was recorded from it."""
+    from infer import recorded_observations
+    from sim.metaworld import MetaworldTask
+
+    env = MetaworldTask("drawer-open-v3", "corner2", 128, "plain", 300)
+    keys = ["observation.state", "observation.images.corner2"]
+    recorded, _ = next(recorded_observations(open_dataset(str(SHIPPED), episodes="0"), 0, keys))
+    seen = [env.reset(seed=seed)[0] for seed in range(4)]
+    env.close()
+    np.testing.assert_allclose(seen[0]["agent_pos"], recorded["observation.state"], atol=1e-6)
+    off = [np.abs(s["pixels"]["corner2"].astype(int) - recorded["observation.images.corner2"]).mean() for s in seen]
+    assert min(off) == off[0] < 6  # the recording went through a video codec
+
+
+def test_other_size_than_trained_on_is_told():
+    batch = {"observation.images.top": torch.zeros(1, 3, 96, 96)}
+    with pytest.raises(UserError, match="is 96x96 in the environment, the policy was trained on 128x128"):
+        check_fits({"observation.images.top": ("uint8", (128, 128, 3))}, batch)
+
+
+@pytest.mark.slow
+def test_lerobot_eval_runs_our_environment_type(trained, tmp_path, renderer):
+    command = [str(Path(sys.executable).with_name("lerobot-eval")), f"--policy.path={trained}", "--env.type=armature_metaworld",
+               "--env.task=drawer-open-v3", "--env.episode_length=20", "--eval.n_episodes=2", "--eval.batch_size=1",
+               "--policy.device=cpu", f"--output_dir={tmp_path}"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    info = json.loads((tmp_path / "eval_info.json").read_text())
+    assert info["overall"]["n_episodes"] == 2

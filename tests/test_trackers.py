@@ -1,0 +1,134 @@
+"""Trackers go on with the same run; pages and cards tell a run from its files."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import small
+
+import report
+import trackers
+from config import UserError, parse_command_line
+from report import main
+from summary import as_command, model_card
+from trackers import Trackers
+from train import train
+
+
+@pytest.fixture
+def settings(made, tmp_path):
+    return small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path / "run"), log_freq=1)
+
+
+def test_tensorboard_goes_on_and_replaces_what_is_done_again(settings, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(**settings, val_fraction=0.4, tracker="tensorboard")
+    train(**{**settings, "steps": 6}, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(
+        [line["loss"] for line in logged if "loss" in line]
+    )
+    assert "batch_size: 4" in str(events.Tensors("config/text_summary"))
+    assert events.Images("curves")
+    assert [event.step for event in events.Images("error along the chunk")] == [2, 4, 6]
+    names = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("checkpoint/text_summary")]
+    assert names == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_wandb_goes_on_as_the_same_run(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(**settings, tracker="wandb")
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+    train(**{**settings, "steps": 6}, resume_from_checkpoint="latest")
+    again = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert again["tracker_run_id"] == state["tracker_run_id"]
+    runs = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert {path.name.rpartition("-")[2] for path in runs} == {state["tracker_run_id"]}
+
+
+def test_trackio_gets_numbers_under_one_name(monkeypatch, tmp_path):
+    """With a stand-in for the package, which is not among ours."""
+    told = []
+    fake = SimpleNamespace(
+        init=lambda **kwargs: told.append(kwargs),
+        log=lambda values, step: told.append((values, step)),
+        finish=lambda: None,
+    )
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    for start in (0, 4):
+        tracker = Trackers("trackio", tmp_path / "run", "abc", {"lr": 1}, start, print)
+        tracker.log({"step": start + 1, "loss": 2.0, "val_error_by_joint": {"elbow": 0.5}, "val_error_by_step": [1.0]})
+        tracker.close()
+    assert [call["name"] for call in told if isinstance(call, dict)] == ["run-abc", "run-abc"]
+    assert told[1] == ({"loss": 2.0, "val_error_by_joint/elbow": 0.5}, 1)
+
+
+def test_unknown_and_missing_trackers_are_told(settings, monkeypatch):
+    with pytest.raises(UserError, match="--tracker wandbb: there is no such tracker, did you mean 'wandb'"):
+        train(**settings, tracker="tensorboard,wandbb")
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(UserError, match=r"--tracker trackio needs a package .*: uv pip install trackio"):
+        train(**settings, tracker="trackio")
+
+
+def test_a_tracker_that_fails_is_left_and_the_run_goes_on(settings, monkeypatch, capsys):
+    def broken(*args):
+        raise ConnectionError("the network\nis gone")
+
+    monkeypatch.setattr(trackers.TensorBoard, "log", broken)
+    assert train(**settings, tracker="tensorboard").steps == 4
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert told == ["warning: --tracker tensorboard failed and is left: the network is gone"]
+
+
+def test_pages_of_runs(settings, tmp_path, capsys):
+    result = train(**settings, val_fraction=0.4)
+    assert result.plot().axes[1].get_ylabel() == "validation loss"
+    page = result.report()
+    assert "data:image/png;base64," in page
+    assert page._repr_html_().startswith("<iframe srcdoc=")
+    assert main([str(tmp_path / "run"), str(tmp_path / "run"), "--output", str(tmp_path / "both")]) == 0
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    table = (tmp_path / "both.html").read_text()
+    assert f"{result.final_loss:.4g}" in table
+    assert main([str(tmp_path)]) == 2
+    assert "is no run's folder: its metrics.jsonl cannot be read" in capsys.readouterr().err
+
+
+def test_model_card_tells_what_the_checkpoint_recorded(settings, tmp_path):
+    result = train(**settings, val_fraction=0.4)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert card == model_card(result.checkpoint)
+    info = json.loads((result.checkpoint / "training_info.json").read_text())
+    assert f"| validation loss | {info['val_loss']:.4g} |" in card
+    assert f"| policy | act, {info['parameters']:,} parameters |" in card
+    assert "success rate" not in card  # it was not measured
+
+
+def test_the_command_of_a_card_gives_the_same_settings(settings):
+    from config import merge
+
+    config = merge(
+        {**settings, "augment": True, "policy_args": ["chunk_size=4", "pretrained_backbone_weights=none"]}
+    ).asdict()
+    words = as_command(config).replace("\\\n", "").split()[2:]
+    again = merge(parse_command_line(words)).asdict()
+    assert {**again, "output_dir": None} == {**config, "output_dir": None}
+
+
+def test_notebook_draws_in_one_place(settings, monkeypatch):
+    shown = []
+    handle = SimpleNamespace(update=shown.append)
+    ipython = SimpleNamespace(display=lambda display_id: handle)
+    monkeypatch.setitem(sys.modules, "IPython.display", ipython)
+    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    monkeypatch.setattr(report, "DRAW_EVERY", 0.0)
+    train(**{**settings, "quiet": False})
+    assert len(shown) == 4
+    assert all(figure._repr_png_().startswith(b"\x89PNG") for figure in shown)
