@@ -13,6 +13,7 @@ REAL = Path(os.environ.get("ARMATURE_REAL_DATA", ROOT.parent / "shared" / "datas
 SMALL = {  # the smallest settings of each policy that still have all its parts
     "act": "chunk_size=4 dim_model=32 dim_feedforward=32 n_heads=2 n_encoder_layers=1 n_vae_encoder_layers=1 "
     "latent_dim=4 pretrained_backbone_weights=none",
+    "flow": "size=tiny chunk_size=6 n_action_steps=3 num_keypoints=4",
     "diffusion": "horizon=4 n_action_steps=2 down_dims=[8,16] n_groups=4 spatial_softmax_num_keypoints=4 "
     "diffusion_step_embed_dim=8 num_train_timesteps=4 drop_n_last_frames=1 pretrained_backbone_weights=none",
 }

@@ -14,6 +14,8 @@ def known_policies() -> list[str]:
     import lerobot.policies  # noqa: F401  (fills the registry)
     from lerobot.configs import PreTrainedConfig
 
+    import policy.flow  # noqa: F401  (ours)
+
     return sorted(PreTrainedConfig.get_known_choices())
 
 

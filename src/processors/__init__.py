@@ -63,6 +63,8 @@ def usable_stats(meta, imagenet: bool) -> dict:
     from lerobot.utils.constants import IMAGENET_STATS
 
     stats = deepcopy(meta.stats) or {}
+    if "observation.state" in stats:  # the state stands in for it where policy_features() says so
+        stats.setdefault("observation.environment_state", deepcopy(stats["observation.state"]))
     for key, of_key in stats.items():
         if meta.features.get(key, {}).get("dtype") in ("video", "image", "string") or "mean" not in of_key:
             continue

@@ -1,0 +1,342 @@
+"""flow: a small policy of our own that learns in minutes, and an example of how to add yours in one file.
+
+What it is. Each camera goes through a convolutional encoder whose feature maps become keypoints (spatial softmax: where in
+the picture each map is active); keypoints, pooled features and the state, of each step of history, make one condition
+vector. From it a network predicts a chunk of actions: by flow matching (it moves noise to actions along straight
+lines, in a few Euler steps, so that it can represent several ways of doing a thing), or in one step as plain regression.
+
+Sources: spatial softmax, Finn et al. "Deep Spatial Autoencoders" (2016); flow matching, Lipman et al. (2023), as pi0 has it for
+actions (Black et al. 2024); adaptive layer norm, Peebles and Xie "DiT" (2023); carrying a chunk over into the next,
+Black et al. "Real-Time Execution of Action Chunking Flow Policies" (2025).
+
+How LeRobot finds it: a config class registered under a name and called <X>Config, in the same module <X>Policy and
+make_<name>_pre_post_processors. That is all there is to adding a policy.
+
+B samples, S steps of history, T steps of a chunk, A joints, D width, K keypoints.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
+from lerobot.policies import PreTrainedPolicy
+from torch import Tensor, nn
+
+SIZES = {  # channels of the encoder's stages, width of the condition and of the head, blocks of the head
+    "tiny": ((32, 64, 96), 256, 2),
+    "small": ((48, 96, 160), 384, 3),
+    "base": ((64, 128, 256, 512), 768, 4),
+}
+ENDLESS = 10**9  # LeRobot's cosine schedule shrinks to the run's own steps when these are more
+
+
+@PreTrainedConfig.register_subclass("flow")
+@dataclass
+class FlowConfig(PreTrainedConfig):
+    """Settings of the flow policy.
+
+    Attributes:
+        n_obs_steps: S, observations that it looks at.
+        chunk_size: T, actions that it predicts.
+        n_action_steps: of these, how many are carried out before it is asked again.
+        size: tiny, small or base.
+        head: flow (several ways of doing a thing), or regression (one).
+        num_inference_steps: Euler steps of the flow head.
+        blend_steps: actions at a chunk's start that go over smoothly from the chunk before; 0 for none.
+        backbone: conv (from scratch), or the name of a torchvision or timm model.
+        pretrained_backbone_weights: torchvision's name of weights (DEFAULT), or "timm"; None from scratch.
+        num_keypoints: K of each camera.
+        task_embedding: learn which of the dataset's tasks is asked for; `tasks` are their words, filled in from the dataset.
+    """
+
+    chunk_size: int = 16
+    n_action_steps: int = 8
+    size: str = "small"
+    head: str = "flow"
+    num_inference_steps: int = 5
+    blend_steps: int = 4
+    backbone: str = "conv"
+    pretrained_backbone_weights: str | None = None
+    num_keypoints: int = 32
+    task_embedding: bool = False
+    tasks: list[str] = field(default_factory=list)
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=lambda: {
+            "VISUAL": NormalizationMode.MEAN_STD,
+            "STATE": NormalizationMode.MEAN_STD,
+            "ENV": NormalizationMode.MEAN_STD,
+            "ACTION": NormalizationMode.MEAN_STD,
+        }
+    )
+    optimizer_lr: float = 1e-3
+    optimizer_lr_backbone: float | None = None
+    optimizer_weight_decay: float = 1e-2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.size not in SIZES:
+            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {self.size!r}")
+        if self.head not in ("flow", "regression"):
+            raise ValueError(f"head must be flow or regression, got {self.head!r}")
+        if not 1 <= self.n_action_steps <= self.chunk_size:
+            raise ValueError(f"n_action_steps must be 1 to chunk_size ({self.chunk_size}), got {self.n_action_steps}")
+        if self.n_obs_steps < 1 or self.num_inference_steps < 1 or self.blend_steps < 0 or self.num_keypoints < 1:
+            raise ValueError(
+                "n_obs_steps, num_inference_steps and num_keypoints must be 1 or more, blend_steps 0 or more"
+            )
+
+    def validate_features(self) -> None:
+        if not self.input_features or self.action_feature is None:
+            raise ValueError("flow needs an observation and an action")
+
+    def get_optimizer_preset(self) -> AdamWConfig:
+        return AdamWConfig(lr=self.optimizer_lr, weight_decay=self.optimizer_weight_decay, grad_clip_norm=1.0)
+
+    def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:
+        """Up over a twentieth of the run, and down to nothing at its end."""
+        return CosineDecayWithWarmupSchedulerConfig(ENDLESS // 20, ENDLESS, self.optimizer_lr, 0.0)
+
+    @property
+    def observation_delta_indices(self) -> list[int] | None:
+        return list(range(1 - self.n_obs_steps, 1)) if self.n_obs_steps > 1 else None
+
+    @property
+    def action_delta_indices(self) -> list[int]:
+        return list(range(self.chunk_size))
+
+    @property
+    def reward_delta_indices(self) -> None:
+        return None
+
+
+def make_flow_pre_post_processors(config: FlowConfig, dataset_stats=None):
+    """LeRobot's default pipelines: batch, device, normalise; and back."""
+    from lerobot.processor import make_default_pre_post_processors
+
+    return make_default_pre_post_processors(config, dataset_stats, normalizer_device=config.device)
+
+
+class FlowPolicy(PreTrainedPolicy):
+    """The flow policy; see the module's docstring."""
+
+    config_class = FlowConfig
+    name = "flow"
+
+    def __init__(self, config: FlowConfig, dataset_meta=None, **kwargs):
+        super().__init__(config)
+        config.validate_features()
+        if config.task_embedding and not config.tasks and dataset_meta is not None:
+            config.tasks = dataset_meta.tasks.sort_values("task_index").index.tolist()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.head = Head(config)
+        self.reset()
+
+    def get_optim_params(self):
+        lr = self.config.optimizer_lr_backbone
+        if lr is None:
+            return self.parameters()
+        backbone = [p for name, p in self.named_parameters() if ".backbone." in name]
+        return [
+            {"params": [p for name, p in self.named_parameters() if ".backbone." not in name]},
+            {"params": backbone, "lr": lr},
+        ]
+
+    def reset(self) -> None:
+        self._seen: deque = deque(maxlen=self.config.n_obs_steps)
+        self._actions: deque = deque()
+        self._rest: Tensor | None = None  # what the last chunk had still planned
+
+    def forward(self, batch: dict) -> tuple[Tensor, dict]:
+        """The loss of a batch, and its parts; padded steps do not count."""
+        actions, condition = batch["action"], self.encoder(batch)  # (B, T, A), (B, D)
+        there = ~batch["action_is_pad"].unsqueeze(-1)  # (B, T, 1)
+        if self.config.head == "regression":
+            error = (self.head.regress(condition) - actions).abs()
+        else:
+            noise = torch.randn_like(actions)
+            time = torch.rand(len(actions), device=actions.device) ** 1.5  # more often near the noise, where it is hard
+            at = time[:, None, None]
+            error = (self.head(noise + at * (actions - noise), time, condition) - (actions - noise)).pow(2)
+        loss = (error * there).sum() / (there.sum() * actions.shape[-1]).clamp_min(1)
+        return loss, {}
+
+    @torch.no_grad()
+    def predict_action_chunk(self, batch: dict, rest: Tensor | None = None, **kwargs) -> Tensor:
+        """(B, T, A) normalised actions from now on; `rest` (B, R, A) is what an earlier chunk had planned for that time."""
+        self.eval()
+        condition = self.encoder(batch)
+        keep = self._keep(rest, condition)  # how much of it to keep, (T, 1), and it, (B, T, A)
+        if self.config.head == "regression":
+            chunk = self.head.regress(condition)
+            return chunk if keep is None else torch.lerp(chunk, keep[1], keep[0])
+        noise = torch.randn(len(condition), self.config.chunk_size, self.head.joints, device=condition.device)
+        chunk, steps = noise, self.config.num_inference_steps
+        for step in range(steps):
+            time = torch.full((len(chunk),), step / steps, device=chunk.device)
+            chunk = chunk + self.head(chunk, time, condition) / steps
+            if keep is not None:  # where the planned actions would be on their way from this noise
+                chunk = torch.lerp(chunk, torch.lerp(noise, keep[1], (step + 1) / steps), keep[0])
+        return chunk
+
+    def _keep(self, rest: Tensor | None, condition: Tensor):
+        count = 0 if rest is None else min(self.config.blend_steps, rest.shape[1])
+        if count == 0:
+            return None
+        weight = torch.zeros(self.config.chunk_size, 1, device=condition.device)
+        weight[:count, 0] = 1 - torch.arange(1, count + 1, device=condition.device) / (count + 1)
+        return weight, F.pad(rest, (0, 0, 0, self.config.chunk_size - rest.shape[1]))
+
+    @torch.no_grad()
+    def select_action(self, batch: dict, **kwargs) -> Tensor:
+        """(B, A) the normalised action to carry out now; a chunk is predicted when the last one is used up."""
+        self.eval()
+        self._seen.append({key: batch[key] for key in self.config.input_features})
+        while len(self._seen) < self.config.n_obs_steps:  # an episode's first observation stands for those before it
+            self._seen.append(self._seen[-1])
+        if not self._actions:
+            now = {**batch, **self._seen[-1]}
+            if self.config.n_obs_steps > 1:
+                now |= {key: torch.stack([seen[key] for seen in self._seen], dim=1) for key in self._seen[-1]}
+            chunk, count = self.predict_action_chunk(now, rest=self._rest), self.config.n_action_steps
+            self._actions.extend(chunk[:, :count].unbind(1))
+            self._rest = chunk[:, count:]
+        return self._actions.popleft()
+
+
+class Encoder(nn.Module):
+    """Observations to one condition vector (B, D)."""
+
+    def __init__(self, config: FlowConfig):
+        super().__init__()
+        channels, width, _ = SIZES[config.size]
+        self.config, self.cameras = config, list(config.image_features)
+        self.vectors = [key for key in config.input_features if key not in self.cameras]
+        self.eyes = nn.ModuleList(Eye(config, channels) for _ in self.cameras)
+        features = sum(eye.features for eye in self.eyes)
+        features += sum(config.input_features[key].shape[0] for key in self.vectors)
+        self.mix = nn.Sequential(nn.Linear(features * config.n_obs_steps, width), nn.SiLU(), nn.Linear(width, width))
+        self.task = nn.Embedding(len(config.tasks), width) if config.tasks else None
+
+    def forward(self, batch: dict) -> Tensor:
+        parts = []  # each (B, S * features)
+        for key, eye in zip(self.cameras, self.eyes, strict=True):
+            pictures = batch[key]  # (B, [S,] C, H, W)
+            parts.append(eye(pictures.flatten(0, -4)).reshape(len(pictures), -1))
+        parts += [batch[key].flatten(1) for key in self.vectors]
+        condition = self.mix(torch.cat(parts, dim=1))
+        return condition if self.task is None else condition + self.task(self._which(batch, condition.device))
+
+    def _which(self, batch: dict, device) -> Tensor:
+        words = batch["task"] if isinstance(batch["task"], list) else [batch["task"]]
+        for word in words:
+            if word not in self.config.tasks:
+                raise ValueError(f"task {word!r} is none that this policy was trained on: {self.config.tasks}")
+        return torch.tensor([self.config.tasks.index(word) for word in words], device=device)
+
+
+class Eye(nn.Module):
+    """One camera's pictures (N, C, H, W) to features (N, 2 K + channels): where its maps are active, and how much."""
+
+    def __init__(self, config: FlowConfig, channels: tuple[int, ...]):
+        super().__init__()
+        self.backbone, last = make_backbone(config, channels)
+        self.maps = nn.Conv2d(last, config.num_keypoints, 1)
+        self.sharpness = nn.Parameter(torch.ones(()))
+        self.features = 2 * config.num_keypoints + last
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        seen = self.backbone(pictures.to(memory_format=torch.channels_last))  # (N, channels, h, w)
+        maps = self.maps(seen)  # (N, K, h, w)
+        height, width = maps.shape[-2:]
+        weight = F.softmax(maps.flatten(2) * self.sharpness, dim=-1).unflatten(-1, (height, width))
+        x = weight.sum(2) @ torch.linspace(-1, 1, width, device=maps.device)  # (N, K)
+        y = weight.sum(3) @ torch.linspace(-1, 1, height, device=maps.device)
+        return torch.cat([x, y, seen.mean((2, 3))], dim=1)
+
+
+def make_backbone(config: FlowConfig, channels: tuple[int, ...]) -> tuple[nn.Module, int]:
+    """A module from pictures to feature maps, and how many maps it gives."""
+    if config.backbone == "conv":
+        stages, before = [], 3
+        for stage, width in enumerate(channels):
+            kernel = 5 if stage == 0 else 3
+            stages += [
+                nn.Conv2d(before, width, kernel, stride=2, padding=kernel // 2),
+                nn.GroupNorm(8, width),
+                nn.SiLU(),
+            ]
+            stages += [Residual(width)] if stage else []
+            before = width
+        return nn.Sequential(*stages), before
+    weights = config.pretrained_backbone_weights
+    import torchvision
+
+    if config.backbone in torchvision.models.list_models(torchvision.models):
+        model = torchvision.models.get_model(config.backbone, weights=weights)
+        layers = list(model.children())[:-2] if hasattr(model, "fc") else [model.features]
+        backbone = nn.Sequential(*layers)
+    else:
+        import timm
+
+        backbone = timm.create_model(config.backbone, pretrained=weights is not None, num_classes=0, global_pool="")
+    with torch.no_grad():
+        seen = backbone.eval()(torch.zeros(1, 3, 64, 64))
+    if seen.ndim != 4:
+        raise ValueError(f"backbone {config.backbone} gives no feature maps, but a tensor of shape {tuple(seen.shape)}")
+    return backbone, seen.shape[1]
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x)
+
+
+class Head(nn.Module):
+    """A chunk on its way from noise to actions, the time of the way in [0, 1], and the condition: to the way's direction."""
+
+    def __init__(self, config: FlowConfig):
+        super().__init__()
+        _, width, blocks = SIZES[config.size]
+        self.steps, self.joints = config.chunk_size, config.action_feature.shape[0]
+        self.enter = nn.Linear(self.steps * self.joints, width)
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(Modulated(width) for _ in range(blocks))
+        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.steps * self.joints))
+
+    def forward(self, chunk: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        waves = time[:, None] * torch.exp(torch.linspace(0, math.log(1000), 32, device=time.device))  # (B, 32)
+        condition = condition + self.time(torch.cat([waves.sin(), waves.cos()], dim=1))
+        x = self.enter(chunk.flatten(1))
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.leave(x).unflatten(1, (self.steps, self.joints))  # (B, T, A)
+
+    def regress(self, condition: Tensor) -> Tensor:
+        """The chunk in one step, from no noise at all."""
+        nothing = condition.new_zeros(len(condition), self.steps, self.joints)
+        return self(nothing, condition.new_zeros(len(condition)), condition)
+
+
+class Modulated(nn.Module):
+    """A residual block whose normalisation the condition scales, shifts and gates; at first it does nothing."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulate = nn.Linear(width, 3 * width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        nn.init.zeros_(self.modulate.weight)
+        nn.init.zeros_(self.modulate.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift, gate = self.modulate(F.silu(condition)).chunk(3, dim=1)
+        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)

@@ -1,0 +1,162 @@
+"""Our own policy keeps the trainer's promises, and what its parts claim."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import SMALL, small
+from test_resume import assert_same_run
+
+from config import UserError
+from infer import load_policy, recorded_observations
+from policy import build_policy, policy_config
+from policy.flow import Eye, FlowConfig
+from train import train
+
+TINY = SMALL["flow"].split()
+
+
+def a_policy(*pairs, cameras=1, state=3, actions=2):
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    config = policy_config("flow", [*TINY, *pairs], "cpu")
+    config.input_features = {
+        f"observation.images.{i}": PolicyFeature(FeatureType.VISUAL, (3, 32, 32)) for i in range(cameras)
+    }
+    config.input_features["observation.state"] = PolicyFeature(FeatureType.STATE, (state,))
+    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (actions,))}
+    torch.manual_seed(0)
+    return build_policy(config, None)
+
+
+def a_batch(policy, count=4):
+    torch.manual_seed(1)
+    steps = (policy.config.n_obs_steps,) if policy.config.n_obs_steps > 1 else ()
+    batch = {key: torch.randn(count, *steps, *f.shape) for key, f in policy.config.input_features.items()}
+    shape = (count, policy.config.chunk_size, policy.config.action_feature.shape[0])
+    return {**batch, "action": torch.randn(shape), "action_is_pad": torch.zeros(shape[:2], dtype=torch.bool)}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"policy_args": TINY},
+        {"policy_args": [*TINY, "head=regression", "n_obs_steps=2"]},
+        {"policy_args": [*TINY, "task_embedding=true"], "augment": True},
+        {"policy_args": [*TINY, "backbone=resnet18", "optimizer_lr_backbone=1e-4"]},
+    ],
+)
+def test_resumes_to_the_bit_and_loads(made, tmp_path, settings):
+    settings = small("flow", dataset_id=str(made("two_cameras")), image_size=[48, 64], **settings)
+    train(**{**settings, "steps": 6, "save_freq": 3}, output_dir=str(tmp_path / "whole"))
+    train(**{**settings, "steps": 6, "save_freq": 3}, output_dir=str(tmp_path / "part"))
+    shutil.rmtree(tmp_path / "part" / "checkpoint-6")
+    train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-3"))
+    assert_same_run(tmp_path / "whole", tmp_path / "part", 6)
+    from lerobot.policies import get_policy_class
+
+    from data.source import open_dataset
+
+    policy = load_policy(tmp_path / "whole", "cpu")
+    get_policy_class("flow").from_pretrained(tmp_path / "whole")  # as LeRobot loads it
+    source = open_dataset(str(made("two_cameras")), episodes="1")
+    for observation, _ in recorded_observations(source, 1, [*policy.expected]):
+        assert policy.act({**observation, "task": source.tasks[1]}).shape == (3,)
+
+
+def test_learns_two_ways_of_doing_a_thing():
+    """Half of the demonstrations go left, half right, from the same observation: flow gives both, regression neither."""
+    ends = {}
+    for head in ("flow", "regression"):
+        policy = a_policy(f"head={head}", cameras=0, actions=1)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+        state = torch.ones(256, 3)
+        actions = torch.where(torch.arange(256)[:, None, None] % 2 == 0, 1.0, -1.0).expand(-1, 6, 1)
+        batch = {"observation.state": state, "action": actions, "action_is_pad": torch.zeros(256, 6, dtype=torch.bool)}
+        for _ in range(300):
+            optimizer.zero_grad()
+            policy.train()
+            policy.forward(batch)[0].backward()
+            optimizer.step()
+        ends[head] = policy.predict_action_chunk({"observation.state": state})[:, 0, 0]
+    assert (ends["flow"].abs() - 1).abs().mean() < 0.25
+    assert 0.25 < (ends["flow"] > 0).float().mean() < 0.75
+    assert ends["regression"].std() < 1e-4
+
+
+def test_padded_steps_do_not_count():
+    policy = a_policy("head=regression")
+    batch = a_batch(policy)
+    batch["action_is_pad"][:, 4:] = True
+    loss = policy.forward(batch)[0]
+    batch["action"][:, 4:] = 1e6
+    assert policy.forward(batch)[0] == loss
+
+
+def test_keypoints_find_a_spot():
+    eye = Eye(FlowConfig(device="cpu", num_keypoints=1), (8, 8))
+    eye.backbone = torch.nn.Identity()
+    eye.maps = torch.nn.Identity()
+    pictures = torch.zeros(1, 1, 9, 17)
+    pictures[0, 0, 2, 12] = 100.0
+    x, y, _ = eye(pictures)[0].tolist()
+    assert (x, y) == pytest.approx((12 / 16 * 2 - 1, 2 / 8 * 2 - 1), abs=1e-5)
+
+
+@pytest.mark.parametrize("head", ["flow", "regression"])
+def test_a_chunk_goes_over_smoothly_into_the_next(head):
+    """With all weight on it, what was planned is carried out; without, the chunk is the policy's own."""
+    policy = a_policy(f"head={head}", "blend_steps=2")
+    batch, rest = a_batch(policy), torch.full((4, 3, 2), 0.7)
+    torch.manual_seed(2)
+    own = policy.predict_action_chunk(batch)
+    torch.manual_seed(2)
+    blended = policy.predict_action_chunk(batch, rest=rest)
+    off = [(blended[:, i] - 0.7).abs().mean() < (own[:, i] - 0.7).abs().mean() for i in range(2)]
+    assert all(off)
+    weight = policy._keep(rest, torch.zeros(1))[0][:, 0]
+    assert weight.tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0, 0, 0])
+    policy.config.blend_steps = 0
+    torch.manual_seed(2)
+    assert torch.equal(policy.predict_action_chunk(batch, rest=rest), own)
+
+
+def test_history_at_an_episodes_start_and_queue():
+    policy = a_policy("n_obs_steps=3", "head=regression", "blend_steps=0")
+    batch = {key: value[:, -1] for key, value in a_batch(policy, 1).items() if key.startswith("observation")}
+    first = policy.select_action(batch)
+    history = {key: value[:, None].expand(-1, 3, *value.shape[1:]) for key, value in batch.items()}
+    assert torch.equal(first, policy.predict_action_chunk(history)[:, 0])
+    assert len(policy._actions) == 2
+    policy.reset()
+    assert not policy._actions
+
+
+def test_another_task_than_trained_on_is_told():
+    policy = a_policy("task_embedding=true", "tasks=[lift,push]")
+    batch = {**a_batch(policy), "task": ["lift", "push", "push", "pour"]}
+    with pytest.raises(ValueError, match=r"task 'pour' is none that this policy was trained on: \['lift', 'push'\]"):
+        policy.forward(batch)
+
+
+def test_learning_rate_ends_with_the_run(made, tmp_path):
+    settings = small("flow", dataset_id=str(made("no_camera")), steps=40, save_freq=0, log_freq=1)
+    rates = [line["lr"] for line in train(**settings, output_dir=str(tmp_path)).history]
+    assert max(rates) == pytest.approx(1e-3, rel=1e-2)
+    assert rates.index(max(rates)) <= 3
+    assert rates[-1] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 39 / 40)), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("pair", "told"),
+    [
+        ("size=huge", "size must be one of tiny, small, base, got 'huge'"),
+        ("head=flw", "head must be flow or regression, got 'flw'"),
+        ("n_action_steps=20", r"n_action_steps must be 1 to chunk_size \(6\), got 20"),
+        ("blend_steps=-1", "blend_steps 0 or more"),
+    ],
+)
+def test_settings_are_checked(pair, told):
+    with pytest.raises(UserError, match=told):
+        a_policy(pair)
