@@ -31,7 +31,7 @@ def build_source(config: TrainConfig):
     return unite([open_dataset(name, config.dataset_root, config.revision, chosen) for name in config.dataset_id])
 
 
-def build_policy_and_processors(config: TrainConfig, resumed: Path | None, source, device):
+def build_parts(config: TrainConfig, resumed: Path | None, source, device):
     """(policy, preprocessor, postprocessor), on the device: from the checkpoint, from --policy_path, or afresh.
 
     Raises:

@@ -21,12 +21,18 @@ from config import UserError, nearest, one_line
 from hub import fetch
 
 WEIGHTS, MANIFEST, OPTIMIZER = "policy.safetensors", "manifest.json", "optimizer_state.pth"
+OWN_WEIGHTS = "training_weights.safetensors"  # with --ema_decay: those being trained, WEIGHTS being their average
 ALIASES = {  # LeRobot's name: ours, one file under both
     "model.safetensors": WEIGHTS,
     "policy_preprocessor.json": "preprocessor_config.json",
     "policy_postprocessor.json": "postprocessor_config.json",
 }
-NOT_FINAL = (OPTIMIZER, "trainer_state.json", MANIFEST)  # what resuming needs and running the policy does not
+NOT_FINAL = (
+    OPTIMIZER,
+    OWN_WEIGHTS,
+    "trainer_state.json",
+    MANIFEST,
+)  # what resuming needs and running the policy does not
 
 
 @dataclass

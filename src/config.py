@@ -103,6 +103,9 @@ class TrainConfig:
     )
 
     steps: int = setting("training", 100_000, "optimizer steps in the whole run")
+    minutes: Optional[float] = setting(
+        "training", None, "train for this long instead: as many steps as fit, measured at the start and fixed then"
+    )
     batch_size: int = setting("training", 8, "samples a step")
     lr: Optional[float] = setting(
         "training",
@@ -117,6 +120,9 @@ class TrainConfig:
     warmup_steps: Optional[int] = setting("training", None, "steps over which lr rises to its peak (else preset)")
     lr_schedule: Optional[str] = setting(
         "training", None, "course of lr after the warm-up (else the policy's preset)", choices=SCHEDULES
+    )
+    ema_decay: Optional[float] = setting(
+        "training", None, "evaluate and save a moving average of the weights, 0.999 say (else the weights themselves)"
     )
     augment: bool = setting("training", False, "vary colour, sharpness and position of the pictures while training")
     seed: int = setting("training", 1000, "every random choice of the run is a function of this")
@@ -198,6 +204,10 @@ class TrainConfig:
                 raise UserError(f"--{name} must be at least {low}, got {value}")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise UserError(f"--lr must be above 0, got {self.lr}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"--ema_decay must be between 0 and 1, got {self.ema_decay}")
+        if self.minutes is not None and not 0 < self.minutes < 10**6:
+            raise UserError(f"--minutes must be above 0, got {self.minutes}")
         if self.save_minutes is not None and not self.save_minutes > 0:
             raise UserError(f"--save_minutes must be above 0, got {self.save_minutes}")
         self._check_evaluation()

@@ -1,5 +1,6 @@
 """Optimizer and learning rate: the policy's preset, with the flags of the run over it."""
 
+import contextlib
 import math
 from dataclasses import asdict, replace
 
@@ -64,3 +65,38 @@ def schedule_factor(policy, config: TrainConfig):
         return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[shape]
 
     return factor
+
+
+class Average:
+    """Exponential moving average of a policy's weights: trained on are its own, evaluated and saved are these.
+
+    The decay rises to `decay` as (1 + step) / (10 + step), so that the average does not remember the beginning.
+    Source: Polyak and Juditsky (1992); the rise is TensorFlow's ExponentialMovingAverage's.
+
+    Args:
+        policy: the module whose parameters are averaged.
+        decay: such as 0.999; None for no average at all.
+    """
+
+    def __init__(self, policy, decay: float | None):
+        self.decay, self.own = decay, list(policy.parameters())
+        self.weights = [] if decay is None else [p.detach().clone() for p in self.own]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after `step` steps."""
+        if self.decay is not None:
+            torch._foreach_lerp_(self.weights, self.own, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+    @contextlib.contextmanager
+    def in_place(self):
+        """Within this, the policy's weights are the averaged ones."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def swap(self) -> None:
+        for i, (own, average) in enumerate(zip(self.own, self.weights, strict=False)):
+            own.data, self.weights[i] = average, own.data

@@ -163,6 +163,17 @@ class Report:
         (self.output_dir / "README.md").write_text(model_card(checkpoint))
 
 
+def closing_words(result: TrainResult, config, start: int) -> str:
+    """How the run ended, and what to run next."""
+    saved, steps = result.checkpoint, result.steps
+    if result.stopped_by:
+        stopped = f"stopped by {result.stopped_by} at step {steps} of {config.steps}; go on with:"
+        return f"{stopped}\npython src/train.py --resume_from_checkpoint {saved}"
+    done = f"done: {saved}, loss {result.final_loss:.4g}" if steps > start else ""
+    nothing = f"nothing to do: {saved} is already at step {steps}, pass --steps to go on"
+    return f"{done or nothing}\nnext: python src/infer.py {saved} --dataset_id {config.dataset_id[0]} --episode 0"
+
+
 def numbers(parts: dict | None) -> dict[str, float]:
     """The scalars among a policy's sub-losses."""
     return {k: float(v) for k, v in (parts or {}).items() if isinstance(v, (int, float)) or getattr(v, "ndim", 1) == 0}
@@ -206,6 +217,11 @@ def header(source, held_out, policy, config, device, start: int, output_dir: Pat
     weights = sum(p.numel() for p in policy.parameters())
     moved = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     frozen = "" if moved == weights else f", {moved / 1e6:.1f}M of them trained"
+    length = (
+        f"{config.minutes:g} minutes"
+        if config.minutes and not resumed_from
+        else f"steps {start + 1:,} to {config.steps:,}"
+    )
     came = f", resumed from {resumed_from.name}" if resumed_from else ""
     lines = [
         f"dataset   {source.name}: {len(source.episodes)} episodes, {source.rows:,} frames at {meta.fps:g} fps",
@@ -213,7 +229,7 @@ def header(source, held_out, policy, config, device, start: int, output_dir: Pat
         f"          task {tasks[0]!r}" + (f" and {len(tasks) - 1} more" if len(tasks) > 1 else "") if tasks else None,
         f"          cameras {cameras + size if cameras else 'none'}; {dims}",
         f"policy    {policy.name}, {weights / 1e6:.1f}M parameters{frozen}, on {device}",
-        f"run       steps {start + 1:,} to {config.steps:,} of batch {config.batch_size}{came}",
+        f"run       {length} of batch {config.batch_size}{came}",
         f"saves to  {output_dir}",
     ]
     return "\n".join(line for line in lines if line)

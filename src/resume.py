@@ -12,7 +12,7 @@ POLICY_FIELDS = ("policy", "policy_path", "policy_args", "image_size")  # a resu
 COURSE_FIELDS = (
     "dataset_id", "dataset_weights", "revision", "episodes", "val_fraction", "val_episodes",
     "imagenet_stats", "batch_size", "lr", "weight_decay", "grad_clip_norm",
-    "warmup_steps", "lr_schedule", "augment", "seed",
+    "warmup_steps", "lr_schedule", "ema_decay", "augment", "seed",
 )  # fmt: skip
 
 
@@ -66,6 +66,10 @@ def compare(config: TrainConfig, state, resumed: Path) -> list[str]:
     if state.trainer_state["step"] > config.steps:
         raise UserError(
             f"{resumed} is at step {state.trainer_state['step']}, past --steps {config.steps}: pass more steps"
+        )
+    if now["minutes"] != was["minutes"]:
+        raise UserError(
+            f"--minutes: {resumed.name} is of a run of {was['steps']} steps, which were fixed when it began: pass --steps to change them"
         )
     for name in POLICY_FIELDS:
         if now[name] != was[name]:

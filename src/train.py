@@ -20,11 +20,13 @@ import torch
 import checkpoint as checkpoints
 import hub
 import runtime
-from build import build_loader, build_policy_and_processors, build_source
+from budget import fix_steps
+from build import build_loader, build_parts, build_source
 from exam import Exam, said
-from optim import make_optimizer, make_schedule
+from optim import Average, make_optimizer, make_schedule
+from policy import load_weights
 from processors import pixels_to_float
-from report import Report, Stopwatch, TrainResult, header, numbers, training_info
+from report import Report, Stopwatch, TrainResult, closing_words, header, numbers, training_info
 from resume import settle
 from summary import last
 from validation import split
@@ -49,6 +51,7 @@ def train(**settings) -> TrainResult:
         while not run.is_over():
             batch = run.watch.wait(run.loader)
             parts, grad_norm = run.train_step(batch)
+            run.report.advance()
             if run.is_log_step():
                 run.log(parts, grad_norm)
             if run.exam.is_due(run.step):
@@ -68,9 +71,10 @@ class Run:
         source = build_source(config)
         kept, held_out = split(source, config)
         runtime.seed_all(config.seed, runtime.INIT)
-        self.policy, self.preprocess, self.postprocess = build_policy_and_processors(
-            config, resumed, source, self.device
-        )
+        self.policy, self.preprocess, self.postprocess = build_parts(config, resumed, source, self.device)
+        self.average = Average(self.policy, config.ema_decay)
+        if resumed is not None and (resumed / checkpoints.OWN_WEIGHTS).exists():
+            load_weights(self.policy, resumed / checkpoints.OWN_WEIGHTS)
         self.optimizer, self.clip_norm = make_optimizer(self.policy, config)
         self.set_lr = make_schedule(self.policy, self.optimizer, config)
         self.cameras = source.meta.camera_keys
@@ -94,6 +98,8 @@ class Run:
             config, source, kept, self.policy, self.preprocess, self.samples_seen, self.device, self.report.say
         )
         held.callback(self.loader.close)
+        if config.minutes and resumed is None:
+            config = self.config = fix_steps(self)
         self.exam = Exam(config, self.loader, held_out, self.policy, self.preprocess, self.postprocess)
         held.callback(self.exam.close)
         self.writer = held.enter_context(Writer(output_dir, config, self.report.warn, resumed))
@@ -117,13 +123,13 @@ class Run:
         self.set_lr(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.average.update(self.step + 1)
         if hasattr(self.policy, "update"):
             self.policy.update()  # tdmpc's moving average, as lerobot-train calls it
         finite = torch.isfinite(loss.detach() + grad_norm)
         self.bad_step = torch.where(finite | (self.bad_step >= 0), self.bad_step, self.step)
         self.loss_sum, self.loss_count = self.loss_sum + loss.detach(), self.loss_count + 1
         self.step, self.samples_seen = self.step + 1, self.samples_seen + self.config.batch_size
-        self.report.advance()
         return parts, grad_norm
 
     def is_over(self) -> bool:
@@ -169,7 +175,8 @@ class Run:
     def examine(self) -> None:
         """Held-out episodes and simulation, to a line of metrics."""
         begun = time.perf_counter()
-        results = self.exam.results(self.step)
+        with self.average.in_place():
+            results = self.exam.results(self.step)
         self.report.examined({"step": self.step, **results}, said(results), self.exam.picture)
         self.watch.leave_out(time.perf_counter() - begun)
 
@@ -195,7 +202,9 @@ class Run:
         )
         in_first_interval = self.resumed and self.step - self.start_step <= self.config.save_freq
         never = [self.resumed] if in_first_interval else []
-        self.writer.save(self.step, self.policy, self.preprocess, self.postprocess, self.optimizer, state, never)
+        self.writer.save(
+            self.step, self.policy, self.preprocess, self.postprocess, self.optimizer, self.average, state, never
+        )
         self.report.trackers.note("checkpoint", f"checkpoint-{self.step}", self.step)
         self.saved_step = self.step
         self.watch.leave_out(time.perf_counter() - begun)
@@ -204,25 +213,21 @@ class Run:
     def finish(self) -> TrainResult:
         """Final model files, curve, upload, and what to run next; of a run that was stopped, the command that goes on."""
         self.writer.finish()
+        self.average.swap()
         self.policy.eval()
         self.report.save_curve()
-        saved, history = self.writer.saved, self.report.history
-        loss = last(history, "loss")
-        stopped_by = self.signals.asked.name if self.step < self.config.steps else None
-        if stopped_by:
-            print(f"stopped by {stopped_by} at step {self.step} of {self.config.steps}; go on with:")
-            print(f"python src/train.py --resume_from_checkpoint {saved}", flush=True)
-            return TrainResult(self.step, loss, history, saved, self.policy, self.output_dir, stopped_by)
-        publish(saved, self.output_dir)
-        self.report.save_card(saved)
-        if self.step == self.start_step:
-            print(f"nothing to do: {saved} is already at step {self.step}, pass --steps to go on")
-        else:
-            print(f"done: {saved}, loss {loss:.4g}")
-        if self.config.push_to_hub:
-            print(f"uploaded to {hub.push(self.config.push_to_hub, self.output_dir, saved)}")
-        print(f"next: python src/infer.py {saved} --dataset_id {self.config.dataset_id[0]} --episode 0")
-        return TrainResult(self.step, loss, history, saved, self.policy, self.output_dir)
+        history, stopped = self.report.history, self.step < self.config.steps
+        result = TrainResult(
+            self.step, last(history, "loss"), history, self.writer.saved, self.policy, self.output_dir,
+            self.signals.asked.name if stopped else None,
+        )  # fmt: skip
+        if not stopped:
+            publish(result.checkpoint, self.output_dir)
+            self.report.save_card(result.checkpoint)
+            if self.config.push_to_hub:
+                print(f"uploaded to {hub.push(self.config.push_to_hub, self.output_dir, result.checkpoint)}")
+        print(closing_words(result, self.config, self.start_step), flush=True)
+        return result
 
 
 def main(given: dict) -> int:

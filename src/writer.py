@@ -19,7 +19,18 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor
 
-from checkpoint import ALIASES, NOT_FINAL, OPTIMIZER, WEIGHTS, TrainState, best_checkpoint, make_ready, prune, seal
+from checkpoint import (
+    ALIASES,
+    NOT_FINAL,
+    OPTIMIZER,
+    OWN_WEIGHTS,
+    WEIGHTS,
+    TrainState,
+    best_checkpoint,
+    make_ready,
+    prune,
+    seal,
+)
 from config import TrainConfig, UserError, one_line
 
 LOCK, OWNER = ".lock", ".lock.json"
@@ -32,6 +43,7 @@ class Snapshot:
     Attributes:
         step: optimizer steps done.
         weights: the policy's state dict, on the host.
+        own_weights: those being trained, where `weights` are their average; else empty.
         optimizer: the optimizer's state dict, on the host.
         policy_config, preprocessor, postprocessor: LeRobot objects, which training does not change.
         state: what else a resume needs.
@@ -40,6 +52,7 @@ class Snapshot:
 
     step: int
     weights: dict[str, Tensor]
+    own_weights: dict[str, Tensor]
     optimizer: dict
     policy_config: object
     preprocessor: object
@@ -101,7 +114,7 @@ class Writer:
         self.copies, self.thread, self.snapshot = HostCopies(), None, None
         self.failures: list[BaseException] = []  # of saves in a row
 
-    def save(self, step: int, policy, preprocessor, postprocessor, optimizer, state: TrainState, never=()) -> None:
+    def save(self, step: int, policy, preprocessor, postprocessor, optimizer, average, state, never=()) -> None:
         """Save this moment; `never` are checkpoints that are not to be deleted for it.
 
         Raises:
@@ -109,7 +122,10 @@ class Writer:
         """
         self.wait()
         self.never = never
-        trees = (self.copies.of if self.background else on_host)([policy.state_dict(), optimizer.state_dict()])
+        own = {} if average.decay is None else policy.state_dict()
+        with average.in_place():
+            trees = [policy.state_dict(), own, optimizer.state_dict()]
+        trees = (self.copies.of if self.background else on_host)(trees)
         ready, device = None, next(policy.parameters()).device
         if self.background and device.type == "cuda":  # queued before the next step's kernels: no need to wait here
             ready = torch.cuda.current_stream(device).record_event()
@@ -130,6 +146,8 @@ class Writer:
             prune(self.output_dir, self.snapshot.step, self.config.keep_last, self.config.keep_every, never)
             self.failures, self.snapshot = [], None
         except BaseException as error:  # reaches the loop at its next save, log line or end
+            if isinstance(error, OSError):  # the checkpoint is whole: naming the best or deleting old ones failed
+                error = UserError(f"{self.output_dir} could not be written: {one_line(error)}")
             self.failures.append(error)
             if isinstance(error, UserError) and len(self.failures) == 1:
                 self.warn(f"{error}; training goes on, and the next save tries again")
@@ -183,13 +201,14 @@ def write_checkpoint(output_dir: Path, snapshot: Snapshot) -> Path:
     name = f"checkpoint-{snapshot.step}"
     place, aside = output_dir / name, output_dir / f".{name}.old"
     folder = output_dir / f".{name}.{uuid4().hex[:8]}.tmp"  # its own even if an interrupted run's thread writes on
-    shutil.rmtree(aside, ignore_errors=True)
     try:
         folder.mkdir()
         save_model(SimpleNamespace(state_dict=lambda: snapshot.weights), str(folder / WEIGHTS))
         snapshot.policy_config.save_pretrained(folder)
         snapshot.preprocessor.save_pretrained(folder, config_filename="preprocessor_config.json")
         snapshot.postprocessor.save_pretrained(folder, config_filename="postprocessor_config.json")
+        if snapshot.own_weights:
+            save_model(SimpleNamespace(state_dict=lambda: snapshot.own_weights), str(folder / OWN_WEIGHTS))
         torch.save(snapshot.optimizer, folder / OPTIMIZER)
         for part in ("trainer_state", "train_config", "training_info"):
             (folder / f"{part}.json").write_text(json.dumps(getattr(snapshot.state, part), indent=2) + "\n")
@@ -199,6 +218,7 @@ def write_checkpoint(output_dir: Path, snapshot: Snapshot) -> Path:
         for path in [*sorted(folder.iterdir()), folder, output_dir / "metrics.jsonl"]:
             flush(path)
         if place.exists():  # an earlier course of this run wrote that step
+            shutil.rmtree(aside, ignore_errors=True)
             os.rename(place, aside)
         os.rename(folder, place)
         flush(output_dir)

@@ -38,7 +38,9 @@ def test_minutes_stay_fixed_over_a_resume(made, tmp_path):
     part = train(**settings, minutes=0.02, output_dir=str(tmp_path / "part"), resume_from_checkpoint="auto")
     assert part.steps == whole.steps
     assert_same_run(tmp_path / "whole", tmp_path / "part", whole.steps)
-    with pytest.raises(UserError, match=f"--minutes: checkpoint-5 is of a run of {whole.steps} steps, which were fixed"):
+    with pytest.raises(
+        UserError, match=f"--minutes: checkpoint-5 is of a run of {whole.steps} steps, which were fixed"
+    ):
         train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-5"), minutes=3)
 
 
@@ -71,7 +73,7 @@ def test_average_is_that_of_the_weights_being_trained(averaged):
 
 
 def test_averaged_run_resumes_to_the_bit(averaged, tmp_path):
-    settings, folder = averaged
+    _, folder = averaged
     shutil.copytree(folder / "on" / "checkpoint-2", tmp_path / "checkpoint-2")
     shutil.copy(folder / "on" / "metrics.jsonl", tmp_path)
     train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"), save_freq=0)
