@@ -101,7 +101,7 @@ def curves_figure(runs: dict[str, list[dict]], wanted=tuple(CURVES)):
     columns = min(2, len(names))
     rows = -(-len(names) // columns)
     figure = new_figure(7 if columns == 1 else 10.5, 3.4 * rows)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, name in zip(panels, names, strict=False):
         label, logarithmic = CURVES[name]
         values = []
@@ -118,8 +118,9 @@ def curves_figure(runs: dict[str, list[dict]], wanted=tuple(CURVES)):
         if name == "eval_success_rate":
             axes.set_ylim(-0.03, 1.03)
         axes.set(xlabel="step", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25, which="both")
-    for axes in list(panels)[len(names) :]:
+    for axes in panels[len(names) :]:
         axes.axis("off")
     if len(runs) > 1:
         figure.axes[0].legend(fontsize=8)

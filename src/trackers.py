@@ -101,8 +101,9 @@ class Trackers:
     """
 
     def __init__(self, names: str, output_dir: Path, run_id: str | None, config: dict, start: int, warn):
-        self.warn, self.run_id, self.open = warn, run_id or uuid4().hex[:8], {}
-        for name in [name.strip() for name in names.split(",") if name.strip() not in ("none", "")]:
+        wanted = [name.strip() for name in names.split(",") if name.strip() not in ("none", "")]
+        self.warn, self.open, self.run_id = warn, {}, run_id or (uuid4().hex[:8] if wanted else None)
+        for name in wanted:
             if name not in KINDS:
                 raise UserError(f"--tracker {name}: there is no such tracker{nearest(name, KINDS)}: {', '.join(KINDS)}")
             try:

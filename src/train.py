@@ -151,6 +151,7 @@ class Run:
         first = int(self.bad_step)  # waits for the device
         if first < 0:
             return
+        self.writer.wait()  # for the one that may be the last good
         kept = checkpoints.find_checkpoints(self.output_dir)
         where = self.loader.describe(self.samples_seen - (self.step - first) * self.config.batch_size)
         raise UserError(
@@ -238,10 +239,7 @@ def main(given: dict) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "interrupted; --resume_from_checkpoint auto goes on from the newest checkpoint, or starts", file=sys.stderr
-        )
-        sys.stderr.flush()
+        print("interrupted; --resume_from_checkpoint auto goes on from what was saved", file=sys.stderr, flush=True)
         os._exit(130)  # at once: a thread may still be writing
     return 128 + signal.Signals[result.stopped_by] if result.stopped_by else 0
 

@@ -1,5 +1,6 @@
 """act and diffusion train on every kind of dataset, and fine-tune."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -124,13 +125,11 @@ def test_a_step_that_logs_nothing_does_not_wait_for_the_device(made, tmp_path):
                 seen.append(func.__name__)
             return func(*args, **(kwargs or {}))
 
-    run = module.Run(*module.settle(small(dataset_id=str(made("two_cameras")), output_dir=str(tmp_path))))
-    try:
-        with run.report:
-            run.train_step(next(run.loader))  # the first step sets up the optimizer's state
-            batch = next(run.loader)
-            with Watch():
-                run.train_step(batch)
-    finally:
-        run.loader.close()
+    with contextlib.ExitStack() as held:
+        settings = small(dataset_id=str(made("two_cameras")), output_dir=str(tmp_path), ema_decay=0.9)
+        run = module.Run(*module.settle(settings, held), held)
+        run.train_step(next(run.loader))  # the first step sets up the optimizer's state
+        batch = next(run.loader)
+        with Watch():
+            run.train_step(batch)
     assert seen == []
