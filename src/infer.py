@@ -170,8 +170,10 @@ def compare(policy: LoadedPolicy, source, episode: int) -> dict:
     """
     from tqdm.auto import tqdm
 
+    from runtime import EVAL, seed_all
     from validation import action_names
 
+    seed_all(EVAL, source.episodes.index(episode))  # for policies that draw noise: the same numbers each time
     policy.reset()
     predicted, recorded, times = [], [], []
     pairs = recorded_observations(source, episode, policy.expected)

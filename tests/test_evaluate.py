@@ -36,7 +36,8 @@ def renderer():
 def trained(made, tmp_path_factory):
     """A checkpoint for the shipped task that has learned nothing."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    settings = small(dataset_id=str(SHIPPED), episodes="0", image_size=[48, 48], steps=1, save_freq=0)
+    settings = small("flow", dataset_id=str(SHIPPED), episodes="0", image_size=[48, 48], steps=1, save_freq=0)
+    settings["policy_args"] = [*settings["policy_args"], "head=regression"]
     return train(**settings, output_dir=str(folder)).checkpoint
 
 
@@ -111,7 +112,7 @@ def test_errors_of_a_known_policy(made):
 
 def test_measuring_changes_no_weight(made, tmp_path, renderer):
     """Held-out episodes, simulation and tracker on and off."""
-    settings = small(dataset_id=str(SHIPPED), image_size=[48, 48], episodes="0:3")
+    settings = small("flow", dataset_id=str(SHIPPED), image_size=[48, 48], episodes="0:3")
     train(**settings, output_dir=str(tmp_path / "off"))
     watched = {"val_episodes": "3,7", "val_freq": 1, "eval_env": "metaworld", "eval_task": "drawer-open-v3", "eval_episodes": 1,
                "eval_args": ["episode_length=5"], "eval_freq": 2, "tracker": "tensorboard"}  # fmt: skip
@@ -124,7 +125,7 @@ def test_measuring_changes_no_weight(made, tmp_path, renderer):
     assert list((tmp_path / "on" / "tensorboard").glob("events*"))
 
 
-@pytest.mark.parametrize("policy", ["act", "diffusion"])
+@pytest.mark.parametrize("policy", ["flow", pytest.param("diffusion", marks=pytest.mark.slow)])
 def test_validation_goes_on_over_a_resume(made, tmp_path, policy):
     settings = small(policy, dataset_id=str(made("video")), val_fraction=0.3, val_samples=6, frame_cache="off")
     whole = train(**{**settings, "steps": 4}, output_dir=str(tmp_path / "whole"))
@@ -176,7 +177,7 @@ def test_open_loop_report(trained, tmp_path, capsys):
             errors.append(np.abs(policy.act(observation) - action))
     assert numbers["frames"] == len(errors) == source.rows
     np.testing.assert_allclose(list(numbers["error_by_joint"].values()), np.mean(errors, 0), rtol=1e-4)
-    assert len(numbers["error_by_step"]) == 4
+    assert len(numbers["error_by_step"]) == 6
     assert [episode["episode"] for episode in numbers["episodes"]] == [1, 4]
     assert numbers["latency_ms"]["p50"] <= numbers["latency_ms"]["p99"]
     report = (tmp_path / "open_loop" / "report.html").read_text()

@@ -55,7 +55,7 @@ def wait_for_the_writer():
             thread.join()
 
 
-@pytest.mark.parametrize("policy", ["act", "diffusion"])
+@pytest.mark.parametrize("policy", ["act", "flow"])
 def test_background_or_not_gives_the_same_bytes(made, tmp_path, policy):
     for how in ("on", "off"):
         train(**small(policy, dataset_id=str(made("video")), output_dir=str(tmp_path / how), save_async=how))
