@@ -98,5 +98,6 @@ class Average:
             self.swap()
 
     def swap(self) -> None:
-        for i, (own, average) in enumerate(zip(self.own, self.weights, strict=False)):
-            own.data, self.weights[i] = average, own.data
+        if self.decay is not None:
+            for i, own in enumerate(self.own):
+                own.data, self.weights[i] = self.weights[i], own.data
