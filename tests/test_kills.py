@@ -66,12 +66,6 @@ def test_terminated_and_resumed_by_the_command_it_tells(whole, tmp_path):
     assert_equal(whole, tmp_path / "run")
 
 
-def test_killed_inside_a_save(whole, tmp_path):
-    told = lives(tmp_path / "run", SETTINGS, "operation", 23)
-    assert [life["status"] for life in told] == [-signal.SIGKILL, 0]
-    assert_equal(whole, tmp_path / "run")
-
-
 @pytest.mark.slow
 def test_killed_before_every_file_operation_of_saving_and_pruning(whole, tmp_path):
     told = lives(tmp_path / "run", {**SETTINGS, "save_freq": 1, "keep_last": 1}, "operation", *range(1, 60))

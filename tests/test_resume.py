@@ -136,8 +136,10 @@ def test_real_arm_lowers_the_loss(real):
     ("stopped", "asked"),
     [
         (20, "folder"),
-        (40, "latest"),
-        *(pytest.param(step, how, marks=pytest.mark.slow) for step, how in ((20, "auto"), (40, "auto"))),
+        *(
+            pytest.param(step, how, marks=pytest.mark.slow)
+            for step, how in ((40, "latest"), (20, "auto"), (40, "auto"))
+        ),
     ],
 )
 def test_real_arm_resumes(real, tmp_path, stopped, asked):
