@@ -111,8 +111,7 @@ class MetaworldTask(gymnasium.Env):
         self.env.close()
 
     def _observation(self) -> dict:
-        self.pixels = self.render()
-        return {"pixels": {self.camera: self.pixels}, "agent_pos": self.raw[:4].copy()}
+        return {"pixels": {self.camera: self.render()}, "agent_pos": self.raw[:4].copy()}
 
 
 @EnvConfig.register_subclass("armature_metaworld")
