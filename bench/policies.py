@@ -1,6 +1,6 @@
 """Success in simulation over minutes of training: flow, ACT and Diffusion trained here, and ACT by lerobot-train.
 
-    python bench/policies.py [--tasks drawer-open-v3 ...] [--minutes 5 10] [--policies flow act diffusion lerobot_act]
+    python bench/policies.py [--tasks drawer-open-v3 ...] [--minutes 5 10] [--policies flow flow_regression act diffusion lerobot_act]
 
 Each policy is a file in configs/. A run is as long as the last of --minutes, its schedule ends with it, and it is tried at each
 of them over the same episodes from the same seeds. Minutes are turned into steps by the speed that is measured first, before
@@ -135,7 +135,7 @@ def picture(path: str, points: list[dict], tasks: list[str], policies: list[str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=["drawer-open-v3", "button-press-topdown-v3", "window-open-v3"])
-    parser.add_argument("--policies", nargs="+", default=["flow", "act", "diffusion", "lerobot_act"])
+    parser.add_argument("--policies", nargs="+", default=["flow", "flow_regression", "act", "diffusion", "lerobot_act"])
     parser.add_argument("--minutes", nargs="+", type=int, default=[5, 10])
     parser.add_argument("--num_episodes", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=1, help="runs of each policy, from different seeds")
