@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT / "src")
 BIN = Path(sys.executable).parent
-MEASURED = 40  # steps that the speed is measured over
+MEASURED = 60  # steps that the speed is measured over
 
 
 def demonstrations(task: str, work: Path) -> Path:
