@@ -60,11 +60,11 @@ def build_parts(config: TrainConfig, resumed: Path | None, source, device):
     )
 
 
-def build_loader(config: TrainConfig, source, episodes, policy, preprocess, samples_seen: int, device, say) -> Loader:
+def build_loader(config: TrainConfig, source, episodes, policy, preprocess, samples_seen: int, world, say) -> Loader:
     """The batches of the run from `samples_seen` on, of the given positions in `source.episodes`."""
     workers = threads(config.num_threads)
     cache = (config.frame_cache, config.cache_dir)
-    frames = Frames(source, resize_of(preprocess), *cache, workers, device, config.quiet, say)
+    frames = Frames(source, resize_of(preprocess), *cache, workers, world.device, config.quiet, say)
     return Loader(
         source,
         frames,
@@ -73,7 +73,9 @@ def build_loader(config: TrainConfig, source, episodes, policy, preprocess, samp
         config.seed,
         samples_seen,
         getattr(policy.config, "drop_n_last_frames", 0),
-        device,
+        world.device,
         config.dataset_weights,
         episodes,
+        world.rank,
+        world.size,
     )

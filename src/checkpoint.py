@@ -226,7 +226,7 @@ def read_state(path: Path, resume_step: int | None) -> TrainState:
     return state
 
 
-def load_optimizer(path: Path, optimizer) -> None:
+def load_optimizer(path: Path, world, policy, optimizer) -> None:
     """Load optimizer_state.pth, which may hold tensors and numbers and no code; rates and decay stay as they are."""
     import torch
 
@@ -239,7 +239,7 @@ def load_optimizer(path: Path, optimizer) -> None:
         why = f"it would run {code[1]}, and may hold tensors and numbers alone" if code else one_line(error)[:160]
         raise UserError(f"{path / OPTIMIZER} is refused: {why}") from error
     try:
-        optimizer.load_state_dict(state)
+        world.load_optimizer_state(policy, optimizer, state)
     except (ValueError, KeyError) as error:
         raise UserError(f"{path / OPTIMIZER} does not fit this policy's optimizer: {one_line(error)[:160]}") from error
     for group, mine in zip(optimizer.param_groups, settings, strict=True):

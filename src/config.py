@@ -106,7 +106,10 @@ class TrainConfig:
     minutes: Optional[float] = setting(
         "training", None, "train for this long instead: as many steps as fit, measured at the start and fixed then"
     )
-    batch_size: int = setting("training", 8, "samples a step")
+    batch_size: int = setting("training", 8, "samples a step, over all processes")
+    grad_accumulation_steps: int = setting(
+        "training", 1, "parts that each process computes its samples of a step in, to save memory"
+    )
     lr: Optional[float] = setting(
         "training",
         None,
@@ -127,6 +130,19 @@ class TrainConfig:
     augment: bool = setting("training", False, "vary colour, sharpness and position of the pictures while training")
     seed: int = setting("training", 1000, "every random choice of the run is a function of this")
     device: str = setting("training", "auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    precision: str = setting(
+        "training",
+        "auto",
+        "of the computation, the weights being fp32: auto (bf16 on GPUs that have it, else fp32), fp32, bf16 or fp16",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    compile: bool = setting("training", False, "torch.compile the policy: slow to start, then faster on a GPU")
+    gradient_checkpointing: bool = setting(
+        "training", False, "compute activations twice instead of keeping them, where the policy can"
+    )
+    deterministic: bool = setting(
+        "training", False, "on a GPU: no TF32 and no kernels that give other bits each time, for an exact resume"
+    )
     num_threads: Optional[int] = setting("training", None, "threads that read data ahead (else one a core, at most 8)")
 
     val_fraction: Optional[float] = setting("evaluation", None, "hold out this share of the episodes, 0.1 say")
@@ -184,6 +200,7 @@ class TrainConfig:
             "steps": 1,
             "batch_size": 1,
             "num_threads": 1,
+            "grad_accumulation_steps": 1,
             "log_freq": 1,
             "keep_last": 1,
             "keep_every": 1,

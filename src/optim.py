@@ -34,20 +34,8 @@ def make_optimizer(policy, config: TrainConfig):
     return optimizer, clip or None
 
 
-def make_schedule(policy, optimizer, config: TrainConfig):
-    """A function of the step that sets each parameter group's learning rate: nothing to save, nothing to restore."""
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    factor = schedule_factor(policy, config)
-
-    def set_lr(step: int) -> None:
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor(step)
-
-    return set_lr
-
-
-def schedule_factor(policy, config: TrainConfig):
-    """step -> factor of the peak: LeRobot's preset unless the flags name a schedule."""
+def make_schedule(policy, config: TrainConfig):
+    """step -> factor of the peak learning rate: LeRobot's preset unless the flags name a schedule. Has no state to save."""
     preset = policy.config.get_scheduler_preset()
     if config.lr_schedule is None and preset is not None:
         if config.warmup_steps is not None:

@@ -65,19 +65,25 @@ class Report:
         start: the step that this process starts from.
         config: steps, quiet, tracker.
         run_id: the run's name at its trackers, None for a new run.
+        is_main: false in a process that only keeps the history, and prints and writes nothing.
     """
 
-    def __init__(self, output_dir: Path, start: int, config, run_id: str | None):
-        self.output_dir, self.start, self.steps, self.quiet = output_dir, start, config.steps, config.quiet
+    def __init__(self, output_dir: Path, start: int, config, run_id: str | None, is_main: bool = True):
+        self.output_dir, self.start, self.steps, self.is_main = output_dir, start, config.steps, is_main
+        self.quiet = config.quiet or not is_main
         self.path = output_dir / "metrics.jsonl"
         written = read_history(output_dir) if self.path.exists() else []
         self.history = [line for line in written if line["step"] <= start]
         self.bar, self.file, self.picture = None, None, None
         self.draw_next = 0.0
-        self.trackers = Trackers(config.tracker, output_dir, run_id, config.asdict(), start, self.warn)
+        self.trackers = Trackers(
+            config.tracker if is_main else "none", output_dir, run_id, config.asdict(), start, self.warn
+        )
         self.live = sys.stderr.isatty() or "ipykernel" in sys.modules
 
     def __enter__(self):
+        if not self.is_main:
+            return self
         fresh = self.path.with_name(".metrics.jsonl.tmp")
         fresh.write_text("".join(json.dumps(line) + "\n" for line in self.history))
         fresh.replace(self.path)  # steps after the checkpoint are about to be done again
@@ -89,7 +95,8 @@ class Report:
         return self
 
     def __exit__(self, *error):
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
         self.trackers.close()
         if self.bar is not None:
             self.bar.close()
@@ -103,6 +110,8 @@ class Report:
             self._print(f"warning: {text}")
 
     def _print(self, text: str) -> None:
+        if not self.is_main:
+            return
         if self.bar is not None:
             self.bar.write(text)
         else:
@@ -132,6 +141,8 @@ class Report:
 
     def _keep(self, line: dict) -> None:
         self.history.append(line)
+        if self.file is None:
+            return
         try:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
@@ -200,7 +211,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def header(source, held_out, policy, config, device, start: int, output_dir: Path, resumed_from: Path | None) -> str:
+def header(source, held_out, policy, config, world, start: int, output_dir: Path, resumed_from: Path | None) -> str:
     """What is about to be trained, on what, from where, to where."""
     meta = source.meta
     size = " -> {}x{}".format(*config.image_size) if config.image_size else ""
@@ -222,13 +233,14 @@ def header(source, held_out, policy, config, device, start: int, output_dir: Pat
         if config.minutes and not resumed_from
         else f"steps {start + 1:,} to {config.steps:,}"
     )
+    where = f"{world.size} x {world.device.type} ({world.kind})" if world.size > 1 else world.device
     came = f", resumed from {resumed_from.name}" if resumed_from else ""
     lines = [
         f"dataset   {source.name}: {len(source.episodes)} episodes, {source.rows:,} frames at {meta.fps:g} fps",
         f"          {len(held_out)} episodes are held out for validation" if len(held_out) else None,
         f"          task {tasks[0]!r}" + (f" and {len(tasks) - 1} more" if len(tasks) > 1 else "") if tasks else None,
         f"          cameras {cameras + size if cameras else 'none'}; {dims}",
-        f"policy    {policy.name}, {weights / 1e6:.1f}M parameters{frozen}, on {device}",
+        f"policy    {policy.name}, {weights / 1e6:.1f}M parameters{frozen}, {config.precision}, on {where}",
         f"run       {length} of batch {config.batch_size}{came}",
         f"saves to  {output_dir}",
     ]

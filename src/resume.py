@@ -5,6 +5,7 @@ from pathlib import Path
 
 import checkpoint as checkpoints
 from config import FIELDS, TrainConfig, UserError, check_names, merge, read_config_file
+from world import World
 from writer import sole_writer
 
 POLICY_FIELDS = ("policy", "policy_path", "policy_args", "image_size")  # a resumed run keeps its policy
@@ -12,12 +13,12 @@ POLICY_FIELDS = ("policy", "policy_path", "policy_args", "image_size")  # a resu
 COURSE_FIELDS = (
     "dataset_id", "dataset_weights", "revision", "episodes", "val_fraction", "val_episodes",
     "imagenet_stats", "batch_size", "lr", "weight_decay", "grad_clip_norm",
-    "warmup_steps", "lr_schedule", "ema_decay", "augment", "seed",
+    "warmup_steps", "lr_schedule", "ema_decay", "augment", "seed", "precision", "grad_accumulation_steps",
 )  # fmt: skip
 
 
 def settle(settings: dict, held: ExitStack):
-    """What `settings` ask for: config, output folder, checkpoint to go on from, its state, and what to warn of.
+    """What `settings` ask for: processes, config, output folder, checkpoint to go on from, its state, and what to warn of.
 
     The output folder is this run's alone until `held` is closed.
 
@@ -26,20 +27,28 @@ def settle(settings: dict, held: ExitStack):
     """
     check_names(settings, "for train()")
     given = {**(read_config_file(settings["config_path"]) if settings.get("config_path") else {}), **settings}
+    world = held.enter_context(World(given.get("device") or "auto"))
+    with world.main_first():
+        return world, *settle_one(given, held, world)
+
+
+def settle_one(given: dict, held: ExitStack, world: World):
+    """The same in one of the processes."""
     asked, output_dir = given.get("resume_from_checkpoint"), given.get("output_dir")
     if output_dir is None and asked in (None, "latest", "auto"):
         output_dir = default_output_dir(merge(given))
-    if output_dir is not None:
+    if output_dir is not None and world.is_main:
         held.enter_context(sole_writer(Path(output_dir)))
     resumed, changes = checkpoints.find_resume(asked, output_dir and Path(output_dir)) if asked else (None, [])
     state = None if resumed is None else checkpoints.read_state(resumed, given.get("resume_step"))
     config = merge(given, state and state.train_config)
     if state is not None:
-        changes += compare(config, state, resumed)
+        changes += compare(config, state, resumed, world.size)
     if output_dir is None:
         beside = Path(asked).expanduser().is_dir() and checkpoints.step_of(resumed) is not None  # not a download
         output_dir = resumed.parent if beside else default_output_dir(config)
-        held.enter_context(sole_writer(output_dir))
+        if world.is_main:
+            held.enter_context(sole_writer(output_dir))
     output_dir = Path(output_dir)
     inside = checkpoints.find_checkpoints(output_dir)
     if inside and (resumed is None or resumed.resolve().parent != output_dir.resolve()):
@@ -59,7 +68,7 @@ def default_output_dir(config: TrainConfig) -> Path:
     return Path("outputs") / f"{names}_{config.policy}"
 
 
-def compare(config: TrainConfig, state, resumed: Path) -> list[str]:
+def compare(config: TrainConfig, state, resumed: Path, processes: int) -> list[str]:
     """One line for each setting that changes the course of the resumed run; what cannot change is refused."""
     now, changes = config.asdict(), []
     was = {name: f.default for name, f in FIELDS.items()} | state.train_config
@@ -82,4 +91,7 @@ def compare(config: TrainConfig, state, resumed: Path) -> list[str]:
             changes.append(
                 f"--{name}: {was[name]} -> {now[name]}; from here on this is another run than the one that wrote {resumed.name}"
             )
+    before = state.trainer_state["world_size"]
+    if processes != before:
+        changes.append(f"{before} -> {processes} processes: the batches stay what they were, rounding and noise do not")
     return changes

@@ -40,10 +40,39 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def refuse_many_processes() -> None:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        raise UserError(f"{world} processes were launched, and a run here has one: start it with python src/train.py")
+def pick_precision(name: str, device: torch.device) -> str:
+    """The precision of a `--precision` flag; `auto` takes bf16 on GPUs that compute in it, else fp32.
+
+    Raises:
+        UserError: the device cannot compute in it.
+    """
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    if name == "bf16" and device.type == "cuda" and not has_bf16:
+        raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has none: pass fp16 or fp32")
+    return name
+
+
+def autocast(precision: str, device: torch.device):
+    """A context in which matrix products and convolutions are computed in `precision`."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """Scales the loss so that small gradients survive fp16; does nothing at all in other precisions."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def set_numerics(deterministic: bool) -> None:
+    """GPU kernels: the fastest that are found, TF32 among them, or those that give the same bits every time."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
 
 
 def threads(asked: int | None) -> int:

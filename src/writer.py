@@ -114,22 +114,19 @@ class Writer:
         self.copies, self.thread, self.snapshot = HostCopies(), None, None
         self.failures: list[BaseException] = []  # of saves in a row
 
-    def save(self, step: int, policy, preprocessor, postprocessor, optimizer, average, state, never=()) -> None:
-        """Save this moment; `never` are checkpoints that are not to be deleted for it.
+    def save(self, step: int, trees: tuple, policy_config, preprocessor, postprocessor, state: TrainState, never=()):
+        """Save this moment; `trees` are the state dicts of a Snapshot, `never` checkpoints that are not to be deleted for it.
 
         Raises:
             UserError: saving failed twice in a row.
         """
         self.wait()
         self.never = never
-        own = {} if average.decay is None else policy.state_dict()
-        with average.in_place():
-            trees = [policy.state_dict(), own, optimizer.state_dict()]
-        trees = (self.copies.of if self.background else on_host)(trees)
-        ready, device = None, next(policy.parameters()).device
+        device = next(iter(trees[0].values())).device
+        trees, ready = (self.copies.of if self.background else on_host)(trees), None
         if self.background and device.type == "cuda":  # queued before the next step's kernels: no need to wait here
             ready = torch.cuda.current_stream(device).record_event()
-        self.snapshot = Snapshot(step, *trees, policy.config, preprocessor, postprocessor, state, ready)
+        self.snapshot = Snapshot(step, *trees, policy_config, preprocessor, postprocessor, state, ready)
         if self.background:
             self.thread = threading.Thread(target=self._write, name="checkpoint writer", daemon=True)
             self.thread.start()

@@ -32,6 +32,7 @@ class Loader:
         device: where the batches go: pinned buffers for CUDA, whose copies then need not wait.
         weights: share of each dataset in the samples, where the source has several; None for each row once an epoch.
         episodes: (E',) positions in `source.episodes` whose rows samples start at; None for all.
+        rank, size: this process and how many share each batch; it reads its own part.
 
     Raises:
         UserError: no frame is left to start a sample at.
@@ -49,6 +50,8 @@ class Loader:
         device: torch.device | str = "cpu",
         weights: list[float] | None = None,
         episodes: Tensor | None = None,
+        rank: int = 0,
+        size: int = 1,
     ):
         self.source, self.frames, self.batch_size, self.seed = source, frames, batch_size, seed
         self.deltas = {key: torch.tensor(window) for key, window in deltas.items()}
@@ -59,7 +62,8 @@ class Loader:
                 f"dataset {source.name}: no episode is longer than the {drop_n_last_frames} frames that the policy "
                 "leaves out at its end: pass --policy_args drop_n_last_frames=0"
             )
-        self.weights = weights
+        self.weights, own = weights, batch_size // size
+        self.own = slice(rank * own, (rank + 1) * own)  # of each batch
         if weights:  # trainable rows of each dataset
             dataset = torch.arange(len(weights)).repeat_interleave(torch.tensor(source.parts))  # of each episode
             self.counts = torch.bincount(dataset[source.episode_of(self.rows)], minlength=len(weights)).tolist()
@@ -84,8 +88,9 @@ class Loader:
     def __next__(self) -> dict:
         """The next batch: LeRobot's keys, dtypes and shapes, (B, ...) each, cameras as uint8.
 
-        Cameras lie in a reused buffer, which is good until the next call. Besides LeRobot's keys, `sample` holds (B,)
-        int64 positions p in the run, which augmentation is a function of.
+        Cameras lie in a reused buffer, which is good until the next call. Of several processes each gets its B / size
+        samples. Besides LeRobot's keys, `sample` holds (B,) int64 positions p in the run, which augmentation is a function
+        of, and `weight` (B,) how many actions within its episode each sample has, the whole batch's mean being 1.
         """
         if self._held is not None:
             copied = None
@@ -125,6 +130,23 @@ class Loader:
         names = [f"{self.source.episodes[e]}:{f}" for e, f in zip(episode.tolist(), frames.tolist(), strict=True)]
         return ", ".join(names[:16]) + (f", ... ({len(names)} in all)" if len(names) > 16 else "")
 
+    def batch_at(self, samples_seen: int, buffers: dict[str, Tensor] | None = None) -> dict:
+        """This process' part of the batch that starts at `samples_seen`."""
+        rows = self.rows_at(samples_seen)
+        batch = self.batch_of(rows[self.own], buffers)
+        batch["sample"] = torch.arange(samples_seen, samples_seen + self.batch_size)[self.own]
+        batch["weight"] = self._weights(rows)[self.own]
+        return batch
+
+    def _weights(self, rows: Tensor) -> Tensor:
+        if "action" not in self.deltas:
+            return torch.ones(len(rows))
+        episode = self.source.episode_of(rows)
+        starts, ends = self.source.starts[episode], self.source.ends[episode]
+        padded = window_rows(rows, self.deltas["action"], starts, ends)[1]  # (B, T)
+        valid = (~padded).sum(1).float()
+        return valid / valid.mean()
+
     def batch_of(self, rows: Tensor, buffers: dict[str, Tensor] | None = None) -> dict:
         """The batch of any (B,) rows: what `default_collate` makes of `LeRobotDataset[row]`, with cameras as uint8."""
         episode = self.source.episode_of(rows)
@@ -150,7 +172,7 @@ class Loader:
         """RING times a buffer of each camera, (B * T, C, h, w) uint8: fresh memory costs more than the copy into it."""
         if self.frames.on_device:
             return [{}] * RING
-        size = {key: self.batch_size * len(self.deltas.get(key, [0])) for key in self.frames.keys}
+        size = {key: (self.own.stop - self.own.start) * len(self.deltas.get(key, [0])) for key in self.frames.keys}
         pinned = self.device.type == "cuda"
         shape = self.frames.decoder.shape
         return [
@@ -168,9 +190,7 @@ class Loader:
                     return
                 if copied is not None:
                     copied.synchronize()
-                batch = self.batch_of(self.rows_at(samples_seen), ring[slot])
-                batch["sample"] = torch.arange(samples_seen, samples_seen + self.batch_size)
-                self._ahead.put((batch, slot))
+                self._ahead.put((self.batch_at(samples_seen, ring[slot]), slot))
                 samples_seen += self.batch_size
         except BaseException as error:  # reaches the loop at its next batch
             self._ahead.put((error, None))

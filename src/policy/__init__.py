@@ -89,6 +89,11 @@ def build_policy(config, meta, folder: Path | None = None):
     return policy.to(config.device)
 
 
+def counts_valid_actions(config) -> bool:
+    """Whether the policy's loss is a mean over the actions within their episodes, rather than over samples."""
+    return config.type in ("act", "flow", "smolvla") or getattr(config, "do_mask_loss_for_padding", False)
+
+
 def load_weights(policy, path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_model

@@ -1,0 +1,131 @@
+"""One optimizer step: a batch, in parts where it is accumulated, through the policy and back, and the weights moved."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from checkpoint import OWN_WEIGHTS, load_optimizer
+from config import TrainConfig
+from optim import Average, make_optimizer, make_schedule
+from policy import counts_valid_actions
+from processors import pixels_to_float
+from runtime import STEP, NoHostSync, autocast, make_scaler, seed_all
+from world import World
+
+
+class Learner:
+    """The policy with everything that moves it.
+
+    Args:
+        config: the run's settings.
+        world: its processes.
+        policy: to be trained, on its device.
+        preprocess: LeRobot's pipeline from a batch to what the policy takes.
+        cameras: names of the pictures in a batch.
+
+    Attributes:
+        model: the policy as it is called in training: compiled and wrapped for several processes as the settings say.
+        optimizer, average, scaler: what a checkpoint holds besides the weights.
+    """
+
+    def __init__(self, config: TrainConfig, world: World, policy, preprocess, cameras: list[str]):
+        self.config, self.world, self.policy, self.preprocess, self.cameras = config, world, policy, preprocess, cameras
+        optimizer, self.clip_norm = make_optimizer(policy, config)
+        if config.compile:
+            policy.compile()
+        self.model, self.optimizer = world.wrap(policy, optimizer)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.start_over(config)
+
+    def start_over(self, config: TrainConfig) -> None:
+        """As if no step had been taken, but for the weights."""
+        self.config = config
+        self.optimizer.state.clear()
+        self.scaler = make_scaler(config.precision, self.world.device)
+        self.average = Average(self.policy, config.ema_decay)
+        self.factor = make_schedule(self.policy, config)
+
+    def load(self, checkpoint, scaler: dict) -> None:
+        """Take over a checkpoint's trained weights, where the policy has loaded their average, and the optimizer's state."""
+        if (checkpoint / OWN_WEIGHTS).exists():
+            self.world.load_weights(self.policy, checkpoint / OWN_WEIGHTS)
+        load_optimizer(checkpoint, self.world, self.policy, self.optimizer)
+        if self.scaler.is_enabled() and scaler:
+            self.scaler.load_state_dict(scaler)
+
+    def state(self) -> tuple[dict, dict, dict]:
+        """The weights to act with, the trained ones where those are their average, and the optimizer's state, each whole."""
+        own = {} if self.average.decay is None else self.world.weights(self.policy)
+        with self.average.in_place():
+            return self.world.weights(self.policy), own, self.world.optimizer_state(self.policy, self.optimizer)
+
+    def take_average(self, whole) -> None:
+        """Change over to the weights to act with, in the policy and in its `whole` copy."""
+        self.average.swap()
+        if self.world.in_parts:
+            weights = self.world.weights(self.policy)
+            if whole is not None:
+                whole.load_state_dict(weights)
+
+    @contextlib.contextmanager
+    def acting(self, whole):
+        """Within this, `whole` has the weights to act with."""
+        self.take_average(whole)
+        try:
+            yield
+        finally:
+            self.average.swap()
+
+    def step(self, batch: dict, step: int) -> tuple[Tensor, dict | None, Tensor]:
+        """Take step number `step` on this process' share of its batch.
+
+        Returns:
+            This share's loss, the policy's sub-losses of its last part, and the gradient norm of the whole batch, all on the device.
+        """
+        # dropout and noise are a function of (seed, step, rank)
+        seed_all(self.config.seed, STEP, step, self.world.rank)
+        count, total = self.config.grad_accumulation_steps, torch.zeros((), device=self.world.device)
+        for number, part in enumerate(parts_of(batch, count)):
+            with self.world.last_of_step(self.model, number == count - 1):
+                loss, parts = self.forward(part)
+                loss = loss / count
+                self.scaler.scale(loss).backward()
+            total = total + loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.clip_norm or float("inf"))
+        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * self.factor(step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.average.update(step + 1)
+        if hasattr(self.policy, "update"):
+            self.policy.update()  # tdmpc's moving average, as lerobot-train calls it
+        return total, parts, grad_norm
+
+    def forward(self, batch: dict) -> tuple[Tensor, dict | None]:
+        """The policy's loss of a part of a batch, and its sub-losses."""
+        weight = batch.pop("weight")
+        batch = pixels_to_float(batch, self.cameras, self.world.device)
+        if self.config.augment and self.cameras:
+            from processors.augment import augment
+
+            batch = augment(batch, self.cameras, self.config.seed)
+        with NoHostSync(), autocast(self.config.precision, self.world.device):
+            loss, parts = self.model(self.preprocess(batch))
+        if weight is not None and counts_valid_actions(self.policy.config):
+            loss = loss * weight.mean()
+        return loss, parts
+
+
+def parts_of(batch: dict, count: int):
+    """The batch in `count` equal parts."""
+    if count == 1:
+        yield batch
+        return
+    size = len(batch["sample"]) // count
+    for start in range(0, size * count, size):
+        yield {key: None if item is None else item[start : start + size] for key, item in batch.items()}

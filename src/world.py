@@ -1,0 +1,219 @@
+"""The processes of a run: one, or those that `accelerate launch` (or torchrun) started, which share every batch.
+
+All that a run does together goes through here: agreeing, waiting for each other, wrapping the policy for DDP, FSDP2 or DeepSpeed,
+and putting weights and optimizer state that are spread over the processes together again.
+"""
+
+import contextlib
+import copy
+import os
+import re
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from config import UserError
+from policy import load_weights
+from runtime import pick_device
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+PATIENCE = timedelta(days=1)  # for one process that decodes, saves or validates while the others wait
+
+
+def launched_as(name: str) -> bool:
+    """Whether `accelerate launch` was told to use FSDP or DEEPSPEED."""
+    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+
+
+class World:
+    """This process and its peers.
+
+    Args:
+        device: where several processes compute: cpu, cuda, or auto, which gives each its own GPU where there are some.
+
+    Attributes:
+        rank, size: which process this is, of how many.
+        device: where it computes, once `use` was called.
+        kind: how the weights are held: "one" process, whole in each ("DDP"), or in parts ("FSDP", "DeepSpeed").
+    """
+
+    def __init__(self, device: str):
+        self.size, self.rank, self.accelerator, self.talk = int(os.environ.get("WORLD_SIZE", "1")), 0, None, None
+        self.kind = "DeepSpeed" if launched_as("DEEPSPEED") else "FSDP" if launched_as("FSDP") else "DDP"
+        if self.size == 1 and self.kind == "DDP":
+            self.kind = "one"
+            return
+        self.accelerator = make_accelerator(device, self.kind)
+        self.rank = self.accelerator.process_index
+        self.talk = dist.new_group(backend="gloo", timeout=PATIENCE)  # between hosts: the GPU has not to wait for it
+
+    def use(self, device: str) -> torch.device:
+        """The device of a `--device` flag, or of several processes the one that is this one's."""
+        # accelerate has made this process' GPU the current one: "cuda" is that
+        self.device = pick_device(device if self.accelerator is None else self.accelerator.device.type)
+        return self.device
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.accelerator is not None and kind is None:
+            self.accelerator.end_training()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def in_parts(self) -> bool:
+        return self.kind in ("FSDP", "DeepSpeed")
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        if self.talk is not None:
+            dist.barrier(self.talk)
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """Within this, the main process goes before the others: what it makes, they find."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+    def agree(self, *numbers: int) -> list[int]:
+        """The largest of each number over the processes, which is the same in all of them."""
+        if self.talk is None:
+            return list(numbers)
+        largest = torch.tensor(numbers)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, self.talk)
+        return largest.tolist()
+
+    def mean(self, value: torch.Tensor) -> float:
+        """The mean of a number over the processes."""
+        if self.talk is None:
+            return value.item()
+        value = value.detach().double().cpu()
+        dist.all_reduce(value, group=self.talk)
+        return value.item() / self.size
+
+    def wrap(self, policy, optimizer):
+        """(model, optimizer) to train with: `model(batch)` is `policy.forward(batch)`, with gradients of the whole batch."""
+        if self.kind == "DDP":
+            return self.accelerator.prepare_model(policy), optimizer
+        if self.kind == "FSDP":
+            model, optimizer = self.accelerator.prepare(policy, optimizer)
+            return model, optimizer.optimizer
+        return policy, optimizer
+
+    def last_of_step(self, model, last: bool):
+        """A context for forward and backward of one part of a step's batch: gradients go between processes in the last."""
+        return contextlib.nullcontext() if last or self.accelerator is None else self.accelerator.no_sync(model)
+
+    def share(self, batch_size: int, accumulation: int) -> int:
+        """Samples of a step's batch that this process takes.
+
+        Raises:
+            UserError: the batch cannot be shared evenly.
+        """
+        parts = self.size * accumulation
+        if batch_size % parts:
+            raise UserError(
+                f"--batch_size {batch_size} is the whole batch of a step, and {self.size} processes with "
+                f"--grad_accumulation_steps {accumulation} share it evenly: pass a multiple of {parts}"
+            )
+        return batch_size // self.size
+
+    def whole_copy(self, policy):
+        """The policy as one process runs it: itself, or for one held in parts a copy in the main process (None in others)."""
+        if not self.in_parts:
+            return policy
+        return copy.deepcopy(policy) if self.is_main else None
+
+    def weights(self, policy) -> dict:
+        """The policy's state dict, whole; of one that is held in parts empty but in the main process."""
+        if not self.in_parts:
+            return policy.state_dict()
+        return get_model_state_dict(policy, options=WHOLE)
+
+    def load_weights(self, policy, path: Path) -> None:
+        """Load a file such as `weights` gives into the policy."""
+        if self.in_parts:
+            set_model_state_dict(policy, load_file(path), options=WHOLE)
+        else:
+            load_weights(policy, path)
+
+    def optimizer_state(self, policy, optimizer) -> dict:
+        """The optimizer's state dict as of one process, parameters numbered; empty as `weights` is."""
+        if not self.in_parts:
+            return optimizer.state_dict()
+        named = get_optimizer_state_dict(policy, optimizer, options=WHOLE)
+        if not self.is_main:
+            return {}
+        names = {name: i for i, name in enumerate(names_of(policy, optimizer))}
+        groups = [{**group, "params": [names[name] for name in group["params"]]} for group in named["param_groups"]]
+        return {"state": {names[name]: entry for name, entry in named["state"].items()}, "param_groups": groups}
+
+    def load_optimizer_state(self, policy, optimizer, state: dict) -> None:
+        """Load a state dict such as `optimizer_state` gives.
+
+        Raises:
+            ValueError, KeyError: it is another optimizer's.
+        """
+        if not self.in_parts:
+            optimizer.load_state_dict(state)
+            return
+        names = names_of(policy, optimizer)
+        groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
+        named = {"state": {names[i]: entry for i, entry in state["state"].items()}, "param_groups": groups}
+        set_optimizer_state_dict(policy, optimizer, named, options=WHOLE)
+
+
+def names_of(policy, optimizer) -> list[str]:
+    """Names of an optimizer's parameters, in the order in which its state dict numbers them."""
+    names = {id(parameter): name for name, parameter in policy.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether an error says that another process has gone."""
+    return dist.is_initialized() and (
+        isinstance(error, dist.DistError) or re.search("gloo|nccl|peer|Broken pipe", str(error), re.I) is not None
+    )
+
+
+def make_accelerator(device: str, kind: str):
+    """Accelerate's hold on the processes of this run.
+
+    Raises:
+        UserError: the device is one process' own.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+
+    if ":" in device:
+        raise UserError(
+            f"--device {device} is one device, and several processes each take their own: pass cuda or auto"
+        )
+    cpu = pick_device(device).type == "cpu"
+    # as lerobot-train: some policies have parameters that a batch does not use
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[unused])
+    if kind == "FSDP" and cpu:  # accelerate holds weights in parts on GPUs alone, torch on CPUs as well
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator

@@ -1,0 +1,80 @@
+"""Runs of several processes for the tests: imports once, then forks the processes of each run as a launcher would.
+
+Reads a run a line, {"settings": {...}, "processes": 2, "env": {...}, "kill": [rank, seconds, "SIGKILL"]}, and answers each with a
+line, the processes' exit statuses. What they print goes to <output_dir>.log.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+
+def start(settings: dict, rank: int, processes: int, port: int, env: dict) -> int:
+    """One process of a run; its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        os.environ.update({name: str(value) for name, value in place.items()}, **env)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+        output = os.open(settings["output_dir"] + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        import torch
+
+        from train import main
+
+        torch.set_num_threads(1)
+        status = main(settings)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def end(pids: list[int], kill: list | None, begun: Path) -> list[int]:
+    """The statuses of the processes; one of them is sent a signal so many seconds after `begun` holds a first line of metrics."""
+    if kill:
+        rank, seconds, name = kill
+        while not (begun.exists() and begun.stat().st_size):
+            time.sleep(0.02)
+        time.sleep(seconds)
+        os.kill(pids[rank], getattr(signal, name))
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def stop(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def main() -> None:
+    import train  # noqa: F401  once, for every run
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        settings, processes = job["settings"], job["processes"]
+        pids = [start(settings, rank, processes, port, job["env"]) for rank in range(processes)]
+        watchdog = threading.Timer(120, stop, [pids])
+        watchdog.start()
+        codes = end(pids, job.get("kill"), Path(settings["output_dir"]) / "metrics.jsonl")
+        watchdog.cancel()
+        print(json.dumps(codes), flush=True)
+
+
+if __name__ == "__main__":
+    main()
