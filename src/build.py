@@ -1,5 +1,6 @@
 """The parts of a run, made from its settings: the data, the policy with its processors, the loader."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import hub
@@ -9,7 +10,7 @@ from data.loader import Loader
 from data.source import open_dataset
 from data.union import unite
 from optim import apply_flags
-from policy import build_policy, load_policy_config, policy_config
+from policy import build_policy, load_policy_config, policy_class, policy_config
 from processors import (
     adapt_processors,
     feature_problems,
@@ -29,6 +30,14 @@ def build_source(config: TrainConfig):
     """The dataset, or several as one, with the episodes to train on and those held out."""
     chosen = ",".join(text for text in (config.episodes, config.val_episodes) if text) if config.episodes else None
     return unite([open_dataset(name, config.dataset_root, config.revision, chosen) for name in config.dataset_id])
+
+
+def with_preset(config: TrainConfig, meta, device, fresh: bool) -> TrainConfig:
+    """The settings, those that were not given filled in: as a fresh policy's own preset has them, else as lerobot-train has."""
+    preset = {"batch_size": 8, "ema_decay": 0.0, "augment": False}
+    if fresh and hasattr(kind := policy_class(config.policy), "training_preset"):
+        preset |= kind.training_preset(device.type, [meta.features[key]["shape"][:2] for key in meta.camera_keys])
+    return replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
 
 
 def build_parts(config: TrainConfig, resumed: Path | None, source, device):

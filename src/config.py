@@ -96,7 +96,8 @@ class TrainConfig:
     image_size: Optional[List[int]] = setting(
         "policy",
         None,
-        "resize every camera to this; saved with the policy, so that inference does the same",
+        "resize every camera to this; saved with the policy, so that inference does the same "
+        "(else as recorded, and for flow the shorter side at most 96)",
         nargs=2,
         type=int,
         metavar=("HEIGHT", "WIDTH"),
@@ -106,7 +107,9 @@ class TrainConfig:
     minutes: Optional[float] = setting(
         "training", None, "train for this long instead: as many steps as fit, measured at the start and fixed then"
     )
-    batch_size: int = setting("training", 8, "samples a step, over all processes")
+    batch_size: Optional[int] = setting(
+        "training", None, "samples a step, over all processes (else 8, or what the policy's preset has: flow 64)"
+    )
     grad_accumulation_steps: int = setting(
         "training", 1, "parts that each process computes its samples of a step in, to save memory"
     )
@@ -125,9 +128,15 @@ class TrainConfig:
         "training", None, "course of lr after the warm-up (else the policy's preset)", choices=SCHEDULES
     )
     ema_decay: Optional[float] = setting(
-        "training", None, "evaluate and save a moving average of the weights, 0.999 say (else the weights themselves)"
+        "training",
+        None,
+        "evaluate and save a moving average of the weights, 0.999 say; 0 for the weights themselves (else preset: flow 0.995)",
     )
-    augment: bool = setting("training", False, "vary colour, sharpness and position of the pictures while training")
+    augment: Optional[bool] = setting(
+        "training",
+        None,
+        "vary colour, sharpness and position of the pictures while training: on or off (else preset: flow on)",
+    )
     seed: int = setting("training", 1000, "every random choice of the run is a function of this")
     device: str = setting("training", "auto", "auto, cpu, cuda, cuda:1, mps, ...")
     precision: str = setting(
@@ -221,8 +230,8 @@ class TrainConfig:
                 raise UserError(f"--{name} must be at least {low}, got {value}")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise UserError(f"--lr must be above 0, got {self.lr}")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise UserError(f"--ema_decay must be between 0 and 1, got {self.ema_decay}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise UserError(f"--ema_decay must be 0 or more and below 1, got {self.ema_decay}")
         if self.minutes is not None and not 0 < self.minutes < 10**6:
             raise UserError(f"--minutes must be above 0, got {self.minutes}")
         if self.save_minutes is not None and not self.save_minutes > 0:
@@ -352,6 +361,8 @@ class Parser(argparse_dataclass.ArgumentParser):
         for action in [a for a in self._actions if a.dest in FIELDS]:
             f = FIELDS[action.dest]
             action.help = f"{f.metadata['help']} [{described_default(f)}]".replace("%", "%%")
+            if f.type == Optional[bool]:
+                action.nargs, action.const, action.type, action.metavar = "?", True, switch, "on|off"
             if action.metavar is None and action.nargs != 0 and not action.choices:
                 action.metavar = {int: "N", float: "X"}.get(action.type, "TEXT")
             name = f.metadata["group"]
@@ -380,6 +391,12 @@ def parse_command_line(argv: List[str]) -> dict:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def switch(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"must be on or off, got {text!r}")
+    return text == "on"
 
 
 def spelt_as_field(word: str) -> str:

@@ -63,17 +63,17 @@ class Average:
 
     Args:
         policy: the module whose parameters are averaged.
-        decay: such as 0.999; None for no average at all.
+        decay: such as 0.999; 0 for no average at all.
     """
 
-    def __init__(self, policy, decay: float | None):
+    def __init__(self, policy, decay: float):
         self.decay, self.own = decay, list(policy.parameters())
-        self.weights = [] if decay is None else [p.detach().clone() for p in self.own]
+        self.weights = [] if decay == 0 else [p.detach().clone() for p in self.own]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after `step` steps."""
-        if self.decay is not None:
+        if self.decay > 0:
             torch._foreach_lerp_(self.weights, self.own, 1 - min(self.decay, (1 + step) / (10 + step)))
 
     @contextlib.contextmanager
@@ -86,6 +86,6 @@ class Average:
             self.swap()
 
     def swap(self) -> None:
-        if self.decay is not None:
+        if self.decay > 0:
             for i, own in enumerate(self.own):
                 own.data, self.weights[i] = self.weights[i], own.data

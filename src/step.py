@@ -34,6 +34,7 @@ class Learner:
         self.config, self.world, self.policy, self.preprocess, self.cameras = config, world, policy, preprocess, cameras
         optimizer, self.clip_norm = make_optimizer(policy, config)
         if config.compile:
+            torch._inductor.config.fallback_random = True  # noise and dropout as they are uncompiled
             policy.compile()
         self.model, self.optimizer = world.wrap(policy, optimizer)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -57,7 +58,7 @@ class Learner:
 
     def state(self) -> tuple[dict, dict, dict]:
         """The weights to act with, the trained ones where those are their average, and the optimizer's state, each whole."""
-        own = {} if self.average.decay is None else self.world.weights(self.policy)
+        own = {} if self.average.decay == 0 else self.world.weights(self.policy)
         with self.average.in_place():
             return self.world.weights(self.policy), own, self.world.optimizer_state(self.policy, self.optimizer)
 

@@ -22,7 +22,7 @@ import checkpoint as checkpoints
 import hub
 import runtime
 from budget import fix_steps
-from build import build_loader, build_parts, build_source
+from build import build_loader, build_parts, build_source, with_preset
 from exam import Exam, said
 from report import Report, Stopwatch, TrainResult, closing_words, header, numbers, training_info
 from resume import settle
@@ -67,9 +67,11 @@ class Run:
         self.world, self.output_dir, self.resumed, self.device = world, output_dir, resumed, world.use(config.device)
         self.config = config = replace(config, precision=runtime.pick_precision(config.precision, self.device))
         runtime.set_numerics(config.deterministic)
-        world.share(config.batch_size, config.grad_accumulation_steps)
         with world.main_first():
             source = build_source(config)
+        fresh = resumed is None and config.policy_path is None
+        self.config = config = with_preset(config, source.meta, self.device, fresh)
+        world.share(config.batch_size, config.grad_accumulation_steps)
         kept, held_out = split(source, config)
         runtime.seed_all(config.seed, runtime.INIT)
         self.policy, self.preprocess, self.postprocess = build_parts(config, resumed, source, self.device)

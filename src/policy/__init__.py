@@ -19,18 +19,27 @@ def known_policies() -> list[str]:
     return sorted(PreTrainedConfig.get_known_choices())
 
 
-def policy_config(name: str, pairs: list[str] | None, device: str):
-    """LeRobot's config of policy `name` with the settings in `pairs`.
+def policy_class(name: str):
+    """LeRobot's config class of policy `name`.
 
     Raises:
-        UserError: unknown policy or setting, or values that the policy refuses.
+        UserError: there is none.
     """
     from lerobot.configs import PreTrainedConfig
 
     known = known_policies()
     if name not in known:
         raise UserError(f"unknown policy {name!r}{nearest(name, known)}: LeRobot has {', '.join(known)}")
-    config_class = PreTrainedConfig.get_choice_class(name)
+    return PreTrainedConfig.get_choice_class(name)
+
+
+def policy_config(name: str, pairs: list[str] | None, device: str):
+    """LeRobot's config of policy `name` with the settings in `pairs`.
+
+    Raises:
+        UserError: unknown policy or setting, or values that the policy refuses.
+    """
+    config_class = policy_class(name)
     values = parse_pairs("--policy_args", config_class, pairs)
     defaults = {f.name: f.default for f in fields(config_class)}
     if "chunk_size" in values and "n_action_steps" in defaults:  # a shorter chunk cannot keep the longer default

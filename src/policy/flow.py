@@ -76,6 +76,14 @@ class FlowConfig(PreTrainedConfig):
     optimizer_lr_backbone: float | None = None
     optimizer_weight_decay: float = 1e-2
 
+    @staticmethod
+    def training_preset(device: str, pictures: list[tuple[int, int]]) -> dict:
+        """The trainer's settings that suit this policy, for pictures of (H, W) pixels: small ones, many at a time."""
+        preset = {"batch_size": 64 if device == "cpu" else 256, "ema_decay": 0.995, "augment": True}
+        if pictures and (side := min(min(size) for size in pictures)) > 96:
+            preset["image_size"] = [8 * max(1, round(96 * pixels / side / 8)) for pixels in pictures[0]]
+        return preset
+
     def __post_init__(self):
         super().__post_init__()
         if self.size not in SIZES:
@@ -253,7 +261,7 @@ class Eye(nn.Module):
         seen = self.backbone(pictures.to(memory_format=torch.channels_last))  # (N, channels, h, w)
         maps = self.maps(seen)  # (N, K, h, w)
         height, width = maps.shape[-2:]
-        weight = F.softmax(maps.flatten(2) * self.sharpness, dim=-1).unflatten(-1, (height, width))
+        weight = F.softmax(maps.flatten(2) * self.sharpness, dim=-1).reshape(maps.shape)
         x = weight.sum(2) @ torch.linspace(-1, 1, width, device=maps.device)  # (N, K)
         y = weight.sum(3) @ torch.linspace(-1, 1, height, device=maps.device)
         return torch.cat([x, y, seen.mean((2, 3))], dim=1)
@@ -318,7 +326,7 @@ class Head(nn.Module):
         x = self.enter(chunk.flatten(1))
         for block in self.blocks:
             x = block(x, condition)
-        return self.leave(x).unflatten(1, (self.steps, self.joints))  # (B, T, A)
+        return self.leave(x).reshape(-1, self.steps, self.joints)  # (B, T, A)  (torch.compile breaks at unflatten)
 
     def regress(self, condition: Tensor) -> Tensor:
         """The chunk in one step, from no noise at all."""
