@@ -4,13 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import hub
-from config import TrainConfig
+from config import TrainConfig, UserError
 from data.frames import Frames
 from data.loader import Loader
 from data.source import open_dataset
 from data.union import unite
 from optim import apply_flags
 from policy import build_policy, load_policy_config, policy_class, policy_config
+from policy.adapters import add_adapters, freeze
 from processors import (
     adapt_processors,
     feature_problems,
@@ -55,18 +56,28 @@ def build_parts(config: TrainConfig, resumed: Path | None, source, device):
         policy_cfg = load_policy_config(folder, None if resumed else config.policy_args, str(device))
         source.require(feature_problems(policy_cfg, inputs, outputs, folder.name))
     apply_flags(policy_cfg, config)
+    if not resumed and policy_cfg.use_peft and config.peft:
+        raise UserError(f"--peft: {folder.name} holds adapters already: leave the flag out to train those on")
     if resumed:
         source.require()
-        return build_policy(policy_cfg, source.meta, folder), *load_processors(folder, str(device))
+        return finished(policy_cfg, source.meta, folder, config), *load_processors(folder, str(device))
     stats = usable_stats(source.meta, config.imagenet_stats == "on")
     source.require(stats_problems(policy_cfg, stats))
+    policy = finished(policy_cfg, source.meta, folder, config)
     if folder and has_processors(folder):
-        return build_policy(policy_cfg, source.meta, folder), *adapt_processors(
-            folder, policy_cfg, stats, config.image_size
-        )
-    return build_policy(policy_cfg, source.meta, folder), *make_processors(
-        policy_cfg, source.meta, stats, config.image_size
-    )
+        return policy, *adapt_processors(folder, policy_cfg, stats, config.image_size)
+    return policy, *make_processors(policy_cfg, source.meta, stats, config.image_size)
+
+
+def finished(policy_cfg, meta, folder: Path | None, config: TrainConfig):
+    """The policy with its adapters and what is frozen."""
+    policy = build_policy(policy_cfg, meta, folder)
+    if config.peft and not policy_cfg.use_peft:
+        base = folder.resolve() if Path(config.policy_path).expanduser().exists() else config.policy_path
+        policy = add_adapters(policy, str(base), config.peft, config.peft_r, config.peft_args)
+    if config.freeze:
+        freeze(policy, config.freeze)
+    return policy
 
 
 def build_loader(config: TrainConfig, source, episodes, policy, preprocess, samples_seen: int, world, say) -> Loader:

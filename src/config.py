@@ -93,6 +93,26 @@ class TrainConfig:
         type=str,
         metavar="NAME=VALUE",
     )
+    peft: Optional[str] = setting(
+        "policy", None, "train adapters of this kind on the weights of --policy_path instead of the weights: lora, ..."
+    )
+    peft_r: int = setting("policy", 16, "rank of the adapters")
+    peft_args: Optional[List[str]] = setting(
+        "policy",
+        None,
+        "settings of the adapters' own, such as lora_alpha=32 target_modules=all-linear",
+        nargs="+",
+        type=str,
+        metavar="NAME=VALUE",
+    )
+    freeze: Optional[List[str]] = setting(
+        "policy",
+        None,
+        "do not train the parameters whose names match one of these, such as backbone",
+        nargs="+",
+        type=str,
+        metavar="REGEX",
+    )
     image_size: Optional[List[int]] = setting(
         "policy",
         None,
@@ -210,6 +230,7 @@ class TrainConfig:
             "batch_size": 1,
             "num_threads": 1,
             "grad_accumulation_steps": 1,
+            "peft_r": 1,
             "log_freq": 1,
             "keep_last": 1,
             "keep_every": 1,
@@ -243,6 +264,8 @@ class TrainConfig:
             raise UserError(f"--image_size must be two positive numbers (height width), got {self.image_size}")
         if self.warmup_steps is not None and self.warmup_steps > self.steps:
             raise UserError(f"--warmup_steps {self.warmup_steps} is more than --steps {self.steps}")
+        if self.peft is not None and self.policy_path is None:
+            raise UserError(f"--peft {self.peft} adapts a trained policy: pass it with --policy_path")
         if not self.dataset_id:
             raise UserError("no dataset: pass --dataset_id with a folder or a Hub id such as lerobot/pusht")
         if len(self.dataset_id) > 1 and self.episodes:
@@ -287,7 +310,7 @@ def typed(f, value):
         return None
     if f.name == "dataset_id" and isinstance(value, (str, Path)):
         return [str(value)]
-    if f.name in ("policy_args", "eval_args") and isinstance(value, dict):
+    if f.name in ("policy_args", "peft_args", "eval_args") and isinstance(value, dict):
         return [f"{name}={'none' if item is None else item}" for name, item in value.items()]
     if f.name in ("episodes", "val_episodes") and isinstance(value, (list, tuple, range)):
         return ",".join(str(item) for item in value)

@@ -6,14 +6,22 @@ from dataclasses import asdict, replace
 
 import torch
 
-from config import TrainConfig
+from config import TrainConfig, UserError
 
 
 def apply_flags(policy_config, config: TrainConfig) -> None:
-    """Write --lr and --weight_decay into the policy's own config, so that its presets follow."""
+    """Write --lr, --weight_decay and --gradient_checkpointing into the policy's own config, which its parts follow.
+
+    Raises:
+        UserError: the policy has no gradient checkpointing.
+    """
     for flag, name in (("lr", "optimizer_lr"), ("weight_decay", "optimizer_weight_decay")):
         if getattr(config, flag) is not None and hasattr(policy_config, name):
             setattr(policy_config, name, getattr(config, flag))
+    if config.gradient_checkpointing:
+        if not hasattr(policy_config, "gradient_checkpointing"):
+            raise UserError(f"--gradient_checkpointing: policy {policy_config.type} has none: leave the flag out")
+        policy_config.gradient_checkpointing = True
 
 
 def make_optimizer(policy, config: TrainConfig):

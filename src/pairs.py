@@ -20,7 +20,8 @@ def parse_pairs(flag: str, config_class, pairs: list[str] | None) -> dict:
     values = {}
     for pair in pairs or []:
         name, equals, text = pair.partition("=")
-        whose = ("policy " if flag == "--policy_args" else "") + config_class.get_choice_name(config_class)
+        kind = config_class.get_choice_name(config_class) if hasattr(config_class, "get_choice_name") else "PEFT"
+        whose = f"policy {kind}" if flag == "--policy_args" else kind
         if not equals:
             raise UserError(f"{flag} {pair}: expected NAME=VALUE, such as chunk_size=50")
         if name not in names:

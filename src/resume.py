@@ -8,7 +8,16 @@ from config import FIELDS, TrainConfig, UserError, check_names, merge, read_conf
 from world import World
 from writer import sole_writer
 
-POLICY_FIELDS = ("policy", "policy_path", "policy_args", "image_size")  # a resumed run keeps its policy
+POLICY_FIELDS = (
+    "policy",
+    "policy_path",
+    "policy_args",
+    "image_size",
+    "peft",
+    "peft_r",
+    "peft_args",
+    "freeze",
+)  # a resumed run keeps its policy
 # another value of these is another run
 COURSE_FIELDS = (
     "dataset_id", "dataset_weights", "revision", "episodes", "val_fraction", "val_episodes",

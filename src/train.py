@@ -24,13 +24,14 @@ import runtime
 from budget import fix_steps
 from build import build_loader, build_parts, build_source, with_preset
 from exam import Exam, said
+from policy.adapters import adapters_config
 from report import Report, Stopwatch, TrainResult, closing_words, header, numbers, training_info
 from resume import settle
 from step import Learner
 from summary import last
 from validation import split
 from world import World, is_lost_peer
-from writer import Writer, publish
+from writer import Snapshot, Writer, publish
 
 
 def train(**settings) -> TrainResult:
@@ -176,12 +177,12 @@ class Run:
         self.stop_if_not_finite()
         begun = time.perf_counter()
         self.loss_sum.fill_(self.world.mean(self.loss_sum))  # as those that go on from here find it
-        trees = self.learner.state()
+        trees = self.learner.state()  # of all processes
         if self.world.is_main:
             in_first_interval = self.resumed and self.step - self.start_step <= self.config.save_freq
             never = [self.resumed] if in_first_interval else []
-            moment = self.step, trees, self.policy.config, self.preprocess, self.postprocess, self.state()
-            self.writer.save(*moment, never)
+            parts = self.policy.config, self.preprocess, self.postprocess, self.state()
+            self.writer.save(Snapshot(self.step, *trees, *parts, adapters_config(self.policy)), never)
             self.report.trackers.note("checkpoint", f"checkpoint-{self.step}", self.step)
         self.saved_step = self.step
         self.watch.leave_out(time.perf_counter() - begun)

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from config import UserError
 from policy import load_weights
+from policy.adapters import adapters_of, is_adapted, put_adapters
 from runtime import pick_device
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -144,14 +145,15 @@ class World:
         return copy.deepcopy(policy) if self.is_main else None
 
     def weights(self, policy) -> dict:
-        """The policy's state dict, whole; of one that is held in parts empty but in the main process."""
-        if not self.in_parts:
-            return policy.state_dict()
-        return get_model_state_dict(policy, options=WHOLE)
+        """The policy's state dict, or its adapters', whole; of one that is held in parts empty but in the main process."""
+        weights = get_model_state_dict(policy, options=WHOLE) if self.in_parts else policy.state_dict()
+        return adapters_of(policy, weights) if is_adapted(policy) and weights else weights
 
     def load_weights(self, policy, path: Path) -> None:
         """Load a file such as `weights` gives into the policy."""
-        if self.in_parts:
+        if is_adapted(policy):
+            put_adapters(policy, load_file(path))
+        elif self.in_parts:
             set_model_state_dict(policy, load_file(path), options=WHOLE)
         else:
             load_weights(policy, path)

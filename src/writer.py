@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
@@ -32,6 +32,7 @@ from checkpoint import (
     seal,
 )
 from config import TrainConfig, UserError, one_line
+from policy.adapters import ADAPTER
 
 LOCK, OWNER = ".lock", ".lock.json"
 
@@ -47,6 +48,7 @@ class Snapshot:
         optimizer: the optimizer's state dict, on the host.
         policy_config, preprocessor, postprocessor: LeRobot objects, which training does not change.
         state: what else a resume needs.
+        adapters: PEFT's config, where `weights` are adapters.
         ready: event after which the copies are complete; None where they are already.
     """
 
@@ -58,6 +60,7 @@ class Snapshot:
     preprocessor: object
     postprocessor: object
     state: TrainState
+    adapters: object = None
     ready: object = None
 
 
@@ -114,19 +117,22 @@ class Writer:
         self.copies, self.thread, self.snapshot = HostCopies(), None, None
         self.failures: list[BaseException] = []  # of saves in a row
 
-    def save(self, step: int, trees: tuple, policy_config, preprocessor, postprocessor, state: TrainState, never=()):
-        """Save this moment; `trees` are the state dicts of a Snapshot, `never` checkpoints that are not to be deleted for it.
+    def save(self, moment: Snapshot, never=()) -> None:
+        """Save this moment, which is copied first; `never` are checkpoints that are not to be deleted for it.
 
         Raises:
             UserError: saving failed twice in a row.
         """
         self.wait()
         self.never = never
-        device = next(iter(trees[0].values())).device
-        trees, ready = (self.copies.of if self.background else on_host)(trees), None
+        device = next(iter(moment.weights.values())).device
+        trees = moment.weights, moment.own_weights, moment.optimizer
+        weights, own_weights, optimizer = (self.copies.of if self.background else on_host)(trees)
+        ready = None
         if self.background and device.type == "cuda":  # queued before the next step's kernels: no need to wait here
             ready = torch.cuda.current_stream(device).record_event()
-        self.snapshot = Snapshot(step, *trees, policy_config, preprocessor, postprocessor, state, ready)
+        moment = replace(moment, weights=weights, own_weights=own_weights, optimizer=optimizer, ready=ready)
+        self.snapshot = moment
         if self.background:
             self.thread = threading.Thread(target=self._write, name="checkpoint writer", daemon=True)
             self.thread.start()
@@ -209,8 +215,11 @@ def write_checkpoint(output_dir: Path, snapshot: Snapshot) -> Path:
         torch.save(snapshot.optimizer, folder / OPTIMIZER)
         for part in ("trainer_state", "train_config", "training_info"):
             (folder / f"{part}.json").write_text(json.dumps(getattr(snapshot.state, part), indent=2) + "\n")
+        if snapshot.adapters is not None:
+            snapshot.adapters.save_pretrained(folder)
         for alias, source in ALIASES.items():
-            link(folder / source, folder / alias)
+            adapters = snapshot.adapters is not None and source == WEIGHTS
+            link(folder / source, folder / (ADAPTER if adapters else alias))
         seal(folder)
         for path in [*sorted(folder.iterdir()), folder, output_dir / "metrics.jsonl"]:
             flush(path)

@@ -3,11 +3,13 @@
 import contextlib
 import io
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
+import hub
 from config import UserError, nearest, one_line
 from pairs import parse_pairs
+from policy.adapters import base_of, load_adapters
 
 
 def known_policies() -> list[str]:
@@ -82,6 +84,9 @@ def build_policy(config, meta, folder: Path | None = None):
     """
     from lerobot.policies import get_policy_class
 
+    if config.use_peft and folder is not None:
+        base = hub.fetch(base_of(folder), "the adapters' policy")
+        return load_adapters(build_policy(replace(config, use_peft=False), meta, base), folder).to(config.device)
     backbone = getattr(config, "pretrained_backbone_weights", None)
     with told_as_user_errors(config.type), quiet_lerobot():
         if folder is not None and backbone is not None:

@@ -25,6 +25,7 @@ from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from lerobot.policies import PreTrainedPolicy
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 SIZES = {  # channels of the encoder's stages, width of the condition and of the head, blocks of the head
     "tiny": ((32, 64, 96), 256, 2),
@@ -50,6 +51,7 @@ class FlowConfig(PreTrainedConfig):
         backbone: conv (from scratch), or the name of a torchvision or timm model.
         pretrained_backbone_weights: torchvision's name of weights (DEFAULT), or "timm"; None from scratch.
         num_keypoints: K of each camera.
+        gradient_checkpointing: compute the encoders' activations twice instead of keeping them.
         task_embedding: learn which of the dataset's tasks is asked for; `tasks` are their words, filled in from the dataset.
     """
 
@@ -62,6 +64,7 @@ class FlowConfig(PreTrainedConfig):
     backbone: str = "conv"
     pretrained_backbone_weights: str | None = None
     num_keypoints: int = 32
+    gradient_checkpointing: bool = False
     task_embedding: bool = False
     tasks: list[str] = field(default_factory=list)
     normalization_mapping: dict[str, NormalizationMode] = field(
@@ -154,6 +157,9 @@ class FlowPolicy(PreTrainedPolicy):
             {"params": backbone, "lr": lr},
         ]
 
+    def _get_default_peft_targets(self) -> dict:  # what `--peft lora` adapts
+        return {"target_modules": r".*\.(mix|mlp)\.[02]|.*\.modulate"}
+
     def reset(self) -> None:
         self._seen: deque = deque(maxlen=self.config.n_obs_steps)
         self._actions: deque = deque()
@@ -234,7 +240,11 @@ class Encoder(nn.Module):
         parts = []  # each (B, S * features)
         for key, eye in zip(self.cameras, self.eyes, strict=True):
             pictures = batch[key]  # (B, [S,] C, H, W)
-            parts.append(eye(pictures.flatten(0, -4)).reshape(len(pictures), -1))
+            pictures, count = pictures.flatten(0, -4), len(pictures)
+            twice = self.config.gradient_checkpointing and self.training
+            parts.append(
+                (checkpoint(eye, pictures, use_reentrant=False) if twice else eye(pictures)).reshape(count, -1)
+            )
         parts += [batch[key].flatten(1) for key in self.vectors]
         condition = self.mix(torch.cat(parts, dim=1))
         return condition if self.task is None else condition + self.task(self._which(batch, condition.device))

@@ -1,0 +1,89 @@
+"""Training some of the weights: frozen ones, adapters in LeRobot's layout, and activations computed twice."""
+
+import json
+
+import pytest
+import torch
+from conftest import SMALL, small
+from safetensors.torch import load_file
+
+from config import UserError
+from infer import load_policy
+from train import train
+
+
+@pytest.fixture(scope="module")
+def trained(made, tmp_path_factory):
+    """A checkpoint to fine-tune from."""
+    output = tmp_path_factory.mktemp("trained") / "run"
+    return train(**small("flow", dataset_id=[str(made("video"))], steps=2), output_dir=str(output)).checkpoint
+
+
+def test_frozen_weights_stay(made, tmp_path, trained):
+    settings = small(
+        "flow", dataset_id=[str(made("video"))], policy_args=None, policy_path=str(trained), freeze=["encoder.eyes"]
+    )
+    end = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
+    before, after = load_file(trained / "policy.safetensors"), load_file(end / "policy.safetensors")
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same >= {name for name in before if name.startswith("encoder.eyes")}
+    assert not any(name.startswith("head.leave") for name in same)
+    part = train(resume_from_checkpoint=str(end.parent / "checkpoint-2"), output_dir=str(tmp_path / "part"), quiet=True)
+    again = load_file(part.checkpoint / "policy.safetensors")
+    assert all(torch.equal(after[name], again[name]) for name in after)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"freeze": ["backbon3"]}, "--freeze backbon3 matches no parameter: their names begin with encoder.eyes"),
+        ({"freeze": ["("]}, "--freeze ( is no regular expression"),
+        ({"freeze": ["."]}, "leaves nothing to train"),
+        ({"peft": "lora"}, "--peft lora adapts a trained policy: pass it with --policy_path"),
+        ({"policy": "act", "policy_args": SMALL["act"].split(), "gradient_checkpointing": True}, "policy act has none"),
+    ],
+)
+def test_mistakes(made, tmp_path, settings, told):
+    with pytest.raises(UserError, match=r"^[^\n]*$") as error:
+        train(**{**small("flow", dataset_id=[str(made("video"))]), **settings}, output_dir=str(tmp_path / "run"))
+    assert told in str(error.value)
+
+
+def test_gradient_checkpointing_changes_no_loss(made, tmp_path):
+    settings = small("flow", dataset_id=[str(made("video"))], steps=3, save_freq=0, log_freq=1)
+    plain, twice = (
+        train(**settings, gradient_checkpointing=on, output_dir=str(tmp_path / str(on))).history for on in (False, True)
+    )
+    assert [line["loss"] for line in plain] == pytest.approx([line["loss"] for line in twice], rel=1e-6)
+
+
+def test_adapters(made, tmp_path, trained):
+    """LoRA through LeRobot: only adapters are trained and saved, LeRobot loads them, and a resume is exact."""
+    pytest.importorskip("peft", reason="peft is not installed (uv pip install peft)")
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.policies import make_policy
+
+    from data.source import open_dataset
+
+    settings = small(
+        "flow", dataset_id=[str(made("video"))], policy_args=None, policy_path=str(trained), peft="lora", peft_r=4
+    )
+    end = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
+    adapters = load_file(end / "adapter_model.safetensors")
+    assert adapters
+    assert all("lora_" in name for name in adapters)
+    assert json.loads((end / "adapter_config.json").read_text())["r"] == 4
+    assert not (end / "model.safetensors").exists()
+    part = train(resume_from_checkpoint=str(end.parent / "checkpoint-2"), output_dir=str(tmp_path / "part"), quiet=True)
+    again = load_file(part.checkpoint / "policy.safetensors")
+    assert all(torch.equal(adapters[name], again[name]) for name in adapters)
+
+    config = PreTrainedConfig.from_pretrained(end)
+    config.pretrained_path, config.device = end, "cpu"
+    theirs = make_policy(config, ds_meta=open_dataset(str(made("video"))).meta).eval()
+    ours = load_policy(end, device="cpu").policy
+    batch = {key: torch.rand(1, *feature.shape) for key, feature in config.input_features.items()}
+    torch.manual_seed(0)
+    expected = theirs.predict_action_chunk(batch)
+    torch.manual_seed(0)
+    assert torch.equal(ours.predict_action_chunk(batch), expected)
