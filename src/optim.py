@@ -72,10 +72,11 @@ class Average:
     Args:
         policy: the module whose parameters are averaged.
         decay: such as 0.999; 0 for no average at all.
+        copying: change over by copying, where something else holds on to the weights' memory.
     """
 
-    def __init__(self, policy, decay: float):
-        self.decay, self.own = decay, list(policy.parameters())
+    def __init__(self, policy, decay: float, copying: bool = False):
+        self.decay, self.own, self.copying = decay, list(policy.parameters()), copying
         self.weights = [] if decay == 0 else [p.detach().clone() for p in self.own]
 
     @torch.no_grad()
@@ -93,7 +94,13 @@ class Average:
         finally:
             self.swap()
 
+    @torch.no_grad()
     def swap(self) -> None:
         if self.decay > 0:
             for i, own in enumerate(self.own):
-                own.data, self.weights[i] = self.weights[i], own.data
+                if self.copying:
+                    held = own.detach().clone()
+                    own.copy_(self.weights[i])
+                    self.weights[i].copy_(held)
+                else:
+                    own.data, self.weights[i] = self.weights[i], own.data

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import checkpoint as checkpoints
 from config import FIELDS, TrainConfig, UserError, check_names, merge, read_config_file
-from world import World
+from world import World, make_world
 from writer import sole_writer
 
 POLICY_FIELDS = (
@@ -36,7 +36,7 @@ def settle(settings: dict, held: ExitStack):
     """
     check_names(settings, "for train()")
     given = {**(read_config_file(settings["config_path"]) if settings.get("config_path") else {}), **settings}
-    world = held.enter_context(World(given.get("device") or "auto"))
+    world = held.enter_context(make_world(given.get("device") or "auto"))
     with world.main_first():
         return world, *settle_one(given, held, world)
 

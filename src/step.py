@@ -4,7 +4,6 @@ import contextlib
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from checkpoint import OWN_WEIGHTS, load_optimizer
 from config import TrainConfig
@@ -36,16 +35,18 @@ class Learner:
         if config.compile:
             torch._inductor.config.fallback_random = True  # noise and dropout as they are uncompiled
             policy.compile()
-        self.model, self.optimizer = world.wrap(policy, optimizer)
+        share = config.batch_size // (world.size * config.grad_accumulation_steps)
+        self.model, self.optimizer = world.wrap(policy, optimizer, self.clip_norm, share)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.start_over(config)
 
     def start_over(self, config: TrainConfig) -> None:
         """As if no step had been taken, but for the weights."""
         self.config = config
-        self.optimizer.state.clear()
+        if self.world.kind != "DeepSpeed":  # whose state is made with the engine
+            self.optimizer.state.clear()
         self.scaler = make_scaler(config.precision, self.world.device)
-        self.average = Average(self.policy, config.ema_decay)
+        self.average = Average(self.policy, config.ema_decay, self.world.kind == "DeepSpeed")
         self.factor = make_schedule(self.policy, config)
 
     def load(self, checkpoint, scaler: dict) -> None:
@@ -87,21 +88,15 @@ class Learner:
         """
         # dropout and noise are a function of (seed, step, rank)
         seed_all(self.config.seed, STEP, step, self.world.rank)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * self.factor(step)
         count, total = self.config.grad_accumulation_steps, torch.zeros((), device=self.world.device)
         for number, part in enumerate(parts_of(batch, count)):
             with self.world.last_of_step(self.model, number == count - 1):
                 loss, parts = self.forward(part)
-                loss = loss / count
-                self.scaler.scale(loss).backward()
-            total = total + loss.detach()
-        self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.clip_norm or float("inf"))
-        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * self.factor(step)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+                self.world.backward(self.model, self.scaler.scale(loss / count))
+            total = total + loss.detach() / count
+        grad_norm = self.world.move(self.policy, self.optimizer, self.scaler, self.clip_norm)
         self.average.update(step + 1)
         if hasattr(self.policy, "update"):
             self.policy.update()  # tdmpc's moving average, as lerobot-train calls it

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from config import UserError
 from policy import load_weights
@@ -30,6 +31,15 @@ from runtime import pick_device
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 PATIENCE = timedelta(days=1)  # for one process that decodes, saves or validates while the others wait
+
+
+def make_world(device: str):
+    """The World that this process was launched into; see there for `device`."""
+    if launched_as("DEEPSPEED"):
+        from zero import ZeroWorld
+
+        return ZeroWorld(device)
+    return World(device)
 
 
 def launched_as(name: str) -> bool:
@@ -111,8 +121,16 @@ class World:
         dist.all_reduce(value, group=self.talk)
         return value.item() / self.size
 
-    def wrap(self, policy, optimizer):
-        """(model, optimizer) to train with: `model(batch)` is `policy.forward(batch)`, with gradients of the whole batch."""
+    def check(self, config) -> None:
+        """Raise what these processes cannot do."""
+
+    def wrap(self, policy, optimizer, clip_norm: float | None, share: int):
+        """(model, optimizer) to train with: `model(batch)` is `policy.forward(batch)`, with gradients of the whole batch.
+
+        Args:
+            clip_norm: what gradients are clipped to.
+            share: samples in one call of the model.
+        """
         if self.kind == "DDP":
             return self.accelerator.prepare_model(policy), optimizer
         if self.kind == "FSDP":
@@ -123,6 +141,18 @@ class World:
     def last_of_step(self, model, last: bool):
         """A context for forward and backward of one part of a step's batch: gradients go between processes in the last."""
         return contextlib.nullcontext() if last or self.accelerator is None else self.accelerator.no_sync(model)
+
+    def backward(self, model, loss) -> None:
+        loss.backward()
+
+    def move(self, policy, optimizer, scaler, clip_norm: float | None) -> torch.Tensor:
+        """Move the weights by their gradients, which are zero afterwards; the gradients' norm, before it was clipped."""
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip_norm or float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def share(self, batch_size: int, accumulation: int) -> int:
         """Samples of a step's batch that this process takes.
@@ -205,7 +235,12 @@ def make_accelerator(device: str, kind: str):
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.utils import (
+        DeepSpeedPlugin,
+        DistributedDataParallelKwargs,
+        DistributedType,
+        FullyShardedDataParallelPlugin,
+    )
 
     if ":" in device:
         raise UserError(
@@ -215,6 +250,9 @@ def make_accelerator(device: str, kind: str):
     # as lerobot-train: some policies have parameters that a batch does not use
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[unused])
+    if kind == "DeepSpeed" and cpu:  # as below
+        accelerator.state.deepspeed_plugins = DeepSpeedPlugin()
+        AcceleratorState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
     if kind == "FSDP" and cpu:  # accelerate holds weights in parts on GPUs alone, torch on CPUs as well
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
