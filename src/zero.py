@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO as a World: its engine steps by itself, and holds optimizer state (and in stage 3 the weights) in parts."""
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from config import UserError
 from world import World, names_of
@@ -51,7 +52,7 @@ class ZeroWorld(World):
     def weights(self, policy) -> dict:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        state = policy.state_dict()
+        state = {name: tensor.cpu().clone() for name, tensor in policy.state_dict().items()}  # its memory is used again
         if self.stage == 3:
             for name, parameter in policy.named_parameters():
                 state[name] = safe_get_full_fp32_param(parameter).cpu()
@@ -66,11 +67,13 @@ class ZeroWorld(World):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         parameters, state = dict(policy.named_parameters()), {}
-        step = next((entry["step"] for entry in self._inner().state.values() if "step" in entry), None)
+        self._link()
+        entries = self.engine.optimizer.optimizer.state.values()
+        step = next((entry["step"] for entry in entries if "step" in entry), None)
         for i, name in enumerate(self.names):
             entry = {key: safe_get_full_optimizer_state(parameters[name], key) for key in ("exp_avg", "exp_avg_sq")}
             if step is not None and entry["exp_avg"] is not None:
-                state[i] = {"step": torch.as_tensor(step).float().cpu(), **{k: v.cpu() for k, v in entry.items()}}
+                state[i] = {"step": torch.tensor(float(step)), **{k: v.cpu() for k, v in entry.items()}}
         number = {id(parameters[name]): i for i, name in enumerate(self.names)}
         rates = [group["lr"] for group in optimizer.param_groups]
         groups = [
@@ -80,16 +83,35 @@ class ZeroWorld(World):
         return {"state": state, "param_groups": groups} if self.is_main else {}
 
     def load_optimizer_state(self, policy, optimizer, state: dict) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import (
+            safe_get_local_optimizer_state,
+            safe_set_full_optimizer_state,
+            safe_set_local_optimizer_state,
+        )
 
         parameters = dict(policy.named_parameters())
         if len(self.names) != sum(len(group["params"]) for group in state["param_groups"]):
             raise ValueError("it has another number of parameters")
+        steps = next(iter(state["state"].values()))["step"]
+        held = self.engine.optimizer
+        flat = held.fp32_partitioned_groups_flat if self.stage == 3 else held.single_partition_of_fp32_groups
+        for part in flat:
+            moments = {key: torch.zeros_like(part) for key in ("exp_avg", "exp_avg_sq")}
+            held.optimizer.state[part] = {"step": steps.clone(), **moments}
+        self._link()
         for i, entry in state["state"].items():
             for key in ("exp_avg", "exp_avg_sq"):
-                safe_set_full_optimizer_state(parameters[self.names[i]], entry[key].to(self.device), key)
-        for inner in self._inner().state.values():
-            inner["step"] = next(iter(state["state"].values()))["step"].clone()
+                parameter, value = parameters[self.names[i]], entry[key].to(self.device)
+                if self.stage < 3:
+                    safe_set_full_optimizer_state(parameter, value, key)
+                    continue
+                own = safe_get_local_optimizer_state(parameter, key)  # one of equal parts, the last filled up
+                value = F.pad(value.flatten(), (0, own.numel() * self.size - value.numel()))
+                safe_set_local_optimizer_state(parameter, value.chunk(self.size)[self.rank].view_as(own), key)
 
-    def _inner(self):
-        return self.engine.optimizer.optimizer
+    def _link(self) -> None:
+        """Have the engine find the state of every parameter group: after its first step it knows the first one's alone."""
+        held = self.engine.optimizer
+        if self.stage < 3 and held.optimizer.state:
+            held._hp_optimizer_states_linked = False
+            held._lazy_init_hp_params_optimizer_state()

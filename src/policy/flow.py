@@ -264,7 +264,9 @@ class Eye(nn.Module):
         super().__init__()
         self.backbone, last = make_backbone(config, channels)
         self.maps = nn.Conv2d(last, config.num_keypoints, 1)
-        self.sharpness = nn.Parameter(torch.ones(()))
+        self.sharpness = nn.Parameter(
+            torch.tensor(8.0)
+        )  # from 1 the maps stay flat, and points in the middle, for too long
         self.features = 2 * config.num_keypoints + last
 
     def forward(self, pictures: Tensor) -> Tensor:
