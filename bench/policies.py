@@ -124,7 +124,9 @@ def picture(path: str, points: list[dict], tasks: list[str], policies: list[str]
             rates = [p["success_rate"] for p in mine]
             below = [max(0, p["success_rate"] - p["success_low"]) for p in mine]
             above = [max(0, p["success_high"] - p["success_rate"]) for p in mine]
-            axes.errorbar(at, rates, (below, above), color=COLOURS[i], marker="o", markersize=4, capsize=3, label=policy)
+            axes.errorbar(
+                at, rates, (below, above), color=COLOURS[i], marker="o", markersize=4, capsize=3, label=policy
+            )
         axes.set(xlabel="minutes of training", title=task, ylim=(-0.03, 1.03))
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("success rate, 95 % interval")
@@ -154,7 +156,9 @@ def main() -> None:
                 run = work / task / f"{policy}_{minutes[-1]}min_{seed}"
                 for m, steps, checkpoint in train(policy, data, run, seconds[policy], minutes, seed):
                     result = success(checkpoint, task, args.num_episodes, run / f"evaluation_{steps}")
-                    points.append({"task": task, "policy": policy, "seed": seed, "minutes": m, "steps": steps, **result})
+                    points.append(
+                        {"task": task, "policy": policy, "seed": seed, "minutes": m, "steps": steps, **result}
+                    )
                     interval = f"{result['success_low']:.0%} to {result['success_high']:.0%}"
                     count = f"{result['successes']} / {result['num_episodes']}"
                     print(f"{task:<25}{policy:<13}{seed:>5}{m:>9}{steps:>8}{count:>10}   {interval}", flush=True)

@@ -104,16 +104,17 @@ class Learner:
 
     def forward(self, batch: dict) -> tuple[Tensor, dict | None]:
         """The policy's loss of a part of a batch, and its sub-losses."""
-        weight = batch.pop("weight")
         batch = pixels_to_float(batch, self.cameras, self.world.device)
+        weight = batch.pop("weight").mean()  # 1 for a whole batch, up to rounding
         if self.config.augment and self.cameras:
             from processors.augment import augment
 
             batch = augment(batch, self.cameras, self.config.seed)
         with NoHostSync(), autocast(self.config.precision, self.world.device):
             loss, parts = self.model(self.preprocess(batch))
-        if weight is not None and counts_valid_actions(self.policy.config):
-            loss = loss * weight.mean()
+        shared = self.world.size * self.config.grad_accumulation_steps > 1
+        if shared and counts_valid_actions(self.policy.config):
+            loss = loss * weight
         return loss, parts
 
 
@@ -124,4 +125,4 @@ def parts_of(batch: dict, count: int):
         return
     size = len(batch["sample"]) // count
     for start in range(0, size * count, size):
-        yield {key: None if item is None else item[start : start + size] for key, item in batch.items()}
+        yield {key: item[start : start + size] for key, item in batch.items()}
