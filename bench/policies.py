@@ -36,10 +36,16 @@ def demonstrations(task: str, work: Path) -> Path:
     return recorded
 
 
+def config_of(policy: str) -> Path:
+    """Its file in configs/: of ours, or of lerobot-train."""
+    name = policy.removeprefix("lerobot_")
+    return ROOT / "configs" / ("" if name == policy else "lerobot_train") / f"{name}.json"
+
+
 def command_of(policy: str, data: Path, output: Path, steps: int, save_freq: int, seed: int) -> list[str]:
-    """The command that trains configs/<policy>.json for so many steps."""
-    config = str(ROOT / "configs" / f"{policy}.json")
-    if policy.startswith("lerobot"):
+    """The command that trains a policy for so many steps."""
+    config = str(config_of(policy))
+    if policy.startswith("lerobot_"):
         return [
             str(BIN / "lerobot-train"), f"--config_path={config}", f"--dataset.root={data}", f"--output_dir={output}",
             f"--steps={steps}", f"--save_freq={save_freq}", "--log_freq=5", f"--seed={1000 + seed}",
@@ -67,7 +73,7 @@ def seconds_per_step(policy: str, data: Path) -> float:
             seconds = [float(update) + float(wait) for update, wait in pairs]
         else:
             lines = map(json.loads, (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines())
-            batch = json.loads((ROOT / "configs" / f"{policy}.json").read_text())["batch_size"]
+            batch = json.loads(config_of(policy).read_text())["batch_size"]
             seconds = [batch / line["samples_per_s"] for line in lines if "samples_per_s" in line]
     return sorted(seconds[2:])[len(seconds[2:]) // 2]
 

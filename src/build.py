@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import hub
-from config import TrainConfig, UserError
+from config import TrainConfig, UserError, nearest
+from convert import policy_folder
 from data.frames import Frames
 from data.loader import Loader
 from data.source import open_dataset
@@ -18,6 +19,7 @@ from processors import (
     has_processors,
     load_processors,
     make_processors,
+    parse_rename,
     policy_features,
     resize_of,
     stats_problems,
@@ -48,7 +50,13 @@ def build_parts(config: TrainConfig, resumed: Path | None, source, device):
         UserError: the data do not fit the policy, or the Hub has no such one.
     """
     folder = resumed or (hub.fetch(config.policy_path, "--policy_path") if config.policy_path else None)
+    folder = folder if resumed or folder is None else policy_folder(folder)
+    rename = parse_rename(config.rename)
     inputs, outputs = policy_features(source.meta, config.image_size)
+    source.require(
+        [f"--rename {old}: it has no such observation{nearest(old, inputs)}" for old in rename if old not in inputs]
+    )
+    inputs = {rename.get(key, key): feature for key, feature in inputs.items()}
     if folder is None:
         policy_cfg = policy_config(config.policy, config.policy_args, str(device))
         policy_cfg.input_features, policy_cfg.output_features = inputs, outputs
@@ -62,11 +70,12 @@ def build_parts(config: TrainConfig, resumed: Path | None, source, device):
         source.require()
         return finished(policy_cfg, source.meta, folder, config), *load_processors(folder, str(device))
     stats = usable_stats(source.meta, config.imagenet_stats == "on")
+    stats = {rename.get(key, key): value for key, value in stats.items()}
     source.require(stats_problems(policy_cfg, stats))
     policy = finished(policy_cfg, source.meta, folder, config)
     if folder and has_processors(folder):
-        return policy, *adapt_processors(folder, policy_cfg, stats, config.image_size)
-    return policy, *make_processors(policy_cfg, source.meta, stats, config.image_size)
+        return policy, *adapt_processors(folder, policy_cfg, stats, config.image_size, rename)
+    return policy, *make_processors(policy_cfg, source.meta, stats, config.image_size, rename)
 
 
 def finished(policy_cfg, meta, folder: Path | None, config: TrainConfig):

@@ -83,6 +83,15 @@ class TrainConfig:
     )
     cache_dir: Optional[str] = setting("dataset", None, "where decoded frames are kept (else the user's cache folder)")
 
+    rename: Optional[List[str]] = setting(
+        "dataset",
+        None,
+        "give observations the names that the policy knows, such as observation.image=observation.images.top",
+        nargs="+",
+        type=str,
+        metavar="OLD=NEW",
+    )
+
     policy: str = setting("policy", "act", "any policy that LeRobot knows: act, diffusion, vqbet, smolvla, pi0, ...")
     policy_path: Optional[str] = setting("policy", None, "fine-tune from this LeRobot checkpoint: a folder or a Hub id")
     policy_args: Optional[List[str]] = setting(

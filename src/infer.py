@@ -103,11 +103,12 @@ def load_policy(
         UserError: there is no policy, or it does not load.
     """
     import hub
+    from convert import policy_folder
     from policy import build_policy, load_policy_config
     from processors import load_processors
     from runtime import pick_device
 
-    folder, on = hub.fetch(str(checkpoint), "policy"), str(pick_device(device))
+    folder, on = policy_folder(hub.fetch(str(checkpoint), "policy")), str(pick_device(device))
     pairs = None if n_action_steps is None else [f"n_action_steps={n_action_steps}"]
     policy = build_policy(load_policy_config(folder, pairs, on), None, folder).eval()
     return LoadedPolicy(policy, *load_processors(folder, on), task)

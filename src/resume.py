@@ -5,6 +5,7 @@ from pathlib import Path
 
 import checkpoint as checkpoints
 from config import FIELDS, TrainConfig, UserError, check_names, merge, read_config_file
+from convert import from_lerobot, lerobot_checkpoint
 from world import World, make_world
 from writer import sole_writer
 
@@ -20,7 +21,7 @@ POLICY_FIELDS = (
 )  # a resumed run keeps its policy
 # another value of these is another run
 COURSE_FIELDS = (
-    "dataset_id", "dataset_weights", "revision", "episodes", "val_fraction", "val_episodes",
+    "dataset_id", "dataset_weights", "rename", "revision", "episodes", "val_fraction", "val_episodes",
     "imagenet_stats", "batch_size", "lr", "weight_decay", "grad_clip_norm",
     "warmup_steps", "lr_schedule", "ema_decay", "augment", "seed", "precision", "grad_accumulation_steps",
 )  # fmt: skip
@@ -48,13 +49,17 @@ def settle_one(given: dict, held: ExitStack, world: World):
         output_dir = default_output_dir(merge(given))
     if output_dir is not None and world.is_main:
         held.enter_context(sole_writer(Path(output_dir)))
-    resumed, changes = checkpoints.find_resume(asked, output_dir and Path(output_dir)) if asked else (None, [])
+    if theirs := lerobot_checkpoint(asked):
+        resumed, changes = from_lerobot(theirs), []
+    else:
+        resumed, changes = checkpoints.find_resume(asked, output_dir and Path(output_dir)) if asked else (None, [])
     state = None if resumed is None else checkpoints.read_state(resumed, given.get("resume_step"))
     config = merge(given, state and state.train_config)
     if state is not None:
         changes += compare(config, state, resumed, world.size)
     if output_dir is None:
-        beside = Path(asked).expanduser().is_dir() and checkpoints.step_of(resumed) is not None  # not a download
+        came = Path(asked).expanduser().resolve() != resumed.resolve()  # from the Hub, or from LeRobot
+        beside = not came and checkpoints.step_of(resumed) is not None
         output_dir = resumed.parent if beside else default_output_dir(config)
         if world.is_main:
             held.enter_context(sole_writer(output_dir))

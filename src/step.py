@@ -34,6 +34,7 @@ class Learner:
         optimizer, self.clip_norm = make_optimizer(policy, config)
         if config.compile:
             torch._inductor.config.fallback_random = True  # noise and dropout as they are uncompiled
+            torch._dynamo.config.capture_scalar_outputs = True  # a policy's .item() breaks no graph
             policy.compile()
         share = config.batch_size // (world.size * config.grad_accumulation_steps)
         self.model, self.optimizer = world.wrap(policy, optimizer, self.clip_norm, share)
@@ -110,7 +111,10 @@ class Learner:
             from processors.augment import augment
 
             batch = augment(batch, self.cameras, self.config.seed)
-        with NoHostSync(), autocast(self.config.precision, self.world.device):
+        no_wait = (
+            contextlib.nullcontext() if self.config.compile else NoHostSync()
+        )  # which compiled kernels do not survive
+        with no_wait, autocast(self.config.precision, self.world.device):
             loss, parts = self.model(self.preprocess(batch))
         shared = self.world.size * self.config.grad_accumulation_steps > 1
         if shared and counts_valid_actions(self.policy.config):

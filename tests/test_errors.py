@@ -240,11 +240,6 @@ def test_output_dir_that_cannot_be_written(capsys, made, tmp_path):
     assert line == f"--output_dir {tmp_path}/file/run cannot be written: Not a directory"
 
 
-def test_several_processes_are_refused(capsys, made, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert told(capsys, dataset_id=str(made("video"))).startswith("2 processes were launched")
-
-
 def test_command_line_exits_with_2():
     for flags in (["--bach_size", "3"], ["--dataset_id", "nowhere"]):
         shown = subprocess.run(

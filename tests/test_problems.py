@@ -113,7 +113,7 @@ def test_all_at_once(copy_of):
 
 
 def test_loss_not_finite_names_step_and_frames(made, tmp_path, monkeypatch):
-    import train as module
+    import step as module
 
     real = module.pixels_to_float
 

@@ -185,10 +185,14 @@ class FlowPolicy(PreTrainedPolicy):
         self.eval()
         condition = self.encoder(batch)
         keep = self._keep(rest, condition)  # how much of it to keep, (T, 1), and it, (B, T, A)
+        noise = torch.randn(len(condition), self.config.chunk_size, self.head.joints, device=condition.device)
+        return self.denoise(condition, noise, keep)
+
+    def denoise(self, condition: Tensor, noise: Tensor, keep=None) -> Tensor:
+        """(B, T, A) from a condition (B, D) and noise (B, T, A); `keep` is `_keep`'s, or nothing. Regression uses no noise."""
         if self.config.head == "regression":
             chunk = self.head.regress(condition)
             return chunk if keep is None else torch.lerp(chunk, keep[1], keep[0])
-        noise = torch.randn(len(condition), self.config.chunk_size, self.head.joints, device=condition.device)
         chunk, steps = noise, self.config.num_inference_steps
         for step in range(steps):
             time = torch.full((len(chunk),), step / steps, device=chunk.device)

@@ -115,11 +115,25 @@ def stats_problems(config, stats: dict) -> list[str]:
     return problems
 
 
-def make_processors(config, meta, stats: dict, image_size: list[int] | None):
+def parse_rename(pairs: list[str] | None) -> dict[str, str]:
+    """{old: new} names of observations.
+
+    Raises:
+        UserError: a pair that is none.
+    """
+    for pair in pairs or []:
+        if pair.count("=") != 1 or pair.startswith("=") or pair.endswith("="):
+            raise UserError(f"--rename {pair}: expected OLD=NEW, such as observation.image=observation.images.top")
+    return dict(pair.split("=") for pair in pairs or [])
+
+
+def make_processors(config, meta, stats: dict, image_size: list[int] | None, rename: dict[str, str]):
     """LeRobot's (preprocessor, postprocessor) of a policy, with resize and state-only steps where they are needed."""
     from lerobot.policies import make_pre_post_processors
 
     preprocessor, postprocessor = make_pre_post_processors(config, dataset_stats=stats)
+    if rename:
+        set_rename(preprocessor, rename)
     if image_size is not None:
         from lerobot.processor import ImageCropResizeProcessorStep
 
@@ -132,6 +146,14 @@ def make_processors(config, meta, stats: dict, image_size: list[int] | None):
 
         insert(preprocessor, StateToEnvironmentState(), after=True)
     return preprocessor, postprocessor
+
+
+def set_rename(preprocessor, rename: dict[str, str]) -> None:
+    """Have the pipeline rename observations, by its own step where it has one."""
+    from lerobot.processor import RenameObservationsProcessorStep
+
+    kept = [step for step in preprocessor.steps if not isinstance(step, RenameObservationsProcessorStep)]
+    preprocessor.steps = [RenameObservationsProcessorStep(rename_map=rename), *kept]
 
 
 def insert(pipeline, step, after: bool = False) -> None:
@@ -180,7 +202,7 @@ def has_processors(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FILES)
 
 
-def adapt_processors(folder: Path, config, stats: dict, image_size: list[int] | None):
+def adapt_processors(folder: Path, config, stats: dict, image_size: list[int] | None, rename: dict[str, str]):
     """The pipelines of a policy that is fine-tuned: its own steps, with this dataset's statistics and the asked size."""
     from lerobot.processor import ImageCropResizeProcessorStep
 
@@ -194,6 +216,8 @@ def adapt_processors(folder: Path, config, stats: dict, image_size: list[int] | 
         },
     }
     preprocessor, postprocessor = load_processors(folder, config.device, overrides)
+    if rename:
+        set_rename(preprocessor, rename)
     if image_size is not None:
         preprocessor.steps = [step for step in preprocessor.steps if not isinstance(step, ImageCropResizeProcessorStep)]
         insert(preprocessor, ImageCropResizeProcessorStep(resize_size=tuple(image_size)))

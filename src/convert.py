@@ -1,0 +1,241 @@
+"""Between a run of lerobot-train and one of ours: checkpoints both ways, written and read by LeRobot's own code.
+
+LeRobot's layout is checkpoints/<step>/{pretrained_model,training_state}; ours is checkpoint-<step> (see checkpoint.py).
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from checkpoint import OWN_WEIGHTS, TrainState, load_optimizer, read_json, step_of
+from config import FIELDS, TrainConfig, UserError, one_line
+
+LEROBOT_SCHEDULES = ("constant", "linear", "cosine")  # of its "diffuser" scheduler, which are ours as well
+
+
+def converted_dir() -> Path:
+    """Where checkpoints that were converted on the way in are kept."""
+    from data.frames import default_cache_dir
+
+    return default_cache_dir().parent / "converted"
+
+
+def lerobot_checkpoint(asked: str | None) -> Path | None:
+    """The checkpoint of lerobot-train that a path means: checkpoints/<step>, its pretrained_model, or a run's newest; else None."""
+    path = Path(asked or "").expanduser()
+    places = (path, path.parent, path / "checkpoints" / "last") if asked else ()
+    found = (p for p in places if (p / "pretrained_model").is_dir() and (p / "training_state").is_dir())
+    return next(found, None)
+
+
+def from_lerobot(folder: Path) -> Path:
+    """A checkpoint of lerobot-train as one of ours, in the user's cache.
+
+    The run goes on at sample step x batch x processes of our order, where LeRobot's own resume begins an epoch anew or repeats one.
+
+    Args:
+        folder: checkpoints/<step>, which holds pretrained_model and training_state.
+
+    Raises:
+        UserError: something is missing, or has no counterpart here.
+    """
+    from lerobot.common.train_utils import load_training_step
+    from lerobot.optim.optimizers import load_optimizer_state_dict
+    from safetensors.torch import load_file
+
+    from policy import load_policy_config
+    from processors import load_processors
+    from writer import Snapshot, write_checkpoint
+
+    folder = folder.resolve()
+    model, training = folder / "pretrained_model", folder / "training_state"
+    theirs, counts = read_json(model / "train_config.json"), read_json(training / "training_step.json")
+    try:
+        step, optimizer = load_training_step(training), load_optimizer_state_dict(training)
+        optimizer["state"] = {int(number): entry for number, entry in optimizer["state"].items()}
+        weights = load_file(model / "model.safetensors")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} cannot be read as a checkpoint of lerobot-train: {one_line(error)[:200]}") from error
+    config = TrainConfig(**settings_of(theirs, folder))
+    processes = counts.get("num_processes") or 1
+    policy = load_policy_config(model, None, "cpu")
+    batch = (counts.get("batch_size") or config.batch_size) * processes
+    config.batch_size, config.policy = batch, policy.type
+    standing = {"step": step, "samples_seen": step * batch, "batch_size": batch, "seed": config.seed, "world_size": 1}
+    state = TrainState(
+        trainer_state={**standing, "loss_sum": 0.0, "loss_count": 0, "scaler": {}, "tracker_run_id": None},
+        train_config={name: value for name, value in config.asdict().items() if value is not None},
+        training_info={
+            "policy": policy.type,
+            "dataset": config.dataset_id,
+            "loss": None,
+            "val_loss": None,
+            "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "converted_from": str(folder),
+            "train_seconds": 0.0,
+            **standing,
+        },
+    )
+    facts = [str(folder), (model / "model.safetensors").stat().st_mtime_ns]
+    place = converted_dir() / hashlib.sha256(str(facts).encode()).hexdigest()[:16]
+    if (place / f"checkpoint-{step}").is_dir():
+        return place / f"checkpoint-{step}"
+    place.mkdir(parents=True, exist_ok=True)
+    return write_checkpoint(
+        place, Snapshot(step, weights, {}, optimizer, policy, *load_processors(model, "cpu"), state)
+    )
+
+
+def settings_of(theirs: dict, folder: Path) -> dict:
+    """Our settings for LeRobot's train_config.json."""
+    dataset = theirs["dataset"]
+    settings = {
+        "dataset_id": [dataset.get("root") or dataset["repo_id"]],
+        "revision": dataset.get("revision"),
+        "episodes": dataset.get("episodes"),
+        "imagenet_stats": "on" if dataset.get("use_imagenet_stats", True) else "off",
+        "augment": bool((dataset.get("image_transforms") or {}).get("enable")),
+        **{name: theirs[name] for name in ("batch_size", "steps", "seed", "log_freq", "save_freq") if name in theirs},
+    }
+    settings["save_freq"] = max(0, settings["save_freq"])
+    if not theirs.get("use_policy_training_preset", True):
+        optimizer, scheduler = theirs["optimizer"], theirs.get("scheduler") or {"type": "diffuser", "name": "constant"}
+        if scheduler["type"] != "diffuser" or scheduler["name"] not in LEROBOT_SCHEDULES:
+            name = scheduler.get("name", scheduler["type"])
+            raise UserError(
+                f"{folder}: its scheduler {name} has no counterpart here: pass --policy_path to start from its weights"
+            )
+        settings |= {name: optimizer[name] for name in ("lr", "weight_decay", "grad_clip_norm") if name in optimizer}
+        settings |= {"lr_schedule": scheduler["name"], "warmup_steps": scheduler.get("num_warmup_steps") or 0}
+    return settings
+
+
+def to_lerobot(checkpoint: Path, output: Path) -> Path:
+    """A checkpoint-<step> as `output`/checkpoints/<step>, which `lerobot-train --resume=true` continues.
+
+    Raises:
+        UserError: `output` is there already, or the checkpoint holds what LeRobot has no place for.
+    """
+    import torch
+    from lerobot.common.train_utils import get_step_checkpoint_dir, save_checkpoint, update_last_checkpoint
+    from lerobot.configs.default import DatasetConfig
+    from lerobot.configs.train import TrainPipelineConfig
+    from lerobot.transforms import ImageTransformsConfig
+
+    from optim import make_optimizer, make_schedule
+    from policy import build_policy, load_policy_config
+    from processors import load_processors
+    from world import World
+
+    if output.exists():
+        raise UserError(f"{output} is there already: choose another folder or remove it")
+    if (checkpoint / OWN_WEIGHTS).exists():
+        print(
+            f"note: {checkpoint.name} has averaged weights (--ema_decay): LeRobot goes on from the average",
+            file=sys.stderr,
+        )
+    known = {name: value for name, value in read_json(checkpoint / "train_config.json").items() if name in FIELDS}
+    config, standing = TrainConfig(**known), read_json(checkpoint / "trainer_state.json")
+    policy_config = load_policy_config(checkpoint, None, "cpu")
+    policy = build_policy(policy_config, None, checkpoint)
+    optimizer, _ = make_optimizer(policy, config)
+    load_optimizer(checkpoint, World("cpu"), policy, optimizer)
+    name, step = config.dataset_id[0], step_of(checkpoint) or standing["step"]
+    root = str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else config.dataset_root
+    episodes = None
+    if config.episodes:
+        from data.source import open_dataset
+
+        episodes = open_dataset(name, config.dataset_root, config.revision, config.episodes).episodes
+    theirs = TrainPipelineConfig(
+        dataset=DatasetConfig(
+            repo_id="/".join(Path(name).parts[-2:]) if root else name,
+            root=root,
+            episodes=episodes,
+            revision=config.revision,
+            use_imagenet_stats=config.imagenet_stats == "on",
+            image_transforms=ImageTransformsConfig(enable=bool(config.augment)),
+        ),
+        policy=policy_config,
+        output_dir=output,
+        job_name=f"armature_{policy_config.type}",
+        seed=config.seed,
+        batch_size=config.batch_size,
+        steps=config.steps,
+        log_freq=config.log_freq,
+        save_freq=config.save_freq or config.steps,
+        **own_optimizer(policy_config, config),
+    )
+    scheduler_config = theirs.scheduler or (
+        policy_config.get_scheduler_preset() if theirs.use_policy_training_preset else None
+    )
+    scheduler = scheduler_config.build(optimizer, config.steps) if scheduler_config else None
+    if scheduler is not None:  # where its own stepping would have brought it
+        factor = make_schedule(policy, config)
+        scheduler.last_epoch, scheduler._step_count = step, step + 1
+        scheduler._last_lr = [peak * factor(step) for peak in scheduler.base_lrs]
+        for group, lr in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = lr
+    torch.manual_seed(config.seed)
+    folder = get_step_checkpoint_dir(output, config.steps, step)
+    processors = load_processors(checkpoint, "cpu")
+    save_checkpoint(
+        folder, step, theirs, policy, optimizer, scheduler, *processors, num_processes=1, batch_size=config.batch_size
+    )
+    update_last_checkpoint(folder)
+    return folder
+
+
+def own_optimizer(policy_config, config: TrainConfig) -> dict:
+    """LeRobot's settings for a run whose schedule is not the policy's own."""
+    if config.lr_schedule is None and config.warmup_steps is None and config.grad_clip_norm is None:
+        return {"use_policy_training_preset": True}
+    from dataclasses import replace
+
+    from lerobot.optim import DiffuserSchedulerConfig
+
+    optimizer = policy_config.get_optimizer_preset()
+    given = {name: getattr(config, name) for name in ("lr", "weight_decay", "grad_clip_norm")}
+    optimizer = replace(optimizer, **{name: value for name, value in given.items() if value is not None})
+    scheduler = DiffuserSchedulerConfig(config.lr_schedule or "constant", config.warmup_steps or 0)
+    return {"use_policy_training_preset": False, "optimizer": optimizer, "scheduler": scheduler}
+
+
+def policy_folder(folder: Path) -> Path:
+    """The folder that holds a policy: pretrained_model of a LeRobot checkpoint, or what LeRobot's own migration makes of an old one.
+
+    Old ones, from before processors, have their normalisation in their weights.
+
+    Raises:
+        UserError: the migration fails.
+    """
+    folder = folder / "pretrained_model" if (folder / "pretrained_model").is_dir() else folder
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            old = any(name.startswith(("normalize_inputs", "unnormalize_outputs")) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return folder  # told where it is loaded
+    if not old:
+        return folder
+    facts = [str(folder.resolve()), (folder / "model.safetensors").stat().st_mtime_ns]
+    place = converted_dir() / f"migrated-{hashlib.sha256(str(facts).encode()).hexdigest()[:16]}"
+    if not place.is_dir():
+        fresh = place.with_name(f".{place.name}.{os.getpid()}")
+        command = [sys.executable, "-m", "lerobot.processor.migrate_policy_normalization"]
+        done = subprocess.run(
+            [*command, "--pretrained-path", str(folder), "--output-dir", str(fresh)], capture_output=True, text=True
+        )
+        if done.returncode:
+            shutil.rmtree(fresh, ignore_errors=True)
+            why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise UserError(
+                f"{folder} keeps its normalisation in its weights, and LeRobot's migration of it fails: {why[:200]}"
+            )
+        os.rename(fresh, place)
+    return place

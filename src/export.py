@@ -1,0 +1,236 @@
+"""Take a checkpoint elsewhere: to lerobot-train, or to a runtime without Python.
+
+    python src/export.py outputs/my_run/checkpoint-5000 outputs/lerobot_run --format lerobot
+    python src/export.py outputs/my_run/checkpoint-5000 my_policy.onnx --format onnx       # or torchscript, torch-export
+
+The exported network maps the preprocessed observations to the normalised chunk of actions; beside it lies a .json with the names and
+shapes of its inputs, and the numbers that normalise before and after it. It is run and compared with the policy before it counts.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from config import UserError, one_line
+
+TOLERANCE = 1e-4  # of the largest difference from the policy, in normalised actions
+FORMATS = ("lerobot", "onnx", "torchscript", "torch-export")
+
+
+def make_core(policy):
+    """The policy's network as a module from tensors to a chunk: (observations in order, [noise]) -> (1, T, A), and its inputs.
+
+    Raises:
+        UserError: this policy cannot be cut out of its Python.
+    """
+    import torch
+    from torch import nn
+
+    config = policy.config
+    names = list(config.input_features)
+    example = [torch.rand(1, *config.input_features[name].shape) for name in names]
+    if (
+        config.type not in ("act", "flow")
+        or getattr(config, "n_obs_steps", 1) != 1
+        or getattr(config, "task_embedding", False)
+    ):
+        raise UserError(
+            f"policy {config.type} with these settings does not export: act, and flow of one observation, do"
+        )
+    if config.type == "flow":
+        names, example = (
+            [*names, "noise"],
+            [*example, torch.randn(1, config.chunk_size, config.action_feature.shape[0])],
+        )
+
+    class Core(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.policy = policy
+
+        def forward(self, *inputs):
+            batch = dict(zip(names, inputs, strict=True))
+            if config.type == "flow":
+                return self.policy.denoise(self.policy.encoder(batch), batch["noise"])
+            if config.image_features:
+                batch["observation.images"] = [batch[key] for key in config.image_features]
+            return self.policy.model(batch)[0]
+
+    return Core().eval(), names, example
+
+
+def export(policy, path: Path, kind: str):
+    """Write `path`; returns a function from numpy inputs in order to the chunk, as the written file computes it, and the inputs.
+
+    Raises:
+        UserError: the policy does not export, or what it needs is not installed.
+    """
+    import torch
+
+    core, names, example = make_core(policy)
+    with torch.no_grad():
+        if kind == "torchscript":
+            torch.jit.trace(core, tuple(example), check_trace=False).save(str(path))
+            loaded = torch.jit.load(str(path))
+        elif kind == "torch-export":
+            torch.export.save(torch.export.export(core, tuple(example)), str(path))
+            loaded = torch.export.load(str(path)).module()
+        else:
+            return to_onnx(core, tuple(example), path, names), core, names, example
+
+    def run(*inputs):
+        with torch.no_grad():
+            return loaded(*map(torch.from_numpy, inputs)).numpy()
+
+    return run, core, names, example
+
+
+def to_onnx(core, example: tuple, path: Path, names: list[str]):
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch's exporter is built on it)
+    except ImportError as error:
+        raise UserError(f"--format onnx needs {error.name}: uv pip install onnx onnxruntime onnxscript") from error
+    import torch
+
+    spelt = [name.replace(".", "_") for name in names]  # ONNX readers trip over dots
+    torch.onnx.export(
+        core,
+        example,
+        str(path),
+        input_names=spelt,
+        output_names=["chunk"],
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda *inputs: session.run(None, dict(zip(spelt, inputs, strict=True)))[0]
+
+
+def check(run, core, example, runs: int = 20) -> tuple[float, float, float]:
+    """Largest difference from the policy over random inputs, and milliseconds of the export and of the policy (medians)."""
+    import torch
+
+    worst, times = 0.0, ([], [])
+    for _ in range(runs):
+        inputs = [torch.rand_like(tensor) for tensor in example]
+        begun = time.perf_counter()
+        mine = run(*(tensor.numpy() for tensor in inputs))
+        between = time.perf_counter()
+        with torch.no_grad():
+            theirs = core(*inputs).numpy()
+        times[0].append(between - begun)
+        times[1].append(time.perf_counter() - between)
+        worst = max(worst, float(np.abs(mine - theirs).max()))
+    return worst, *(1000 * float(np.median(t)) for t in times)
+
+
+def normalisation(pipeline) -> dict:
+    """{feature: {mode, mean, std, ...}} of a pipeline's (un)normaliser, as plain lists."""
+    found = {}
+    for step in pipeline.steps:
+        if hasattr(step, "norm_map"):
+            for key, feature in step.features.items():
+                mode = step.norm_map.get(feature.type)
+                stats = step.stats.get(key) or {}
+                found[key] = {"mode": getattr(mode, "value", "IDENTITY")}
+                found[key] |= {name: np.asarray(value).tolist() for name, value in stats.items() if name != "count"}
+    return found
+
+
+def describe(loaded, path: Path, names, example, worst: float) -> dict:
+    """What a program needs to know to use the exported file."""
+    from processors import resize_of
+
+    config, onnx = loaded.policy.config, path.suffix == ".onnx"
+    return {
+        "policy": config.type,
+        "inputs": {n.replace(".", "_") if onnx else n: list(t.shape) for n, t in zip(names, example, strict=True)},
+        "output": {"chunk": [1, config.chunk_size, config.action_feature.shape[0]]},
+        "n_action_steps": config.n_action_steps,
+        "image_size": resize_of(loaded.preprocess),
+        "normalise": normalisation(loaded.preprocess),
+        "unnormalise": normalisation(loaded.postprocess),
+        "largest_difference": worst,
+    }
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="export.py", description="Take a checkpoint elsewhere.")
+    parser.add_argument("checkpoint", help="a checkpoint-<step> folder, or any LeRobot policy folder or Hub id")
+    parser.add_argument("output", type=Path, help="a new folder for lerobot, else the file to write")
+    parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument(
+        "--int8", action="store_true", help="with onnx: weights in 8 bits, kept if the error is told and bearable"
+    )
+    args = parser.parse_args(argv)
+    try:
+        if args.format == "lerobot":
+            from convert import to_lerobot
+
+            folder = to_lerobot(Path(args.checkpoint), args.output)
+            print(
+                f"{folder}\nnext: lerobot-train --resume=true --config_path={folder}/pretrained_model/train_config.json"
+            )
+            return 0
+        return write(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def write(args) -> int:
+    from infer import load_policy
+
+    if args.output.exists():
+        raise UserError(f"{args.output} is there already: choose another name or remove it")
+    if args.int8 and args.format != "onnx":
+        raise UserError("--int8 goes with --format onnx")
+    loaded = load_policy(args.checkpoint, device="cpu")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    fresh = args.output.with_name(f".{args.output.name}.tmp")
+    try:
+        run, core, names, example = export(loaded.policy, fresh, args.format)
+        worst, mine, theirs = check(run, core, example)
+        if not worst <= TOLERANCE:
+            raise UserError(
+                f"{args.format}: the export differs from the policy by {worst:.2g}, allowed is {TOLERANCE:g}: not written"
+            )
+        if args.int8:
+            run, small = quantised(fresh, names), worst
+            worst, mine, theirs = check(run, core, example)
+            print(f"int8: differs from the policy by {worst:.2g} standard deviations at most (fp32: {small:.1g})")
+        fresh.replace(args.output)
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"--format {args.format}: {args.checkpoint} does not export: {one_line(error)[:200]}"
+        ) from error
+    finally:
+        fresh.unlink(missing_ok=True)
+    about = args.output.with_suffix(".json")
+    about.write_text(json.dumps(describe(loaded, args.output, names, example, worst), indent=2) + "\n")
+    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, inputs and normalisation in {about.name}")
+    print(f"largest difference from the policy {worst:.1g}; a chunk takes {mine:.1f} ms, of the policy {theirs:.1f} ms")
+    return 0
+
+
+def quantised(path: Path, names: list[str]):
+    """The ONNX file with its weights in 8 bits, in its place."""
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    smaller = path.with_name(f"{path.name}.int8")
+    quantize_dynamic(str(path), str(smaller), weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    smaller.replace(path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    spelt = [name.replace(".", "_") for name in names]
+    return lambda *inputs: session.run(None, dict(zip(spelt, inputs, strict=True)))[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
