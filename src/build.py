@@ -53,9 +53,10 @@ def build_parts(config: TrainConfig, resumed: Path | None, source, device):
     folder = folder if resumed or folder is None else policy_folder(folder)
     rename = parse_rename(config.rename)
     inputs, outputs = policy_features(source.meta, config.image_size)
-    source.require(
-        [f"--rename {old}: it has no such observation{nearest(old, inputs)}" for old in rename if old not in inputs]
-    )
+    if wrong := [
+        f"--rename {old}: it has no such observation{nearest(old, inputs)}" for old in rename if old not in inputs
+    ]:
+        source.require(wrong)
     inputs = {rename.get(key, key): feature for key, feature in inputs.items()}
     if folder is None:
         policy_cfg = policy_config(config.policy, config.policy_args, str(device))

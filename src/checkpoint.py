@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError, nearest, one_line
-from hub import fetch
+from hub import newest_checkpoint
 
 WEIGHTS, MANIFEST, OPTIMIZER = "policy.safetensors", "manifest.json", "optimizer_state.pth"
 OWN_WEIGHTS = "training_weights.safetensors"  # with --ema_decay: those being trained, WEIGHTS being their average
@@ -137,7 +137,7 @@ def find_resume(asked: str, output_dir: Path) -> tuple[Path | None, list[str]]:
             hint = f": it holds {inside[-1].name}, pass {inside[-1]}" if inside else ": pass a checkpoint-<step> folder"
             raise UserError(f"--resume_from_checkpoint {asked} is no complete checkpoint (it has no {MANIFEST}){hint}")
     elif asked.count("/") == 1 and not path.parent.exists() and not asked.startswith((".", "~")):
-        path = download_checkpoint(asked)
+        path = newest_checkpoint(asked, "--resume_from_checkpoint")
     else:
         names = [p.name for p in find_checkpoints(path.parent)]
         there = f"{nearest(path.name, names)}: {path.parent} has {', '.join(names)}" if names else ""
@@ -165,14 +165,6 @@ def newest_whole(output_dir: Path, asked: str) -> tuple[Path | None, list[str]]:
             f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint-<step> folder: drop the flag to start afresh"
         )
     return None, []
-
-
-def download_checkpoint(repo: str) -> Path:
-    """The newest checkpoint of a Hub repo (user/name or user/name@revision), on disk."""
-    found = find_checkpoints(fetch(repo, "--resume_from_checkpoint", ["checkpoint-*/*"]))
-    if not found:
-        raise UserError(f"--resume_from_checkpoint {repo}: that Hub repo holds no checkpoint-<step> folder")
-    return found[-1]
 
 
 def verify(path: Path) -> None:

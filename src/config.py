@@ -220,6 +220,9 @@ class TrainConfig:
         "output", "none", "tensorboard, wandb, trackio, or several with commas; metrics.jsonl always"
     )
     push_to_hub: Optional[str] = setting("output", None, "Hub repo to upload the finished policy to, such as me/my_act")
+    push_checkpoints: bool = setting(
+        "output", False, "upload each checkpoint to --push_to_hub as it is made, in the background"
+    )
     quiet: bool = setting("output", False, "print only warnings and the closing line")
 
     resume_from_checkpoint: Optional[str] = setting(
@@ -273,6 +276,8 @@ class TrainConfig:
             raise UserError(f"--image_size must be two positive numbers (height width), got {self.image_size}")
         if self.warmup_steps is not None and self.warmup_steps > self.steps:
             raise UserError(f"--warmup_steps {self.warmup_steps} is more than --steps {self.steps}")
+        if self.push_checkpoints and not self.push_to_hub:
+            raise UserError("--push_checkpoints needs a repo: pass --push_to_hub me/my_policy")
         if self.peft is not None and self.policy_path is None:
             raise UserError(f"--peft {self.peft} adapts a trained policy: pass it with --policy_path")
         if not self.dataset_id:

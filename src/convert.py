@@ -13,6 +13,7 @@ from pathlib import Path
 
 from checkpoint import OWN_WEIGHTS, TrainState, load_optimizer, read_json, step_of
 from config import FIELDS, TrainConfig, UserError, one_line
+from processors import FILES
 
 LEROBOT_SCHEDULES = ("constant", "linear", "cosine")  # of its "diffuser" scheduler, which are ours as well
 
@@ -126,7 +127,7 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
     from lerobot.configs.train import TrainPipelineConfig
     from lerobot.transforms import ImageTransformsConfig
 
-    from optim import make_optimizer, make_schedule
+    from optim import make_schedule
     from policy import build_policy, load_policy_config
     from processors import load_processors
     from world import World
@@ -142,8 +143,6 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
     config, standing = TrainConfig(**known), read_json(checkpoint / "trainer_state.json")
     policy_config = load_policy_config(checkpoint, None, "cpu")
     policy = build_policy(policy_config, None, checkpoint)
-    optimizer, _ = make_optimizer(policy, config)
-    load_optimizer(checkpoint, World("cpu"), policy, optimizer)
     name, step = config.dataset_id[0], step_of(checkpoint) or standing["step"]
     root = str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else config.dataset_root
     episodes = None
@@ -170,10 +169,9 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
         save_freq=config.save_freq or config.steps,
         **own_optimizer(policy_config, config),
     )
-    scheduler_config = theirs.scheduler or (
-        policy_config.get_scheduler_preset() if theirs.use_policy_training_preset else None
-    )
-    scheduler = scheduler_config.build(optimizer, config.steps) if scheduler_config else None
+    optimizer = theirs.optimizer.build(policy.get_optim_params())
+    load_optimizer(checkpoint, World("cpu"), policy, optimizer)
+    scheduler = theirs.scheduler.build(optimizer, config.steps) if theirs.scheduler else None
     if scheduler is not None:  # where its own stepping would have brought it
         factor = make_schedule(policy, config)
         scheduler.last_epoch, scheduler._step_count = step, step + 1
@@ -193,7 +191,7 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
 def own_optimizer(policy_config, config: TrainConfig) -> dict:
     """LeRobot's settings for a run whose schedule is not the policy's own."""
     if config.lr_schedule is None and config.warmup_steps is None and config.grad_clip_norm is None:
-        return {"use_policy_training_preset": True}
+        return {"optimizer": policy_config.get_optimizer_preset(), "scheduler": policy_config.get_scheduler_preset()}
     from dataclasses import replace
 
     from lerobot.optim import DiffuserSchedulerConfig
@@ -201,7 +199,9 @@ def own_optimizer(policy_config, config: TrainConfig) -> dict:
     optimizer = policy_config.get_optimizer_preset()
     given = {name: getattr(config, name) for name in ("lr", "weight_decay", "grad_clip_norm")}
     optimizer = replace(optimizer, **{name: value for name, value in given.items() if value is not None})
-    scheduler = DiffuserSchedulerConfig(config.lr_schedule or "constant", config.warmup_steps or 0)
+    scheduler = DiffuserSchedulerConfig(
+        name=config.lr_schedule or "constant", num_warmup_steps=config.warmup_steps or 0
+    )
     return {"use_policy_training_preset": False, "optimizer": optimizer, "scheduler": scheduler}
 
 
@@ -231,7 +231,8 @@ def policy_folder(folder: Path) -> Path:
         done = subprocess.run(
             [*command, "--pretrained-path", str(folder), "--output-dir", str(fresh)], capture_output=True, text=True
         )
-        if done.returncode:
+        made = all((fresh / name).is_file() for name in ("model.safetensors", *FILES))
+        if not made:  # it ends with a model card, which fails offline
             shutil.rmtree(fresh, ignore_errors=True)
             why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise UserError(

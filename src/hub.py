@@ -1,11 +1,15 @@
 """The Hugging Face Hub: fetch, push, and its many errors as one line each."""
 
 import contextlib
+import functools
 import re
+import threading
+import time
 from pathlib import Path
 
 from config import UserError, one_line
 
+WAITS = (5.0, 30.0)  # seconds between tries of an upload
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?"
 
 
@@ -52,14 +56,109 @@ def create_repo(repo: str) -> None:
         HfApi().create_repo(repo, exist_ok=True)
 
 
-def push(repo: str, output_dir: Path, checkpoint: Path) -> str:
-    """Upload the final model files of `output_dir` and its newest checkpoint; returns the repo's address."""
+def newest_checkpoint(repo: str, what: str) -> Path:
+    """The newest complete checkpoint-<step> of a Hub repo (user/name or user/name@revision), that folder alone, on disk.
+
+    Raises:
+        UserError: the repo holds none, or cannot be reached.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    if not re.fullmatch(HUB_ID, repo):
+        raise UserError(f"{what} {repo}: there is no such folder, and a Hub id is written user/name")
+    repo_id, _, revision = repo.partition("@")
+    with told_as_user_errors(f"{what} {repo}"):
+        files = HfApi().list_repo_files(repo_id, revision=revision or None)
+        steps = [
+            int(match[1])
+            for match in (re.fullmatch(r"checkpoint-(\d+)/manifest\.json", file) for file in files)
+            if match
+        ]
+        if not steps:
+            raise UserError(f"{what} {repo}: that Hub repo holds no checkpoint-<step> folder")
+        name = f"checkpoint-{max(steps)}"
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=[f"{name}/*"])) / name
+
+
+def push(repo: str, output_dir: Path, checkpoint: Path, warn) -> str | None:
+    """Upload the final model files of `output_dir` and its newest checkpoint; the repo's address, None where that failed for good."""
     from huggingface_hub import HfApi
 
     final = [path.name for path in output_dir.iterdir() if path.is_file() and not path.name.startswith(".")]
-    files = [*final, f"{checkpoint.name}/*"]
-    with told_as_user_errors(f"--push_to_hub {repo}"):
+    files, message = [*final, f"{checkpoint.name}/*"], f"Armature: {checkpoint.name}"
+
+    def upload() -> str:
         commit = HfApi().upload_folder(
-            repo_id=repo, folder_path=output_dir, allow_patterns=files, commit_message=f"Armature: {checkpoint.name}"
+            repo_id=repo, folder_path=output_dir, allow_patterns=files, commit_message=message
         )
-    return commit.repo_url.url
+        return commit.repo_url.url
+
+    return attempt(upload, f"--push_to_hub {repo}", warn, f"all is in {output_dir}: hf upload {repo} {output_dir}")
+
+
+def attempt(upload, what: str, warn, remedy: str):
+    """What `upload()` returns; it is tried again after each of WAITS seconds, and then told, not raised."""
+    for wait in (*WAITS, None):
+        try:
+            with told_as_user_errors(what):
+                return upload()
+        except Exception as error:  # whatever it is, the run does not fail for it
+            if wait is None:
+                warn(f"{one_line(error)[:300]}; {remedy}")
+            else:
+                time.sleep(wait)
+    return None
+
+
+class Uploader:
+    """Uploads checkpoints as they are made, in a thread, one at a time; the run neither waits for it nor fails with it.
+
+    A checkpoint that still waits when a newer one is made is passed over.
+
+    Args:
+        repo: user/name.
+        warn: called with a line for people.
+    """
+
+    def __init__(self, repo: str, warn):
+        self.repo, self.warn = repo, warn
+        self.waiting: Path | None = None
+        self.uploading: Path | None = None
+        self.changed, self.ended = threading.Condition(), False
+        self.thread = threading.Thread(target=self._run, name="uploader", daemon=True)
+        self.thread.start()
+
+    @property
+    def in_use(self) -> list[Path]:
+        """Checkpoints that are not to be deleted now."""
+        with self.changed:
+            return [path for path in (self.waiting, self.uploading) if path is not None]
+
+    def put(self, checkpoint: Path) -> None:
+        with self.changed:
+            self.waiting = checkpoint
+            self.changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                self.uploading = None
+                self.changed.wait_for(lambda: self.waiting is not None or self.ended)
+                if self.waiting is None:
+                    return
+                path, self.waiting, self.uploading = self.waiting, None, self.waiting
+            what, remedy = f"--push_checkpoints: {path.name}", "it stays on disk, and the next one is tried"
+            attempt(functools.partial(self._upload, path), what, self.warn, remedy)
+
+    def _upload(self, path: Path) -> None:
+        from huggingface_hub import HfApi
+
+        message = f"Armature: {path.name}"
+        HfApi().upload_folder(repo_id=self.repo, folder_path=path, path_in_repo=path.name, commit_message=message)
+
+    def close(self, seconds: float) -> None:
+        """Let what is under way end, for at most so many seconds."""
+        with self.changed:
+            self.ended = True
+            self.changed.notify()
+        self.thread.join(seconds)

@@ -219,8 +219,9 @@ class Run:
             if not stopped:
                 publish(result.checkpoint, self.output_dir)
                 self.report.save_card(result.checkpoint)
-                if self.config.push_to_hub:
-                    print(f"uploaded to {hub.push(self.config.push_to_hub, self.output_dir, result.checkpoint)}")
+                repo = self.config.push_to_hub
+                if repo and (address := hub.push(repo, self.output_dir, result.checkpoint, self.report.warn)):
+                    print(f"uploaded to {address}")
             print(closing_words(result, self.config, self.start_step), flush=True)
         return result
 

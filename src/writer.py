@@ -32,6 +32,7 @@ from checkpoint import (
     seal,
 )
 from config import TrainConfig, UserError, one_line
+from hub import Uploader
 from policy.adapters import ADAPTER
 
 LOCK, OWNER = ".lock", ".lock.json"
@@ -116,6 +117,7 @@ class Writer:
         self.background = config.save_async == "on"
         self.copies, self.thread, self.snapshot = HostCopies(), None, None
         self.failures: list[BaseException] = []  # of saves in a row
+        self.uploader = Uploader(config.push_to_hub, warn) if config.push_checkpoints else None
 
     def save(self, moment: Snapshot, never=()) -> None:
         """Save this moment, which is copied first; `never` are checkpoints that are not to be deleted for it.
@@ -146,6 +148,9 @@ class Writer:
                 self.snapshot.ready.synchronize()
             self.saved = write_checkpoint(self.output_dir, self.snapshot)
             never = [*self.never, *mark_best(self.output_dir)]
+            if self.uploader is not None:
+                self.uploader.put(self.saved)
+                never += self.uploader.in_use
             prune(self.output_dir, self.snapshot.step, self.config.keep_last, self.config.keep_every, never)
             self.failures, self.snapshot = [], None
         except BaseException as error:  # reaches the loop at its next save, log line or end
@@ -189,6 +194,8 @@ class Writer:
         return self
 
     def __exit__(self, kind, error, trace):
+        if self.uploader is not None:
+            self.uploader.close(60 if kind is None else 0)
         if kind is None:
             self.finish()
         elif self.thread is not None and not issubclass(kind, KeyboardInterrupt):

@@ -195,7 +195,7 @@ class FlowPolicy(PreTrainedPolicy):
             return chunk if keep is None else torch.lerp(chunk, keep[1], keep[0])
         chunk, steps = noise, self.config.num_inference_steps
         for step in range(steps):
-            time = torch.full((len(chunk),), step / steps, device=chunk.device)
+            time = chunk.new_full(chunk.shape[:1], step / steps)
             chunk = chunk + self.head(chunk, time, condition) / steps
             if keep is not None:  # where the planned actions would be on their way from this noise
                 chunk = torch.lerp(chunk, torch.lerp(noise, keep[1], (step + 1) / steps), keep[0])
@@ -244,7 +244,7 @@ class Encoder(nn.Module):
         parts = []  # each (B, S * features)
         for key, eye in zip(self.cameras, self.eyes, strict=True):
             pictures = batch[key]  # (B, [S,] C, H, W)
-            pictures, count = pictures.flatten(0, -4), len(pictures)
+            pictures, count = pictures.flatten(0, -4), pictures.shape[0]
             twice = self.config.gradient_checkpointing and self.training
             parts.append(
                 (checkpoint(eye, pictures, use_reentrant=False) if twice else eye(pictures)).reshape(count, -1)
@@ -346,8 +346,8 @@ class Head(nn.Module):
 
     def regress(self, condition: Tensor) -> Tensor:
         """The chunk in one step, from no noise at all."""
-        nothing = condition.new_zeros(len(condition), self.steps, self.joints)
-        return self(nothing, condition.new_zeros(len(condition)), condition)
+        nothing = condition.new_zeros(condition.shape[0], self.steps, self.joints)
+        return self(nothing, condition.new_zeros(condition.shape[0]), condition)
 
 
 class Modulated(nn.Module):

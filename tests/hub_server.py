@@ -1,0 +1,125 @@
+"""A Hub on this machine: the part of its HTTP API that huggingface_hub uses to make, fill, list and read model repos.
+
+Blobs go by git-lfs; with HF_HUB_DISABLE_XET=1 huggingface_hub uploads that way. `failures` says how many uploads to refuse first.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Hub:
+    """Repos in memory: {name: [files of each commit]}, files being {path: bytes}."""
+
+    def __init__(self):
+        self.repos, self.blobs, self.failures, self.tokens = {}, {}, 0, set()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args):
+                pass
+
+            def handle_any(self):
+                size = int(self.headers.get("Content-Length") or 0)
+                body = self.rfile.read(size)
+                hub.tokens.add(self.headers.get("Authorization"))
+                status, headers, answer = hub.answer(
+                    self.command, self.path.partition("?")[0], body, self.headers.get("Host")
+                )
+                if not isinstance(answer, bytes):
+                    headers, answer = {**headers, "Content-Type": "application/json"}, json.dumps(answer).encode()
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(answer)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(answer)
+
+            do_GET = do_POST = do_PUT = do_HEAD = handle_any  # noqa: N815
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def answer(self, method: str, path: str, body: bytes, host: str):
+        """(status, headers, body) of a request."""
+        if path == "/api/repos/create":
+            name = "/".join(filter(None, (json.loads(body).get("organization"), json.loads(body)["name"])))
+            name = name if "/" in name else f"me/{name}"
+            self.repos.setdefault(name, [{}])
+            return 200, {}, {"url": f"{self.url}/{name}", "name": name}
+        if method == "PUT" and path.startswith("/blobs/"):
+            self.blobs[path.rpartition("/")[2]] = body
+            return 200, {}, b""
+        if match := re.fullmatch(r"/(.+?)\.git/info/lfs/objects/batch", path):
+            objects = json.loads(body)["objects"]
+            return 200, {}, {"transfer": "basic", "objects": [self.upload_of(entry) for entry in objects]}
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|tree|revision)/([^/]+)", path):
+            return self.api(*match.groups(), body)
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
+            return self.api(match[1], "revision", "main", body)
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            return self.file(*match.groups())
+        return 404, {"X-Error-Code": "RepoNotFound"}, {"error": path}
+
+    def upload_of(self, entry: dict) -> dict:
+        known = {"oid": entry["oid"], "size": entry["size"]}
+        if entry["oid"] in self.blobs:
+            return known
+        return {**known, "actions": {"upload": {"href": f"{self.url}/blobs/{entry['oid']}"}}}
+
+    def commit_of(self, repo: str, revision: str):
+        commits = self.repos[repo]
+        names = {f"{number:040x}": files for number, files in enumerate(commits)}
+        name = f"{len(commits) - 1:040x}" if revision == "main" else revision
+        return name, names.get(name)
+
+    def api(self, repo: str, what: str, revision: str, body: bytes):
+        if repo not in self.repos:
+            return 404, {"X-Error-Code": "RepoNotFound"}, {"error": "Repository not found"}
+        name, files = self.commit_of(repo, revision)
+        if files is None:
+            return 404, {"X-Error-Code": "RevisionNotFound"}, {"error": "Revision not found"}
+        if what == "revision":
+            siblings = [{"rfilename": path} for path in files]
+            return (
+                200,
+                {},
+                {"id": repo, "modelId": repo, "sha": name, "siblings": siblings, "private": False, "tags": []},
+            )
+        if what == "tree":
+            entries = [{"type": "file", "path": p, "size": len(data), "oid": name} for p, data in files.items()]
+            return 200, {}, entries
+        if what == "preupload":
+            asked = json.loads(body)["files"]
+            modes = [{"path": f["path"], "uploadMode": mode_of(f["path"]), "shouldIgnore": False} for f in asked]
+            return 200, {}, {"files": modes}
+        if self.failures > 0:
+            self.failures -= 1
+            return 400, {}, {"error": "not now"}
+        fresh = dict(files)
+        for line in map(json.loads, body.decode().splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                fresh[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                fresh[value["path"]] = self.blobs[value["oid"]]
+        self.repos[repo].append(fresh)
+        name = f"{len(self.repos[repo]) - 1:040x}"
+        return 200, {}, {"commitUrl": f"{self.url}/{repo}/commit/{name}", "commitOid": name, "pullRequestUrl": None}
+
+    def file(self, repo: str, revision: str, path: str):
+        name, files = self.commit_of(repo, revision)
+        if files is None or path not in files:
+            return 404, {"X-Error-Code": "EntryNotFound"}, {"error": "Entry not found"}
+        data = files[path]
+        return 200, {"X-Repo-Commit": name, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}, data
+
+
+def mode_of(path: str) -> str:
+    return "lfs" if path.endswith((".safetensors", ".pth", ".png")) else "regular"
