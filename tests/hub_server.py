@@ -53,6 +53,8 @@ class Hub:
             name = name if "/" in name else f"me/{name}"
             self.repos.setdefault(name, [{}])
             return 200, {}, {"url": f"{self.url}/{name}", "name": name}
+        if path == "/api/validate-yaml":  # of a model card
+            return 200, {}, {"errors": [], "warnings": []}
         if method == "PUT" and path.startswith("/blobs/"):
             self.blobs[path.rpartition("/")[2]] = body
             return 200, {}, b""
