@@ -128,7 +128,7 @@ class Handler(BaseHTTPRequestHandler):
                 max(0, min(size, 2**28)) >> 16
             ):  # read and dropped, or the client would not come to hear the answer
                 self.rfile.read(2**16)
-            self.close_connection = True
+            self.close_connection = not 0 <= size <= 2**28
             limit = self.server.max_bytes / 1e6
             told = f"the body has {size / 1e6:.1f} MB" if size >= 0 else "the request does not say its length"
             self.answer(413, {"error": f"{told}: at most {limit:g} MB are taken (--max_mb)"})
@@ -152,6 +152,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/msgpack")
         self.send_header("Content-Length", str(len(body)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
 
