@@ -124,10 +124,9 @@ class Handler(BaseHTTPRequestHandler):
         except ValueError:
             size = -1
         if not 0 <= size <= self.server.max_bytes:
-            for _ in range(
-                max(0, min(size, 2**28)) >> 16
-            ):  # read and dropped, or the client would not come to hear the answer
-                self.rfile.read(2**16)
+            left = min(size, 2**28)  # read and dropped, or the client would not come to hear the answer
+            while left > 0 and (part := self.rfile.read(min(left, 2**16))):
+                left -= len(part)
             self.close_connection = not 0 <= size <= 2**28
             limit = self.server.max_bytes / 1e6
             told = f"the body has {size / 1e6:.1f} MB" if size >= 0 else "the request does not say its length"
