@@ -1,6 +1,7 @@
 """Run a trained policy: `load_policy(checkpoint).act(observation)`, and a CLI that compares it with recorded episodes."""
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -62,6 +63,40 @@ class LoadedPolicy:
 
         with torch.inference_mode():
             return self.postprocess(self.policy.select_action(self.preprocess(batch)))
+
+    def fit_to_latency(self, fps: float, runs: int = 30) -> tuple[float, int]:
+        """Measure how long a chunk takes, and carry out at least the actions that are due meanwhile, so that the arm never waits.
+
+        A policy that blends a chunk into the next (flow) blends over as many.
+
+        Returns:
+            The 99th percentile in milliseconds, and the actions that are now carried out of each chunk.
+
+        Raises:
+            UserError: the chunk is over before the next is there.
+        """
+        config, times = self.policy.config, []
+        zeros = {
+            key: np.zeros([size or 480 for size in shape], np.uint8 if kind == "uint8" else np.float32)
+            for key, (kind, shape) in self.expected.items()
+        }
+        for _ in range(runs + 3):
+            self.reset()
+            begun = time.perf_counter()
+            self.act(zeros)
+            times.append(time.perf_counter() - begun)
+        self.reset()
+        slowest = float(np.percentile(times[3:], 99))
+        due, chunk = math.ceil(slowest * fps), getattr(config, "chunk_size", getattr(config, "horizon", 1))
+        if due > chunk:
+            raise UserError(
+                f"a chunk takes {1000 * slowest:.0f} ms, in which {due} actions are due at {fps:g} fps, and it has {chunk}"
+            )
+        config.n_action_steps = max(config.n_action_steps, due)
+        if hasattr(config, "blend_steps"):
+            config.blend_steps = max(config.blend_steps, due)
+        self.reset()
+        return 1000 * slowest, config.n_action_steps
 
     def _tensor(self, key: str, observation: dict):
         import torch
@@ -135,6 +170,12 @@ def expected_observation(config, preprocess, image_size) -> dict[str, tuple[str,
     return expected
 
 
+def as_count(text: str | None) -> int | None:
+    if text is not None and not text.isdigit():
+        raise UserError(f"--n_action_steps must be a number or auto, got {text!r}")
+    return None if text is None else int(text)
+
+
 def spell(shape: tuple) -> str:
     return (
         "(" + ", ".join("any" if size is None else str(size) for size in shape) + ("," if len(shape) == 1 else "") + ")"
@@ -202,19 +243,27 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dataset_id", required=True, help="a folder or a Hub id")
     parser.add_argument("--episode", type=int, default=0, help="episode to run over [0]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
-    parser.add_argument("--n_action_steps", type=int, help="actions carried out of each predicted chunk [as trained]")
+    parser.add_argument(
+        "--n_action_steps", help="actions carried out of each chunk, or auto: what latency asks for [as trained]"
+    )
     args = parser.parse_args(argv)
     try:
         from data.source import open_dataset
 
         source = open_dataset(args.dataset_id, episodes=str(args.episode))
         source.require()
-        policy = load_policy(args.checkpoint, args.device, args.n_action_steps)
+        auto = args.n_action_steps == "auto"
+        policy = load_policy(args.checkpoint, args.device, None if auto else as_count(args.n_action_steps))
         for key in policy.expected:
             if key not in source.meta.features:
                 raise UserError(
                     f"dataset {args.dataset_id} has no {key}, which the policy takes: pass the dataset it was trained on"
                 )
+        if auto:
+            milliseconds, count = policy.fit_to_latency(source.meta.fps)
+            print(
+                f"a chunk takes {milliseconds:.1f} ms (99 %): {count} actions are carried out of each at {source.meta.fps:g} fps"
+            )
         result = compare(policy, source, args.episode)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

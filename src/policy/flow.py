@@ -194,9 +194,12 @@ class FlowPolicy(PreTrainedPolicy):
             chunk = self.head.regress(condition)
             return chunk if keep is None else torch.lerp(chunk, keep[1], keep[0])
         chunk, steps = noise, self.config.num_inference_steps
+        times = torch.arange(steps, device=noise.device).repeat_interleave(condition.shape[0]) / steps
+        modulations = [
+            m.chunk(steps) for m in self.head.modulations(times, condition.repeat(steps, 1))
+        ]  # read the weights once
         for step in range(steps):
-            time = chunk.new_full(chunk.shape[:1], step / steps)
-            chunk = chunk + self.head(chunk, time, condition) / steps
+            chunk = chunk + self.head.along(chunk, [m[step] for m in modulations]) / steps
             if keep is not None:  # where the planned actions would be on their way from this noise
                 chunk = torch.lerp(chunk, torch.lerp(noise, keep[1], (step + 1) / steps), keep[0])
         return chunk
@@ -337,11 +340,18 @@ class Head(nn.Module):
         self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.steps * self.joints))
 
     def forward(self, chunk: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        return self.along(chunk, self.modulations(time, condition))
+
+    def modulations(self, time: Tensor, condition: Tensor) -> list[Tensor]:
+        """What the time (B,) and the condition (B, D) do to each block, (B, 3 D)."""
         waves = time[:, None] * torch.exp(torch.linspace(0, math.log(1000), 32, device=time.device))  # (B, 32)
-        condition = condition + self.time(torch.cat([waves.sin(), waves.cos()], dim=1))
+        condition = F.silu(condition + self.time(torch.cat([waves.sin(), waves.cos()], dim=1)))
+        return [block.modulate(condition) for block in self.blocks]
+
+    def along(self, chunk: Tensor, modulations: list[Tensor]) -> Tensor:
         x = self.enter(chunk.flatten(1))
-        for block in self.blocks:
-            x = block(x, condition)
+        for block, modulation in zip(self.blocks, modulations, strict=True):
+            x = block(x, modulation)
         return self.leave(x).reshape(-1, self.steps, self.joints)  # (B, T, A)  (torch.compile breaks at unflatten)
 
     def regress(self, condition: Tensor) -> Tensor:
@@ -361,6 +371,6 @@ class Modulated(nn.Module):
         nn.init.zeros_(self.modulate.weight)
         nn.init.zeros_(self.modulate.bias)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        scale, shift, gate = self.modulate(F.silu(condition)).chunk(3, dim=1)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        scale, shift, gate = modulation.chunk(3, dim=1)
         return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
