@@ -11,7 +11,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from config import TrainConfig, UserError, one_line, parse_command_line
+from command_line import parse_command_line
+from config import TrainConfig, UserError, one_line
 
 if __name__ == "__main__":
     GIVEN = parse_command_line(sys.argv[1:])  # before the imports that take seconds: --help answers at once
@@ -119,8 +120,7 @@ class Run:
         self.bad_step = torch.where(finite | (self.bad_step >= 0), self.bad_step, self.step)
         self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
         self.step, self.samples_seen = self.step + 1, self.samples_seen + self.config.batch_size
-        minutes = self.config.save_minutes
-        late = minutes is not None and self.watch.minutes_since_save() >= minutes
+        late = self.watch.minutes_since_save() >= (self.config.save_minutes or float("inf"))
         self.asked, self.save_is_due = self.world.agree(self.signals.asked or 0, late)
         self.report.advance()
         return parts, grad_norm
@@ -132,10 +132,8 @@ class Run:
         return self.step % self.config.log_freq == 0 or self.step in (1, self.config.steps)
 
     def is_save_step(self) -> bool:
-        freq = self.config.save_freq
-        return (
-            (freq > 0 and self.step % freq == 0) or self.step == self.config.steps or self.save_is_due or self.asked > 0
-        )
+        step, freq = self.step, self.config.save_freq
+        return (freq > 0 and step % freq == 0) or step == self.config.steps or self.save_is_due or self.asked > 0
 
     def stop_if_not_finite(self) -> None:
         first = int(self.bad_step)  # waits for the device

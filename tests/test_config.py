@@ -9,7 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from config import FIELDS, Parser, UserError, flags_table, merge, read_config_file
+from command_line import Parser, flags_table
+from config import FIELDS, UserError, merge, read_config_file
 from train import train
 
 
@@ -126,7 +127,7 @@ def test_import_touches_no_argv_and_prints_nothing():
 
 def test_readme_lists_every_flag_as_it_is():
     assert flags_table() in (ROOT / "README.md").read_text(), (
-        "python -c 'import config; print(config.flags_table())' makes the table"
+        "python -c 'import command_line; print(command_line.flags_table())' makes the table"
     )
 
 

@@ -9,7 +9,8 @@ from conftest import small
 
 import report
 import trackers
-from config import UserError, parse_command_line
+from command_line import parse_command_line
+from config import UserError
 from report import main
 from summary import as_command, model_card
 from trackers import Trackers

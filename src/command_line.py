@@ -1,0 +1,81 @@
+"""The command line of TrainConfig: flags, help, the README's table of them. Imports nothing heavy: `--help` answers at once."""
+
+import argparse
+import sys
+from dataclasses import MISSING
+from typing import List, Optional
+
+import argparse_dataclass
+
+from config import FIELDS, TrainConfig, UserError, nearest
+
+
+class Parser(argparse_dataclass.ArgumentParser):
+    """The command line of TrainConfig: grouped help, and one line with the nearest name for a misspelt flag."""
+
+    def __init__(self):
+        super().__init__(
+            TrainConfig,
+            prog="train.py",
+            usage="python src/train.py --dataset_id FOLDER_OR_HUB_ID [--name value ...]",
+            allow_abbrev=False,
+            description="Train a policy on a LeRobot dataset. In brackets: the default.",
+        )
+        groups = {}
+        for action in [a for a in self._actions if a.dest in FIELDS]:
+            f = FIELDS[action.dest]
+            action.help = f"{f.metadata['help']} [{described_default(f)}]".replace("%", "%%")
+            if f.type == Optional[bool]:
+                action.nargs, action.const, action.type, action.metavar = "?", True, switch, "on|off"
+            if action.metavar is None and action.nargs != 0 and not action.choices:
+                action.metavar = {int: "N", float: "X"}.get(action.type, "TEXT")
+            name = f.metadata["group"]
+            group = groups.get(name) or groups.setdefault(name, self.add_argument_group(name))
+            self._optionals._group_actions.remove(action)
+            group._group_actions.append(action)
+
+    def error(self, message):
+        raise UserError(message)
+
+    def given(self, argv: List[str]) -> dict:
+        """The settings that `argv` names, and no defaults."""
+        argv = [spelt_as_field(word) for word in argv]
+        namespace, unknown = argparse.ArgumentParser.parse_known_args(self, argv)
+        for word in unknown:
+            if word.startswith("-"):
+                raise UserError(f"unknown flag {word}{nearest(word.split('=')[0], ['--' + n for n in FIELDS])}")
+            raise UserError(f"{word!r} belongs to no flag: settings are passed as --name value")
+        return {name: value for name, value in vars(namespace).items() if value is not MISSING}
+
+
+def parse_command_line(argv: List[str]) -> dict:
+    """The settings in `argv`; a mistake prints one line and exits with status 2."""
+    try:
+        return Parser().given(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def switch(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"must be on or off, got {text!r}")
+    return text == "on"
+
+
+def spelt_as_field(word: str) -> str:
+    """--batch-size as --batch_size; anything else as it is."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("-", "_").replace("__", "--", 1) + equals + value if flag.startswith("--") else word
+
+
+def described_default(f) -> str:
+    return "none" if f.default is None else "off" if f.default is False else str(f.default)
+
+
+def flags_table() -> str:
+    """Every flag as the rows of README's Markdown table."""
+    rows = ["| flag | default | what it does |", "| --- | --- | --- |"]
+    for f in FIELDS.values():
+        rows.append(f"| `--{f.name}` | {described_default(f)} | {f.metadata['help'].replace('|', '/')} |")
+    return "\n".join(rows)
