@@ -214,20 +214,23 @@ def test_accelerate_launch(made, tmp_path):
         if type(value) is not list
     ]
     flags += ["--dataset_id", *settings["dataset_id"], "--policy_args", *settings["policy_args"]]
+    launcher = str(Path(sys.executable).parent / "accelerate")
     launch = [
-        str(Path(sys.executable).parent / "accelerate"),
+        launcher,
         "launch",
-        "--cpu",
+        "--multi_gpu",
         "--num_processes",
         "2",
         "--num_machines",
         "1",
-    ]
+    ]  # also where there is none
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "src" / "train.py")]
     done = subprocess.run([*launch, *flags], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "done:" in done.stdout
     assert done.stdout.count("done:") == 1
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["world_size"] == 2
     long = [*launch, *flags, "--steps", "100000", "--output_dir", str(tmp_path / "long"), "--log_freq", "1"]
     process = subprocess.Popen(long, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "long" / "metrics.jsonl"
