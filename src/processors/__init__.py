@@ -248,4 +248,10 @@ def pixels_to_float(batch: dict, cameras: list[str], device) -> dict:
     `observation.*_is_pad` is left out: no LeRobot policy reads it, and the pipeline would take a camera's mask for a picture.
     """
     batch = {k: v for k, v in batch.items() if not (k.startswith("observation.") and k.endswith("_is_pad"))}
-    return {**batch, **{key: batch[key].to(device, non_blocking=True) / 255.0 for key in cameras}}
+    return {**batch, **{key: on_device(batch[key], device) for key in cameras}}
+
+
+def on_device(pixels: torch.Tensor, device) -> torch.Tensor:
+    """uint8 pictures as float32 in [0, 1] there; on a GPU with channels last, which its convolutions are faster with."""
+    pixels = pixels.to(device, non_blocking=True) / 255.0
+    return pixels.contiguous(memory_format=torch.channels_last) if pixels.is_cuda and pixels.ndim == 4 else pixels
