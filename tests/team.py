@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
@@ -36,6 +37,8 @@ def start(settings: dict, rank: int, processes: int, port: int, env: dict) -> in
 
         torch.set_num_threads(1)
         status = main(settings)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
