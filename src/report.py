@@ -234,6 +234,7 @@ def header(source, held_out, policy, config, world, start: int, output_dir: Path
         else f"steps {start + 1:,} to {config.steps:,}"
     )
     where = f"{world.size} x {world.device.type} ({world.kind})" if world.size > 1 else world.device
+    adapters = f", {config.peft} adapters" if config.peft else ""
     came = f", resumed from {resumed_from.name}" if resumed_from else ""
     lines = [
         f"dataset   {source.name}: {len(source.episodes)} episodes, {source.rows:,} frames at {meta.fps:g} fps",
@@ -241,6 +242,9 @@ def header(source, held_out, policy, config, world, start: int, output_dir: Path
         f"          task {tasks[0]!r}" + (f" and {len(tasks) - 1} more" if len(tasks) > 1 else "") if tasks else None,
         f"          cameras {cameras + size if cameras else 'none'}; {dims}",
         f"policy    {policy.name}, {weights / 1e6:.1f}M parameters{frozen}, {config.precision}, on {where}",
+        f"taken     the weights and processing steps of {config.policy_path}; fresh: statistics, optimizer, schedule{adapters}"
+        if config.policy_path and not resumed_from
+        else None,
         f"run       {length} of batch {config.batch_size}{came}",
         f"saves to  {output_dir}",
     ]
