@@ -19,11 +19,12 @@ def trained(made, tmp_path_factory):
     return train(**small("flow", dataset_id=[str(made("video"))], steps=2), output_dir=str(output)).checkpoint
 
 
-def test_frozen_weights_stay(made, tmp_path, trained):
+def test_frozen_weights_stay(made, tmp_path, trained, capsys):
     settings = small(
         "flow", dataset_id=[str(made("video"))], policy_args=None, policy_path=str(trained), freeze=["encoder.eyes"]
     )
-    end = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
+    end = train(**{**settings, "quiet": False}, output_dir=str(tmp_path / "run")).checkpoint
+    assert f"taken     the weights and processing steps of {trained}; fresh:" in capsys.readouterr().out
     before, after = load_file(trained / "policy.safetensors"), load_file(end / "policy.safetensors")
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same >= {name for name in before if name.startswith("encoder.eyes")}
