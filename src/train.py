@@ -231,7 +231,7 @@ def main(given: dict) -> int:
         result = train(**given)
     except UserError as error:
         if rank:  # most mistakes are met by all processes: the main one says them, and the launcher ends the others
-            time.sleep(5)
+            time.sleep(2)
         print(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return 2
     except RuntimeError as error:

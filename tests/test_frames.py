@@ -146,6 +146,7 @@ def test_killed_while_building_goes_on_where_it_stopped(made, tmp_path, monkeypa
     assert len(stores(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_two_builders_at_once_decode_once(made, tmp_path):
     first = start_building(made("video"), tmp_path, pause="4")
     wait_for(lambda: list(tmp_path.glob(".*/journal.txt")), first)

@@ -137,6 +137,7 @@ def test_renamed_observation(made, tmp_path):
         train(**{**settings, "rename": ["observation.images.tip=x"]}, output_dir=str(tmp_path / "wrong"))
 
 
+@pytest.mark.slow
 def test_old_policy_is_migrated(ours, made, tmp_path):
     """A policy of before processors, whose normalisation lies in its weights, is fine-tuned and acts."""
     old = tmp_path / "old"
