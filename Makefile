@@ -13,4 +13,4 @@ lint:
 	./setup && .venv/bin/ruff check .
 
 requirements: # the direct dependencies in pyproject.toml, pinned with all of theirs
-	uv pip compile --quiet --universal --python-version 3.12 --no-emit-index-url --no-emit-find-links --no-header --all-extras pyproject.toml -o requirements.txt
+	uv pip compile --quiet --universal --python-version 3.12 --no-emit-index-url --no-emit-find-links --no-header --extra sim --extra export --extra serve --extra dev pyproject.toml -o requirements.txt
