@@ -1,257 +1,172 @@
-"""LeRobot's checkpoints in and out, renamed observations, old policies, and networks without Python."""
+"""A checkpoint loads in LeRobot as it is, and acts there as here."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, small
-from safetensors.torch import load_file, save_file
+from conftest import small
 
-import export
-from checkpoint import read_json
-from config import UserError
-from convert import from_lerobot, to_lerobot
-from infer import load_policy
+from checkpoint import verify
+from infer import load_policy, main
 from train import train
 
-BIN = Path(sys.executable).parent
+FILES = {
+    "policy.safetensors", "model.safetensors", "config.json", "preprocessor_config.json", "postprocessor_config.json",
+    "policy_preprocessor.json", "policy_postprocessor.json", "optimizer_state.pth", "trainer_state.json", "train_config.json",
+    "training_info.json", "manifest.json",
+}  # fmt: skip
 
 
-def same_tensors(a: Path, b: Path) -> bool:
-    one, other = load_file(a), load_file(b)
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+@pytest.fixture(scope="module", params=["act", "diffusion"])
+def run(request, made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interop") / "run"
+    return train(
+        **small(request.param, dataset_id=str(made("two_cameras")), image_size=[32, 48]), output_dir=str(folder)
+    )
 
 
-def chunk(folder: Path) -> torch.Tensor:
-    """What the policy in a folder predicts for one observation, by LeRobot's loading code alone."""
+def an_observation(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "observation.state": rng.standard_normal(3).astype(np.float32),
+        "observation.images.top": rng.integers(0, 255, (64, 96, 3), np.uint8),
+        "observation.images.wrist": rng.integers(0, 255, (64, 96, 3), np.uint8),
+        "task": "lift",
+    }
+
+
+def lerobots_own(folder):
+    """As lerobot-eval loads and calls a policy (scripts/lerobot_eval.py)."""
     from lerobot.configs import PreTrainedConfig
-    from lerobot.policies import get_policy_class
+    from lerobot.policies import get_policy_class, make_pre_post_processors
 
     config = PreTrainedConfig.from_pretrained(folder)
-    config.device = "cpu"
-    policy = get_policy_class(config.type).from_pretrained(folder, config=config).eval()
+    config.pretrained_path = folder
+    policy = get_policy_class(config.type).from_pretrained(folder, config=config)
+    preprocess, postprocess = make_pre_post_processors(
+        config, pretrained_path=str(folder), preprocessor_overrides={"device_processor": {"device": "cpu"}}
+    )
+    policy.reset()
+
+    def act(observation):
+        batch = {key: torch.from_numpy(value)[None] for key, value in observation.items() if key == "observation.state"}
+        for key, value in observation.items():
+            if "image" in key:
+                batch[key] = torch.from_numpy(value).permute(2, 0, 1)[None].float() / 255
+        batch["task"] = [observation["task"]]
+        with torch.inference_mode():
+            return postprocess(policy.select_action(preprocess(batch)))[0].numpy()
+
+    return act
+
+
+def test_folder_is_complete(run):
+    assert {path.name for path in run.checkpoint.iterdir()} >= FILES
+    verify(run.checkpoint)
+    assert (run.checkpoint / "model.safetensors").stat().st_ino == (run.checkpoint / "policy.safetensors").stat().st_ino
+    state = json.loads((run.checkpoint / "trainer_state.json").read_text())
+    assert (state["step"], state["samples_seen"], state["batch_size"]) == (4, 16, 4)
+    info = json.loads((run.checkpoint / "training_info.json").read_text())
+    assert info["versions"]["lerobot"] == "0.6.1"
+    assert info["loss"] == run.final_loss
+    assert (run.output_dir / "model.safetensors").stat().st_ino == (run.checkpoint / "policy.safetensors").stat().st_ino
+    assert not (run.output_dir / "optimizer_state.pth").exists()
+    assert (run.output_dir / "loss.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("final", [False, True], ids=["checkpoint", "final model files"])
+def test_lerobot_loads_it_and_acts_the_same(run, final):
+    folder = run.output_dir if final else run.checkpoint
+    ours, theirs = load_policy(folder, device="cpu"), lerobots_own(folder)
+    for seed in range(6):  # past the end of a chunk
+        torch.manual_seed(seed)
+        here = ours.act(an_observation(seed))
+        torch.manual_seed(seed)
+        there = theirs(an_observation(seed))
+        assert here.dtype == np.float32
+        assert here.shape == (3,)
+        assert np.array_equal(here, there)
+
+
+def test_policy_in_the_result_is_the_one_saved(run):
+    assert not run.policy.training
+    saved = load_policy(run.checkpoint, device="cpu").policy.state_dict()
+    assert all(torch.equal(value, saved[key]) for key, value in run.policy.state_dict().items())
+
+
+def test_reset_starts_a_new_chunk(run):
+    policy = load_policy(run.checkpoint, device="cpu")
     torch.manual_seed(0)
-    return policy.predict_action_chunk({key: torch.rand(1, *f.shape) for key, f in config.input_features.items()})
+    first = policy.act(an_observation(0))
+    policy.act(an_observation(1))
+    policy.reset()
+    torch.manual_seed(0)
+    assert np.array_equal(policy.act(an_observation(0)), first)
 
 
-@pytest.fixture(scope="module")
-def ours(made, tmp_path_factory):
-    """checkpoint-4 of a run of 6 steps."""
-    output = tmp_path_factory.mktemp("ours") / "run"
-    settings = small("act", dataset_id=[str(made("video"))], steps=6, save_freq=4, lr_schedule="cosine", warmup_steps=2)
-    return train(**settings, output_dir=str(output)).checkpoint.parent / "checkpoint-4"
+def test_constant_joint_comes_back_as_it_was(run):
+    """Action 2 and the last state never move in the data: normalising and undoing it keeps them to the bit."""
+    policy = load_policy(run.checkpoint, device="cpu")
+    for value in (0.7, 0.70001, 3.0):
+        action = torch.tensor([[0.1, -0.2, value]])
+        batch = {
+            "action": action.clone(),
+            **{k: torch.from_numpy(v)[None] for k, v in an_observation().items() if k == "observation.state"},
+        }
+        for camera in ("top", "wrist"):
+            batch[f"observation.images.{camera}"] = torch.zeros(1, 3, 64, 96)
+        normal = policy.preprocess(batch)
+        assert torch.allclose(policy.postprocess(normal["action"]), action, atol=1e-6)
+        assert normal["action"][0, 2].abs() < 5
+        assert normal["observation.state"].abs().max() < 100
+    assert torch.equal(
+        policy.postprocess(policy.preprocess({**batch, "action": torch.tensor([[0.0, 0.0, 0.7]])})["action"])[0, 2],
+        torch.tensor(0.7),
+    )
 
 
-def test_out_and_in_again(ours, tmp_path):
-    """Our checkpoint as LeRobot's and back: weights, optimizer, step, settings and position are what they were."""
-    folder = to_lerobot(ours, tmp_path / "lerobot")
-    assert folder == tmp_path / "lerobot" / "checkpoints" / "000004"
-    assert (folder.parent / "last").resolve() == folder.resolve()
-    back = from_lerobot(folder)
-    assert back.name == ours.name
-    assert same_tensors(ours / "policy.safetensors", back / "policy.safetensors")
-    assert torch.equal(chunk(ours), chunk(folder / "pretrained_model"))
-    one, other = (torch.load(path / "optimizer_state.pth", weights_only=True)["state"] for path in (ours, back))
-    assert all(torch.equal(entry[key], other[i][key]) for i, entry in one.items() for key in entry)
-    states = [read_json(path / "trainer_state.json") for path in (ours, back)]
-    assert [states[0][key] for key in ("step", "samples_seen", "batch_size", "seed")] == [
-        states[1][key] for key in ("step", "samples_seen", "batch_size", "seed")
-    ]
-    configs = [read_json(path / "train_config.json") for path in (ours, back)]
-    for name in ("steps", "lr", "lr_schedule", "warmup_steps", "augment", "dataset_id"):
-        assert configs[0][name] == configs[1][name], name
-    ends = [
-        train(resume_from_checkpoint=str(path), output_dir=str(tmp_path / name), quiet=True).checkpoint
-        for name, path in (("straight", ours), ("round", folder))
-    ]
-    assert same_tensors(*(end / "policy.safetensors" for end in ends))  # the course is the same, to the bit
+STATE, TOP = "observation.state", "observation.images.top"
+PICTURE = f"{TOP}: expected uint8 of shape (any, any, 3) (height, width, channels), got "
 
 
-def test_out_refuses_what_is_there(ours, tmp_path, capsys):
-    (tmp_path / "there").mkdir()
-    assert export.main([str(ours), str(tmp_path / "there"), "--format", "lerobot"]) == 2
-    assert "is there already" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        (STATE, None, f"the observation has no '{STATE}': expected float of shape (3,), got keys"),
+        (STATE, np.zeros(4), f"{STATE}: expected numbers of shape (3,), got float64 of shape (4,)"),
+        (STATE, ["a", "b", "c"], f"{STATE}: expected numbers of shape (3,), got <U1"),
+        (TOP, np.zeros((3, 64, 96), np.uint8), PICTURE + "uint8 of (3, 64, 96)"),
+        (TOP, np.zeros((64, 96, 3), np.float32), PICTURE + "float32"),
+        (
+            "observation.images.Top",
+            0,
+            f"has 'observation.images.Top', which this policy does not take, did you mean '{TOP}'?",
+        ),
+    ],
+)
+def test_wrong_observation(run, key, value, told):
+    observation = {**an_observation(), key: value}
+    if value is None:
+        del observation[key]
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        load_policy(run.checkpoint, device="cpu").act(observation)
+    assert told in str(caught.value)
 
 
-@pytest.mark.slow
-def test_lerobot_train_takes_over_and_hands_back(made, tmp_path):
-    """The real lerobot-train: its run goes on here, ours goes on there, with the same actions at each hand-over."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    pairs = [f"--policy.{pair.replace('=none', '=null')}" for pair in SMALL["act"].split()]
-    begin = [
-        str(BIN / "lerobot-train"), "--dataset.repo_id=test/made", f"--dataset.root={made('video')}", "--policy.type=act",
-        "--policy.push_to_hub=false", "--policy.device=cpu", "--batch_size=4", "--steps=6", "--save_freq=4", "--num_workers=0",
-        f"--output_dir={tmp_path / 'theirs'}", "--policy.n_action_steps=4", *pairs,
-    ]  # fmt: skip
-    done = subprocess.run(begin, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    theirs = tmp_path / "theirs" / "checkpoints" / "000004"
-    result = train(resume_from_checkpoint=str(theirs), output_dir=str(tmp_path / "here"), quiet=True, save_freq=1)
-    taken = from_lerobot(theirs)
-    assert torch.equal(chunk(theirs / "pretrained_model"), chunk(taken))
-    assert result.steps == 6
-    assert read_json(taken / "trainer_state.json")["samples_seen"] == 16
-
-    folder = to_lerobot(tmp_path / "here" / "checkpoint-5", tmp_path / "there")
-    assert torch.equal(chunk(folder / "pretrained_model"), chunk(tmp_path / "here" / "checkpoint-5"))
-    config = folder / "pretrained_model" / "train_config.json"
-    go_on = [str(BIN / "lerobot-train"), "--resume=true", f"--config_path={config}", "--steps=7"]
-    done = subprocess.run(go_on, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_infer_command(run, made, capsys):
     assert (
-        json.loads((tmp_path / "there/checkpoints/000007/training_state/training_step.json").read_text())["step"] == 7
+        main([str(run.checkpoint), "--dataset_id", str(made("two_cameras")), "--episode", "1", "--device", "cpu"]) == 0
     )
-
-
-@pytest.mark.slow
-def test_lerobot_eval_runs_a_checkpoint(tmp_path):
-    """The real lerobot-eval command on a checkpoint-<step> folder, in our environment type."""
-    shipped = Path(__file__).parents[1] / "examples" / "datasets" / "metaworld_drawer_open"
-    settings = small("flow", dataset_id=[str(shipped)], steps=1, save_freq=0, image_size=[64, 64])
-    checkpoint = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
-    command = [
-        str(BIN / "lerobot-eval"), f"--policy.path={checkpoint}", "--env.type=armature_metaworld", "--env.task=drawer-open-v3",
-        "--eval.n_episodes=1", "--eval.batch_size=1", "--policy.device=cpu", f"--output_dir={tmp_path / 'eval'}",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "pc_success" in (tmp_path / "eval" / "eval_info.json").read_text()
-
-
-def test_renamed_observation(made, tmp_path):
-    """--rename: the policy knows the new name, the arm keeps its own."""
-    settings = small(
-        "flow", dataset_id=[str(made("video"))], steps=1, rename=["observation.images.top=observation.images.cam"]
+    shown = capsys.readouterr().out
+    assert "shoulder" in shown
+    assert "gripper" in shown
+    assert "episode 1, 9 frames" in shown
+    assert "p99" in shown
+    assert main([str(run.checkpoint), "--dataset_id", str(made("no_camera"))]) == 2
+    assert "has no observation.images.top, which the policy takes" in capsys.readouterr().err
+    assert main([str(run.output_dir / "none"), "--dataset_id", str(made("two_cameras"))]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: policy {run.output_dir}/none: there is no such folder, and a Hub id is written user/name\n"
     )
-    checkpoint = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
-    policy = load_policy(checkpoint, device="cpu")
-    assert "observation.images.cam" in policy.policy.config.input_features
-    picture = np.zeros((64, 96, 3), np.uint8)
-    assert policy.act({"observation.images.top": picture, "observation.state": np.zeros(3)}).shape == (3,)
-    with pytest.raises(UserError, match=r"it has no such observation, did you mean 'observation.images.top'"):
-        train(**{**settings, "rename": ["observation.images.tip=x"]}, output_dir=str(tmp_path / "wrong"))
-
-
-@pytest.mark.slow
-def test_old_policy_is_migrated(ours, made, tmp_path):
-    """A policy of before processors, whose normalisation lies in its weights, is fine-tuned and acts."""
-    old = tmp_path / "old"
-    old.mkdir()
-    weights = load_file(ours / "policy.safetensors")
-    stats = {"observation_state": 3, "action": 3}
-    for name, size in stats.items():
-        for holder in ("normalize_inputs",) if name != "action" else ("normalize_targets", "unnormalize_outputs"):
-            weights |= {
-                f"{holder}.buffer_{name}.{what}": torch.full((size,), v) for what, v in (("mean", 0.5), ("std", 2.0))
-            }
-    weights |= {
-        f"normalize_inputs.buffer_observation_images_top.{what}": torch.full((3, 1, 1), 0.5) for what in ("mean", "std")
-    }
-    save_file(weights, old / "model.safetensors")
-    (old / "config.json").write_text((ours / "config.json").read_text())
-    policy = load_policy(old, device="cpu")
-    assert policy.act(
-        {"observation.images.top": np.zeros((64, 96, 3), np.uint8), "observation.state": np.zeros(3)}
-    ).shape == (3,)
-    settings = small("act", dataset_id=[str(made("video"))], steps=1, policy_args=None, policy_path=str(old))
-    assert train(**settings, output_dir=str(tmp_path / "run")).steps == 1
-
-
-@pytest.mark.parametrize(("policy", "kind"), [("flow", "torchscript"), ("flow", "torch-export"), ("act", "torchscript"),
-    pytest.param("flow", "onnx", marks=pytest.mark.slow), pytest.param("act", "onnx", marks=pytest.mark.slow)])  # fmt: skip
-def test_export(ours, made, tmp_path, policy, kind, capsys):
-    """The written file computes the policy's chunk to 1e-4, and says how to normalise."""
-    if policy == "flow":
-        ours = train(
-            **small("flow", dataset_id=[str(made("video"))], steps=1), output_dir=str(tmp_path / "run")
-        ).checkpoint
-    path = tmp_path / ("net.onnx" if kind == "onnx" else "net.pt")
-    assert export.main([str(ours), str(path), "--format", kind]) == 0, capsys.readouterr().err
-    about = json.loads(path.with_suffix(".json").read_text())
-    assert about["largest_difference"] < 1e-4
-    assert about["unnormalise"]["action"]["mode"] == "MEAN_STD"
-    assert path.stat().st_size > 10_000
-
-
-def test_export_tells_what_does_not_export(made, tmp_path, capsys):
-    checkpoint = train(
-        **small("diffusion", dataset_id=[str(made("video"))], steps=1), output_dir=str(tmp_path / "run")
-    ).checkpoint
-    assert export.main([str(checkpoint), str(tmp_path / "x.pt"), "--format", "torchscript"]) == 2
-    assert "policy diffusion with these settings does not export" in capsys.readouterr().err
-    assert not (tmp_path / "x.pt").exists()
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub on this machine that huggingface_hub talks to, and no other."""
-    from hub_server import Hub
-    from huggingface_hub import constants, hf_api
-
-    import hub as module
-
-    server = Hub()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", server.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setattr(module, "WAITS", (0.05, 0.05))
-    yield server
-    server.server.shutdown()
-
-
-def test_hub_up_and_down(hub, made, tmp_path, capsys):
-    """Checkpoints as they are made, the final policy with its card, refusals tried again; resumed from there, to the bit."""
-    settings = small("flow", dataset_id=[str(made("video"))], push_to_hub="me/arm", push_checkpoints=True, quiet=False)
-    hub.failures = 1
-    whole = train(**settings, output_dir=str(tmp_path / "run"))
-    assert "uploaded to" in capsys.readouterr().out
-    files = hub.repos["me/arm"][-1]
-    assert {
-        "README.md",
-        "model.safetensors",
-        "checkpoint-4/manifest.json",
-        "checkpoint-2/optimizer_state.pth",
-    } <= files.keys()
-    assert not any(b"hf_secret" in data for data in files.values())
-    assert "Bearer hf_secret" in hub.tokens
-    go_on = {
-        "resume_from_checkpoint": "me/arm",
-        "steps": 6,
-        "quiet": True,
-        "push_to_hub": None,
-        "push_checkpoints": False,
-    }
-    ends = [
-        train(**go_on | {"resume_from_checkpoint": source}, output_dir=str(tmp_path / name)).checkpoint
-        for name, source in (("hub", "me/arm"), ("disk", str(whole.checkpoint)))
-    ]
-    assert same_tensors(*(end / "policy.safetensors" for end in ends))
-    assert load_policy("me/arm", device="cpu").policy.config.type == "flow"
-
-
-def test_hub_that_refuses_does_not_fail_the_run(hub, made, tmp_path, capsys):
-    settings = small("flow", dataset_id=[str(made("video"))], push_to_hub="me/arm", push_checkpoints=True)
-    hub.failures = 1000
-    result = train(**settings, output_dir=str(tmp_path / "run"))
-    out = capsys.readouterr().out
-    assert result.steps == 4
-    assert result.checkpoint.is_dir()
-    assert "warning: --push_checkpoints: checkpoint-" in out
-    assert "hf upload me/arm" in out
-    assert hub.repos["me/arm"] == [{}]
-
-
-def test_hub_repo_without_checkpoint(hub, made, tmp_path):
-    hub.repos["me/empty"] = [{"README.md": b"nothing"}]
-    with pytest.raises(UserError, match="me/empty: that Hub repo holds no checkpoint-<step> folder"):
-        train(dataset_id=str(made("video")), resume_from_checkpoint="me/empty", output_dir=str(tmp_path / "run"))

@@ -1,0 +1,257 @@
+"""LeRobot's checkpoints in and out, renamed observations, old policies, and networks without Python."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, small
+from safetensors.torch import load_file, save_file
+
+import export
+from checkpoint import read_json
+from config import UserError
+from convert import from_lerobot, to_lerobot
+from infer import load_policy
+from train import train
+
+BIN = Path(sys.executable).parent
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    one, other = load_file(a), load_file(b)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def chunk(folder: Path) -> torch.Tensor:
+    """What the policy in a folder predicts for one observation, by LeRobot's loading code alone."""
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.policies import get_policy_class
+
+    config = PreTrainedConfig.from_pretrained(folder)
+    config.device = "cpu"
+    policy = get_policy_class(config.type).from_pretrained(folder, config=config).eval()
+    torch.manual_seed(0)
+    return policy.predict_action_chunk({key: torch.rand(1, *f.shape) for key, f in config.input_features.items()})
+
+
+@pytest.fixture(scope="module")
+def ours(made, tmp_path_factory):
+    """checkpoint-4 of a run of 6 steps."""
+    output = tmp_path_factory.mktemp("ours") / "run"
+    settings = small("act", dataset_id=[str(made("video"))], steps=6, save_freq=4, lr_schedule="cosine", warmup_steps=2)
+    return train(**settings, output_dir=str(output)).checkpoint.parent / "checkpoint-4"
+
+
+def test_out_and_in_again(ours, tmp_path):
+    """Our checkpoint as LeRobot's and back: weights, optimizer, step, settings and position are what they were."""
+    folder = to_lerobot(ours, tmp_path / "lerobot")
+    assert folder == tmp_path / "lerobot" / "checkpoints" / "000004"
+    assert (folder.parent / "last").resolve() == folder.resolve()
+    back = from_lerobot(folder)
+    assert back.name == ours.name
+    assert same_tensors(ours / "policy.safetensors", back / "policy.safetensors")
+    assert torch.equal(chunk(ours), chunk(folder / "pretrained_model"))
+    one, other = (torch.load(path / "optimizer_state.pth", weights_only=True)["state"] for path in (ours, back))
+    assert all(torch.equal(entry[key], other[i][key]) for i, entry in one.items() for key in entry)
+    states = [read_json(path / "trainer_state.json") for path in (ours, back)]
+    assert [states[0][key] for key in ("step", "samples_seen", "batch_size", "seed")] == [
+        states[1][key] for key in ("step", "samples_seen", "batch_size", "seed")
+    ]
+    configs = [read_json(path / "train_config.json") for path in (ours, back)]
+    for name in ("steps", "lr", "lr_schedule", "warmup_steps", "augment", "dataset_id"):
+        assert configs[0][name] == configs[1][name], name
+    ends = [
+        train(resume_from_checkpoint=str(path), output_dir=str(tmp_path / name), quiet=True).checkpoint
+        for name, path in (("straight", ours), ("round", folder))
+    ]
+    assert same_tensors(*(end / "policy.safetensors" for end in ends))  # the course is the same, to the bit
+
+
+def test_out_refuses_what_is_there(ours, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    assert export.main([str(ours), str(tmp_path / "there"), "--format", "lerobot"]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_lerobot_train_takes_over_and_hands_back(made, tmp_path):
+    """The real lerobot-train: its run goes on here, ours goes on there, with the same actions at each hand-over."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    pairs = [f"--policy.{pair.replace('=none', '=null')}" for pair in SMALL["act"].split()]
+    begin = [
+        str(BIN / "lerobot-train"), "--dataset.repo_id=test/made", f"--dataset.root={made('video')}", "--policy.type=act",
+        "--policy.push_to_hub=false", "--policy.device=cpu", "--batch_size=4", "--steps=6", "--save_freq=4", "--num_workers=0",
+        f"--output_dir={tmp_path / 'theirs'}", "--policy.n_action_steps=4", *pairs,
+    ]  # fmt: skip
+    done = subprocess.run(begin, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = tmp_path / "theirs" / "checkpoints" / "000004"
+    result = train(resume_from_checkpoint=str(theirs), output_dir=str(tmp_path / "here"), quiet=True, save_freq=1)
+    taken = from_lerobot(theirs)
+    assert torch.equal(chunk(theirs / "pretrained_model"), chunk(taken))
+    assert result.steps == 6
+    assert read_json(taken / "trainer_state.json")["samples_seen"] == 16
+
+    folder = to_lerobot(tmp_path / "here" / "checkpoint-5", tmp_path / "there")
+    assert torch.equal(chunk(folder / "pretrained_model"), chunk(tmp_path / "here" / "checkpoint-5"))
+    config = folder / "pretrained_model" / "train_config.json"
+    go_on = [str(BIN / "lerobot-train"), "--resume=true", f"--config_path={config}", "--steps=7"]
+    done = subprocess.run(go_on, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (
+        json.loads((tmp_path / "there/checkpoints/000007/training_state/training_step.json").read_text())["step"] == 7
+    )
+
+
+@pytest.mark.slow
+def test_lerobot_eval_runs_a_checkpoint(tmp_path):
+    """The real lerobot-eval command on a checkpoint-<step> folder, in our environment type."""
+    shipped = Path(__file__).parents[1] / "examples" / "datasets" / "metaworld_drawer_open"
+    settings = small("flow", dataset_id=[str(shipped)], steps=1, save_freq=0, image_size=[64, 64])
+    checkpoint = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
+    command = [
+        str(BIN / "lerobot-eval"), f"--policy.path={checkpoint}", "--env.type=armature_metaworld", "--env.task=drawer-open-v3",
+        "--eval.n_episodes=1", "--eval.batch_size=1", "--policy.device=cpu", f"--output_dir={tmp_path / 'eval'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "pc_success" in (tmp_path / "eval" / "eval_info.json").read_text()
+
+
+def test_renamed_observation(made, tmp_path):
+    """--rename: the policy knows the new name, the arm keeps its own."""
+    settings = small(
+        "flow", dataset_id=[str(made("video"))], steps=1, rename=["observation.images.top=observation.images.cam"]
+    )
+    checkpoint = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
+    policy = load_policy(checkpoint, device="cpu")
+    assert "observation.images.cam" in policy.policy.config.input_features
+    picture = np.zeros((64, 96, 3), np.uint8)
+    assert policy.act({"observation.images.top": picture, "observation.state": np.zeros(3)}).shape == (3,)
+    with pytest.raises(UserError, match=r"it has no such observation, did you mean 'observation.images.top'"):
+        train(**{**settings, "rename": ["observation.images.tip=x"]}, output_dir=str(tmp_path / "wrong"))
+
+
+@pytest.mark.slow
+def test_old_policy_is_migrated(ours, made, tmp_path):
+    """A policy of before processors, whose normalisation lies in its weights, is fine-tuned and acts."""
+    old = tmp_path / "old"
+    old.mkdir()
+    weights = load_file(ours / "policy.safetensors")
+    stats = {"observation_state": 3, "action": 3}
+    for name, size in stats.items():
+        for holder in ("normalize_inputs",) if name != "action" else ("normalize_targets", "unnormalize_outputs"):
+            weights |= {
+                f"{holder}.buffer_{name}.{what}": torch.full((size,), v) for what, v in (("mean", 0.5), ("std", 2.0))
+            }
+    weights |= {
+        f"normalize_inputs.buffer_observation_images_top.{what}": torch.full((3, 1, 1), 0.5) for what in ("mean", "std")
+    }
+    save_file(weights, old / "model.safetensors")
+    (old / "config.json").write_text((ours / "config.json").read_text())
+    policy = load_policy(old, device="cpu")
+    assert policy.act(
+        {"observation.images.top": np.zeros((64, 96, 3), np.uint8), "observation.state": np.zeros(3)}
+    ).shape == (3,)
+    settings = small("act", dataset_id=[str(made("video"))], steps=1, policy_args=None, policy_path=str(old))
+    assert train(**settings, output_dir=str(tmp_path / "run")).steps == 1
+
+
+@pytest.mark.parametrize(("policy", "kind"), [("flow", "torchscript"), ("flow", "torch-export"), ("act", "torchscript"),
+    pytest.param("flow", "onnx", marks=pytest.mark.slow), pytest.param("act", "onnx", marks=pytest.mark.slow)])  # fmt: skip
+def test_export(ours, made, tmp_path, policy, kind, capsys):
+    """The written file computes the policy's chunk to 1e-4, and says how to normalise."""
+    if policy == "flow":
+        ours = train(
+            **small("flow", dataset_id=[str(made("video"))], steps=1), output_dir=str(tmp_path / "run")
+        ).checkpoint
+    path = tmp_path / ("net.onnx" if kind == "onnx" else "net.pt")
+    assert export.main([str(ours), str(path), "--format", kind]) == 0, capsys.readouterr().err
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert about["largest_difference"] < 1e-4
+    assert about["unnormalise"]["action"]["mode"] == "MEAN_STD"
+    assert path.stat().st_size > 10_000
+
+
+def test_export_tells_what_does_not_export(made, tmp_path, capsys):
+    checkpoint = train(
+        **small("diffusion", dataset_id=[str(made("video"))], steps=1), output_dir=str(tmp_path / "run")
+    ).checkpoint
+    assert export.main([str(checkpoint), str(tmp_path / "x.pt"), "--format", "torchscript"]) == 2
+    assert "policy diffusion with these settings does not export" in capsys.readouterr().err
+    assert not (tmp_path / "x.pt").exists()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on this machine that huggingface_hub talks to, and no other."""
+    from hub_server import Hub
+    from huggingface_hub import constants, hf_api
+
+    import hub as module
+
+    server = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(module, "WAITS", (0.05, 0.05))
+    yield server
+    server.server.shutdown()
+
+
+def test_hub_up_and_down(hub, made, tmp_path, capsys):
+    """Checkpoints as they are made, the final policy with its card, refusals tried again; resumed from there, to the bit."""
+    settings = small("flow", dataset_id=[str(made("video"))], push_to_hub="me/arm", push_checkpoints=True, quiet=False)
+    hub.failures = 1
+    whole = train(**settings, output_dir=str(tmp_path / "run"))
+    assert "uploaded to" in capsys.readouterr().out
+    files = hub.repos["me/arm"][-1]
+    assert {
+        "README.md",
+        "model.safetensors",
+        "checkpoint-4/manifest.json",
+        "checkpoint-2/optimizer_state.pth",
+    } <= files.keys()
+    assert not any(b"hf_secret" in data for data in files.values())
+    assert "Bearer hf_secret" in hub.tokens
+    go_on = {
+        "resume_from_checkpoint": "me/arm",
+        "steps": 6,
+        "quiet": True,
+        "push_to_hub": None,
+        "push_checkpoints": False,
+    }
+    ends = [
+        train(**go_on | {"resume_from_checkpoint": source}, output_dir=str(tmp_path / name)).checkpoint
+        for name, source in (("hub", "me/arm"), ("disk", str(whole.checkpoint)))
+    ]
+    assert same_tensors(*(end / "policy.safetensors" for end in ends))
+    assert load_policy("me/arm", device="cpu").policy.config.type == "flow"
+
+
+def test_hub_that_refuses_does_not_fail_the_run(hub, made, tmp_path, capsys):
+    settings = small("flow", dataset_id=[str(made("video"))], push_to_hub="me/arm", push_checkpoints=True)
+    hub.failures = 1000
+    result = train(**settings, output_dir=str(tmp_path / "run"))
+    out = capsys.readouterr().out
+    assert result.steps == 4
+    assert result.checkpoint.is_dir()
+    assert "warning: --push_checkpoints: checkpoint-" in out
+    assert "hf upload me/arm" in out
+    assert hub.repos["me/arm"] == [{}]
+
+
+def test_hub_repo_without_checkpoint(hub, made, tmp_path):
+    hub.repos["me/empty"] = [{"README.md": b"nothing"}]
+    with pytest.raises(UserError, match="me/empty: that Hub repo holds no checkpoint-<step> folder"):
+        train(dataset_id=str(made("video")), resume_from_checkpoint="me/empty", output_dir=str(tmp_path / "run"))
