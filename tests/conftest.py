@@ -1,5 +1,6 @@
 """Datasets to test on: the shipped one, real data where it is at hand, and small ones made here."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -32,6 +33,16 @@ def cr5():
     if not (REAL / "cr5_banana").is_dir():
         pytest.skip(f"no real data: {REAL}/cr5_banana is missing (ARMATURE_REAL_DATA names its folder)")
     return REAL / "cr5_banana"
+
+
+@contextlib.contextmanager
+def usual_scheduling():
+    """Undo what SVT-AV1's encoder does to its caller as root: a real-time thread, whose peers' spinning starves every other."""
+    there = hasattr(os, "sched_setscheduler")  # not on macOS
+    before = (os.sched_getscheduler(0), os.sched_getparam(0)) if there else ()
+    yield
+    if there:
+        os.sched_setscheduler(0, *before)
 
 
 def record(root: Path, *, cameras=("top",), video=True, lengths=(13, 9, 11), state_dims=3, files_mb=None) -> Path:
@@ -89,7 +100,8 @@ def made(tmp_path_factory):
 
     def make(name: str) -> Path:
         if name not in folders:
-            folders[name] = record(tmp_path_factory.mktemp("made") / name, **kinds[name])
+            with usual_scheduling():
+                folders[name] = record(tmp_path_factory.mktemp("made") / name, **kinds[name])
         return folders[name]
 
     return make
