@@ -4,6 +4,7 @@ LeRobot's layout is checkpoints/<step>/{pretrained_model,training_state}; ours i
 """
 
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -36,7 +37,7 @@ def lerobot_checkpoint(asked: str | None) -> Path | None:
 def from_lerobot(folder: Path) -> Path:
     """A checkpoint of lerobot-train as one of ours, in the user's cache.
 
-    The run goes on at sample step x batch x processes of our order, where LeRobot's own resume begins an epoch anew or repeats one.
+    The run goes on at sample step x batch x processes of our order; LeRobot's own resume would repeat its first epoch's in every later one.
 
     Args:
         folder: checkpoints/<step>, which holds pretrained_model and training_state.
@@ -94,10 +95,13 @@ def from_lerobot(folder: Path) -> Path:
 def settings_of(theirs: dict, folder: Path) -> dict:
     """Our settings for LeRobot's train_config.json."""
     dataset = theirs["dataset"]
+    name, episodes = dataset.get("root") or dataset["repo_id"], as_text(dataset.get("episodes"))
     settings = {
-        "dataset_id": [dataset.get("root") or dataset["repo_id"]],
+        "dataset_id": [name],
         "revision": dataset.get("revision"),
-        "episodes": dataset.get("episodes"),
+        "episodes": episodes,
+        "val_episodes": held_out(name, dataset.get("revision"), episodes, dataset.get("eval_split") or 0.0),
+        "rename": [f"{old}={new}" for old, new in (theirs.get("rename_map") or {}).items()] or None,
         "imagenet_stats": "on" if dataset.get("use_imagenet_stats", True) else "off",
         "augment": bool((dataset.get("image_transforms") or {}).get("enable")),
         **{name: theirs[name] for name in ("batch_size", "steps", "seed", "log_freq", "save_freq") if name in theirs},
@@ -115,6 +119,22 @@ def settings_of(theirs: dict, folder: Path) -> dict:
     return settings
 
 
+def as_text(episodes: list[int] | None) -> str | None:
+    return ",".join(map(str, episodes)) if episodes else None
+
+
+def held_out(name: str, revision: str | None, episodes: str | None, fraction: float) -> str | None:
+    """The episodes that lerobot-train's dataset.eval_split holds out: the last of each task."""
+    if not fraction:
+        return None
+    from data.source import open_dataset
+
+    source, by_task = open_dataset(name, None, revision, episodes), {}
+    for episode in source.episodes:
+        by_task.setdefault(source.meta.episodes["tasks"][episode][0], []).append(episode)
+    return as_text(sorted(e for some in by_task.values() for e in some[len(some) - math.ceil(len(some) * fraction) :]))
+
+
 def to_lerobot(checkpoint: Path, output: Path) -> Path:
     """A checkpoint-<step> as `output`/checkpoints/<step>, which `lerobot-train --resume=true` continues.
 
@@ -127,9 +147,11 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
     from lerobot.configs.train import TrainPipelineConfig
     from lerobot.transforms import ImageTransformsConfig
 
+    from build import build_source
     from optim import make_schedule
     from policy import build_policy, load_policy_config
-    from processors import load_processors
+    from processors import load_processors, parse_rename
+    from validation import split
     from world import World
 
     if output.exists():
@@ -142,24 +164,25 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
     known = {name: value for name, value in read_json(checkpoint / "train_config.json").items() if name in FIELDS}
     config, standing = TrainConfig(**known), read_json(checkpoint / "trainer_state.json")
     policy_config = load_policy_config(checkpoint, None, "cpu")
+    for refused, why in ((len(config.dataset_id) > 1, "several datasets"), (policy_config.use_peft, "adapters")):
+        if refused:
+            raise UserError(f"{checkpoint.name} was trained with {why}, which lerobot-train cannot resume")
     policy = build_policy(policy_config, None, checkpoint)
     name, step = config.dataset_id[0], step_of(checkpoint) or standing["step"]
     root = str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else config.dataset_root
-    episodes = None
-    if config.episodes:
-        from data.source import open_dataset
-
-        episodes = open_dataset(name, config.dataset_root, config.revision, config.episodes).episodes
+    source = build_source(config)
+    kept = [source.episodes[i] for i in split(source, config)[0]]  # LeRobot holds out the last ones, if any
     theirs = TrainPipelineConfig(
         dataset=DatasetConfig(
             repo_id="/".join(Path(name).parts[-2:]) if root else name,
             root=root,
-            episodes=episodes,
+            episodes=kept if len(kept) < source.meta.total_episodes else None,
             revision=config.revision,
             use_imagenet_stats=config.imagenet_stats == "on",
             image_transforms=ImageTransformsConfig(enable=bool(config.augment)),
         ),
         policy=policy_config,
+        rename_map=parse_rename(config.rename),
         output_dir=output,
         job_name=f"armature_{policy_config.type}",
         seed=config.seed,
@@ -213,9 +236,9 @@ def policy_folder(folder: Path) -> Path:
     Raises:
         UserError: the migration fails.
     """
-    folder = folder / "pretrained_model" if (folder / "pretrained_model").is_dir() else folder
     from safetensors import SafetensorError, safe_open
 
+    folder = folder / "pretrained_model" if (folder / "pretrained_model").is_dir() else folder
     try:
         with safe_open(folder / "model.safetensors", "pt") as file:
             old = any(name.startswith(("normalize_inputs", "unnormalize_outputs")) for name in file.keys())  # noqa: SIM118

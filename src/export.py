@@ -18,6 +18,7 @@ import numpy as np
 from config import UserError, one_line
 
 TOLERANCE = 1e-4  # of the largest difference from the policy, in normalised actions
+INT8_TOLERANCE = 0.1  # the same of --int8
 FORMATS = ("lerobot", "onnx", "torchscript", "torch-export")
 
 
@@ -91,7 +92,7 @@ def export(policy, path: Path, kind: str):
 
 def to_onnx(core, example: tuple, path: Path, names: list[str]):
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  (torch's exporter is built on it)
     except ImportError as error:
         raise UserError(f"--format onnx needs {error.name}: uv pip install onnx onnxruntime onnxscript") from error
@@ -108,8 +109,16 @@ def to_onnx(core, example: tuple, path: Path, names: list[str]):
         external_data=False,
         verbose=False,
     )
+    return onnx_runner(path)
+
+
+def onnx_runner(path: Path):
+    """A function from numpy inputs in order to the chunk, as onnxruntime computes the file."""
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda *inputs: session.run(None, dict(zip(spelt, inputs, strict=True)))[0]
+    names = [put.name for put in session.get_inputs()]
+    return lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))[0]
 
 
 def check(run, core, example, runs: int = 20) -> tuple[float, float, float]:
@@ -166,7 +175,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("output", type=Path, help="a new folder for lerobot, else the file to write")
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument(
-        "--int8", action="store_true", help="with onnx: weights in 8 bits, kept if the error is told and bearable"
+        "--int8",
+        action="store_true",
+        help=f"with onnx: weights in 8 bits, written if they are off by {INT8_TOLERANCE:g} at most",
     )
     args = parser.parse_args(argv)
     try:
@@ -197,14 +208,10 @@ def write(args) -> int:
     try:
         run, core, names, example = export(loaded.policy, fresh, args.format)
         worst, mine, theirs = check(run, core, example)
-        if not worst <= TOLERANCE:
-            raise UserError(
-                f"{args.format}: the export differs from the policy by {worst:.2g}, allowed is {TOLERANCE:g}: not written"
-            )
+        require(worst, TOLERANCE, args.format)
         if args.int8:
-            run, small = quantised(fresh, names), worst
-            worst, mine, theirs = check(run, core, example)
-            print(f"int8: differs from the policy by {worst:.2g} standard deviations at most (fp32: {small:.1g})")
+            worst, mine, theirs = check(quantised(fresh), core, example)
+            require(worst, INT8_TOLERANCE, "--int8")
         fresh.replace(args.output)
     except (RuntimeError, OSError) as error:
         raise UserError(
@@ -219,17 +226,21 @@ def write(args) -> int:
     return 0
 
 
-def quantised(path: Path, names: list[str]):
-    """The ONNX file with its weights in 8 bits, in its place."""
-    import onnxruntime
+def require(worst: float, allowed: float, what: str) -> None:
+    if not worst <= allowed:  # nan as well
+        raise UserError(
+            f"{what}: the export differs from the policy by {worst:.2g}, allowed is {allowed:g}: not written"
+        )
+
+
+def quantised(path: Path):
+    """The ONNX file with its weights in 8 bits, in its place; a runner of it."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     smaller = path.with_name(f"{path.name}.int8")
     quantize_dynamic(str(path), str(smaller), weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
     smaller.replace(path)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    spelt = [name.replace(".", "_") for name in names]
-    return lambda *inputs: session.run(None, dict(zip(spelt, inputs, strict=True)))[0]
+    return onnx_runner(path)
 
 
 if __name__ == "__main__":

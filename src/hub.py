@@ -34,7 +34,7 @@ def told_as_user_errors(what: str):
         raise UserError(f"{what}: the Hub refuses it ({one_line(error)[:200]})") from error
 
 
-def fetch(repo: str, what: str, patterns: list[str] | None = None) -> Path:
+def fetch(repo: str, what: str) -> Path:
     """The folder itself if `repo` is one, else a snapshot of that Hub repo (user/name or user/name@revision)."""
     folder = Path(repo).expanduser()
     if folder.is_dir():
@@ -45,7 +45,7 @@ def fetch(repo: str, what: str, patterns: list[str] | None = None) -> Path:
 
     repo_id, _, revision = repo.partition("@")
     with told_as_user_errors(f"{what} {repo}"):
-        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns))
+        return Path(snapshot_download(repo_id, revision=revision or None))
 
 
 def create_repo(repo: str) -> None:

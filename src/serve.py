@@ -14,9 +14,9 @@ unpickles what it is sent, and does not know flow.
 
 import argparse
 import sys
-import threading
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -77,7 +77,8 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, policy, address: tuple[str, int], max_bytes: int):
-        self.policy, self.max_bytes, self.lock = policy, max_bytes, threading.Lock()
+        self.policy, self.max_bytes = policy, max_bytes
+        self.thread = ThreadPoolExecutor(1, "policy")  # torch keeps its helpers by thread, and connections come and go
         self.milliseconds: deque = deque(maxlen=1000)
         super().__init__(address, Handler)
 
@@ -95,14 +96,12 @@ class Server(ThreadingHTTPServer):
         if not isinstance(observation, dict):
             raise UserError(f"an observation is a dict of names to arrays, got {type(observation).__name__}")
         begun = time.perf_counter()
-        with self.lock:
-            action = self.policy.act(observation)
+        action = self.thread.submit(self.policy.act, observation).result()
         self.milliseconds.append(1000 * (time.perf_counter() - begun))
         return action
 
     def reset_policy(self) -> None:
-        with self.lock:
-            self.policy.reset()
+        self.thread.submit(self.policy.reset).result()
 
 
 class Handler(BaseHTTPRequestHandler):

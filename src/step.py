@@ -36,19 +36,21 @@ class Learner:
             torch._inductor.config.fallback_random = True  # noise and dropout as they are uncompiled
             torch._dynamo.config.capture_scalar_outputs = True  # a policy's .item() breaks no graph
             policy.compile()
-        share = config.batch_size // (world.size * config.grad_accumulation_steps)
+        share = world.share(config.batch_size, config.grad_accumulation_steps) // config.grad_accumulation_steps
         self.model, self.optimizer = world.wrap(policy, optimizer, self.clip_norm, share)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.start_over(config)
+        self._begin(config)
 
-    def start_over(self, config: TrainConfig) -> None:
-        """As if no step had been taken, but for the weights."""
+    def _begin(self, config: TrainConfig) -> None:
         self.config = config
-        if self.world.kind != "DeepSpeed":  # whose state is made with the engine
-            self.optimizer.state.clear()
         self.scaler = make_scaler(config.precision, self.world.device)
         self.average = Average(self.policy, config.ema_decay, self.world.kind == "DeepSpeed")
         self.factor = make_schedule(self.policy, config)
+
+    def start_over(self, config: TrainConfig) -> None:
+        """As if no step had been taken, but for the weights."""
+        self.optimizer.state.clear()
+        self._begin(config)
 
     def load(self, checkpoint, scaler: dict) -> None:
         """Take over a checkpoint's trained weights, where the policy has loaded their average, and the optimizer's state."""
@@ -124,9 +126,6 @@ class Learner:
 
 def parts_of(batch: dict, count: int):
     """The batch in `count` equal parts."""
-    if count == 1:
-        yield batch
-        return
     size = len(batch["sample"]) // count
     for start in range(0, size * count, size):
         yield {key: item[start : start + size] for key, item in batch.items()}

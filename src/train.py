@@ -74,7 +74,6 @@ class Run:
         fresh = resumed is None and config.policy_path is None
         self.config = config = with_preset(config, source.meta, self.device, fresh)
         world.check(config)
-        world.share(config.batch_size, config.grad_accumulation_steps)
         kept, held_out = split(source, config)
         runtime.seed_all(config.seed, runtime.INIT)
         self.policy, self.preprocess, self.postprocess = build_parts(config, resumed, source, self.device)

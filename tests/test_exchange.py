@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,41 @@ def test_out_refuses_what_is_there(ours, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     assert export.main([str(ours), str(tmp_path / "there"), "--format", "lerobot"]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_episodes_and_names_go_both_ways(made, tmp_path):
+    """Held-out episodes stay out there, and LeRobot's own split and rename_map hold here."""
+    settings = small(
+        "act",
+        dataset_id=[str(made("video"))],
+        steps=1,
+        val_episodes="1",
+        rename=["observation.images.top=observation.images.cam"],
+    )
+    checkpoint = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
+    folder = to_lerobot(checkpoint, tmp_path / "lerobot")
+    path = folder / "pretrained_model" / "train_config.json"
+    config = read_json(path)
+    total = read_json(made("video") / "meta" / "info.json")["total_episodes"]
+    assert config["dataset"]["episodes"] == [i for i in range(total) if i != 1]
+    assert config["rename_map"] == {"observation.images.top": "observation.images.cam"}
+    path.write_text(json.dumps({**config, "dataset": {**config["dataset"], "eval_split": 0.4}}))
+    settings = read_json(from_lerobot(folder) / "train_config.json")
+    assert settings["rename"] == ["observation.images.top=observation.images.cam"]
+    assert settings["episodes"] == ",".join(str(i) for i in range(total) if i != 1)
+    assert settings["val_episodes"] == str(total - 1)
+
+
+@pytest.mark.parametrize(("changed", "why"), [
+    ("train_config.json", "several datasets"), ("config.json", "adapters")])  # fmt: skip
+def test_out_refuses_what_lerobot_has_no_place_for(ours, tmp_path, changed, why):
+    folder = tmp_path / ours.name
+    shutil.copytree(ours, folder)
+    content = read_json(folder / changed)
+    content |= {"use_peft": True} if why == "adapters" else {"dataset_id": content["dataset_id"] * 2}
+    (folder / changed).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"was trained with {why}, which lerobot-train cannot resume"):
+        to_lerobot(folder, tmp_path / "lerobot")
 
 
 @pytest.mark.slow
@@ -176,6 +212,21 @@ def test_export(ours, made, tmp_path, policy, kind, capsys):
     assert about["largest_difference"] < 1e-4
     assert about["unnormalise"]["action"]["mode"] == "MEAN_STD"
     assert path.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_int8_is_written_if_it_is_close(ours, tmp_path, capsys, monkeypatch):
+    sizes = {}
+    for name, flags in (("whole", []), ("small", ["--int8"])):
+        path = tmp_path / f"{name}.onnx"
+        assert export.main([str(ours), str(path), "--format", "onnx", *flags]) == 0, capsys.readouterr().err
+        sizes[name] = path.stat().st_size
+        assert read_json(path.with_suffix(".json"))["largest_difference"] < 0.1
+    assert sizes["small"] < sizes["whole"]
+    monkeypatch.setattr(export, "INT8_TOLERANCE", 1e-9)
+    assert export.main([str(ours), str(tmp_path / "no.onnx"), "--format", "onnx", "--int8"]) == 2
+    assert "--int8: the export differs from the policy by" in capsys.readouterr().err
+    assert not (tmp_path / "no.onnx").exists()
 
 
 def test_export_tells_what_does_not_export(made, tmp_path, capsys):
