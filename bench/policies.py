@@ -5,7 +5,8 @@
 Each policy is a file in configs/. A run is as long as the last of --minutes, its schedule ends with it, and it is tried at each
 of them over the same episodes from the same seeds. Minutes are turned into steps by the speed that is measured first, before
 anything else runs, so that load on the machine later changes no result; start-up is left out for all of them.
-What is in --output_dir already is not done again: remove a part of it to repeat that part.
+What is in --output_dir already is not done again: remove a part of it to repeat that part. Its points.json gathers what every call
+has measured, and --picture draws all of that; call it once for each number of minutes where each is to have its own schedule.
 """
 
 import argparse
@@ -118,25 +119,41 @@ def success(checkpoint: Path, task: str, episodes: int, work: Path) -> dict:
     return {key: result[key] for key in ("successes", "num_episodes", "success_rate", "success_low", "success_high")}
 
 
-def picture(path: str, points: list[dict], tasks: list[str], policies: list[str]) -> None:
+def gather(path: Path, points: list[dict]) -> list[dict]:
+    """The points of a file and these, which take the place of those of the same runs; written back."""
+    key = ("task", "policy", "seed", "minutes", "of_minutes")
+    known = json.loads(path.read_text()) if path.exists() else []
+    every = {tuple(point[name] for name in key): point for point in known + points}
+    together = [every[name] for name in sorted(every)]
+    path.write_text(json.dumps(together, indent=1))
+    return together
+
+
+def picture(path: str, points: list[dict]) -> None:
+    """Success over minutes, a panel a task, a colour a policy, a line a run."""
     from page import COLOURS, new_figure
 
-    figure = new_figure(4.2 * len(tasks), 3.4)
+    tasks, policies = (sorted({point[name] for point in points}) for name in ("task", "policy"))
+    figure = new_figure(4.2 * len(tasks), 3.6)
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    runs: dict[tuple, list[dict]] = {}
+    for point in points:
+        runs.setdefault((point["task"], point["policy"], point["seed"], point["of_minutes"]), []).append(point)
+    for (task, policy, _, _), run in runs.items():
+        i = policies.index(policy)
+        at = [p["minutes"] + 0.15 * (i - len(policies) / 2) for p in run]  # side by side, where they would hide
+        rates = [p["success_rate"] for p in run]
+        below = [max(0, p["success_rate"] - p["success_low"]) for p in run]
+        above = [max(0, p["success_high"] - p["success_rate"]) for p in run]
+        style = {"color": COLOURS[i], "marker": "o", "markersize": 4, "capsize": 3}
+        panels[tasks.index(task)].errorbar(at, rates, (below, above), **style)
+    last = max(point["minutes"] for point in points)
     for axes, task in zip(panels, tasks, strict=True):
-        for i, policy in enumerate(policies):
-            mine = [p for p in points if (p["task"], p["policy"]) == (task, policy)]
-            at = [p["minutes"] + 0.15 * (i - len(policies) / 2) for p in mine]  # side by side, where they would hide
-            rates = [p["success_rate"] for p in mine]
-            below = [max(0, p["success_rate"] - p["success_low"]) for p in mine]
-            above = [max(0, p["success_high"] - p["success_rate"]) for p in mine]
-            axes.errorbar(
-                at, rates, (below, above), color=COLOURS[i], marker="o", markersize=4, capsize=3, label=policy
-            )
-        axes.set(xlabel="minutes of training", title=task, ylim=(-0.03, 1.03))
+        axes.set(xlabel="minutes of training", title=task, xlim=(0, 1.1 * last), ylim=(-0.03, 1.03))
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("success rate, 95 % interval")
-    panels[-1].legend()
+    names = [panels[0].plot([], [], color=COLOURS[i], marker="o", label=name)[0] for i, name in enumerate(policies)]
+    figure.legend(handles=names, loc="outside lower center", ncols=len(policies))
     figure.savefig(path, dpi=110)
 
 
@@ -162,15 +179,14 @@ def main() -> None:
                 run = work / task / f"{policy}_{minutes[-1]}min_{seed}"
                 for m, steps, checkpoint in train(policy, data, run, seconds[policy], minutes, seed):
                     result = success(checkpoint, task, args.num_episodes, run / f"evaluation_{steps}")
-                    points.append(
-                        {"task": task, "policy": policy, "seed": seed, "minutes": m, "steps": steps, **result}
-                    )
+                    place = {"task": task, "policy": policy, "seed": seed, "minutes": m, "of_minutes": minutes[-1]}
+                    points.append({**place, "steps": steps, **result})
                     interval = f"{result['success_low']:.0%} to {result['success_high']:.0%}"
                     count = f"{result['successes']} / {result['num_episodes']}"
                     print(f"{task:<25}{policy:<13}{seed:>5}{m:>9}{steps:>8}{count:>10}   {interval}", flush=True)
-    (work / "points.json").write_text(json.dumps(points, indent=1))
+    points = gather(work / "points.json", points)
     if args.picture:
-        picture(args.picture, points, args.tasks, args.policies)
+        picture(args.picture, points)
 
 
 if __name__ == "__main__":
