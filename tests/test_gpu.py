@@ -1,0 +1,65 @@
+"""On a GPU: resume is exact there too, and what is only faster there changes no result."""
+
+import json
+
+import pytest
+import torch
+from conftest import small
+from test_resume import assert_same_run
+from test_world import ACT
+
+from train import train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here"),
+    pytest.mark.filterwarnings("ignore"),  # --deterministic has torch tell which kernels cannot be
+]
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """Train on the GPU with the same bits every time."""
+
+    def run(name: str, policy: str, **settings):
+        fixed = {"dataset_id": [str(made("two_cameras"))], "device": "cuda", "deterministic": True}
+        return train(**{**small(policy), **fixed, **settings}, output_dir=str(tmp_path / name))
+
+    return run
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("policy", ["act", "diffusion", "flow"])
+def test_resumes_to_the_bit(run, tmp_path, policy, precision):
+    whole = run("whole", policy, precision=precision, augment=True)
+    train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"), output_dir=str(tmp_path / "part"), quiet=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "part", whole.steps)
+
+
+@pytest.mark.parametrize("other", [{"frame_cache": "device"}, {"frame_cache": "off"}, {"save_async": "off"}])
+def test_what_is_only_faster_changes_no_bit(run, tmp_path, other):
+    run("plain", "act", frame_cache="on")
+    run("other", "act", **{"frame_cache": "on", **other})
+    assert_same_run(tmp_path / "plain", tmp_path / "other", 4)
+
+
+def test_losses_are_those_of_the_cpu(run):
+    """Without dropout and noise, in fp32 without TF32."""
+    settings = {**ACT, "precision": "fp32", "steps": 4}
+    courses = [[line["loss"] for line in run(d, "act", **settings, device=d).history] for d in ("cpu", "cuda")]
+    assert courses[1] == pytest.approx(courses[0], rel=1e-3)
+
+
+def test_auto_is_bf16_where_the_gpu_has_it(run):
+    saved = json.loads((run("run", "flow").checkpoint / "train_config.json").read_text())
+    assert saved["precision"] == ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["act", "flow"])
+def test_compiled_losses_are_close(run, policy):
+    settings = {**(ACT if policy == "act" else {"policy_args": ["size=tiny"], "log_freq": 1}), "precision": "fp32"}
+    plain, compiled = (run(str(c), policy, **settings, compile=c, steps=3, save_freq=0) for c in (False, True))
+    assert [line["loss"] for line in compiled.history] == pytest.approx(
+        [line["loss"] for line in plain.history], rel=1e-2
+    )
