@@ -55,7 +55,7 @@ def lerobot_save(run, folder: Path) -> float:
 
     cfg = TrainPipelineConfig(dataset=DatasetConfig(repo_id="bench/data"), policy=run.policy.config)
     parts = {"preprocessor": run.preprocess, "postprocessor": run.postprocess}
-    return timed(lambda: save_checkpoint(folder, run.step, cfg, run.policy, run.optimizer, **parts))
+    return timed(lambda: save_checkpoint(folder, run.step, cfg, run.policy, run.learner.optimizer, **parts))
 
 
 def size_of(folder: Path) -> int:

@@ -1,6 +1,6 @@
 """Record demonstrations of a Meta-World task by its scripted expert into a LeRobot v3.0 dataset, without a screen.
 
-    python examples/record_metaworld.py --task drawer-open-v3 --episodes 40 --output outputs/drawer_open
+    python examples/record_metaworld.py --task drawer-open-v3 --episodes 40 --output outputs/demonstrations
 
 The n-th attempt starts from seed + n (object and goal positions, noise), so the same command gives the same states and
 actions. Only successes are kept. Noise is executed, not recorded: `action` is what the expert wants to do from where

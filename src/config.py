@@ -88,7 +88,9 @@ class TrainConfig:
         metavar="OLD=NEW",
     )
 
-    policy: str = setting("policy", "act", "any policy that LeRobot knows: act, diffusion, vqbet, smolvla, pi0, ...")
+    policy: str = setting(
+        "policy", "act", "flow (ours), or any that LeRobot knows: act, diffusion, vqbet, smolvla, pi0, ..."
+    )
     policy_path: Optional[str] = setting("policy", None, "fine-tune from this LeRobot checkpoint: a folder or a Hub id")
     policy_args: Optional[List[str]] = setting(
         "policy",

@@ -65,7 +65,7 @@ class LoadedPolicy:
             return self.postprocess(self.policy.select_action(self.preprocess(batch)))
 
     def fit_to_latency(self, fps: float, runs: int = 30) -> tuple[float, int]:
-        """Measure how long a chunk takes, and carry out at least the actions that are due meanwhile, so that the arm never waits.
+        """Measure how long a chunk takes, and carry out at least as many actions of each as are due in that time.
 
         A policy that blends a chunk into the next (flow) blends over as many.
 

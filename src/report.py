@@ -238,7 +238,7 @@ def header(source, held_out, policy, config, world, start: int, output_dir: Path
     came = f", resumed from {resumed_from.name}" if resumed_from else ""
     lines = [
         f"dataset   {source.name}: {len(source.episodes)} episodes, {source.rows:,} frames at {meta.fps:g} fps",
-        f"          {len(held_out)} episodes are held out for validation" if len(held_out) else None,
+        f"          held out for validation: {episodes_text(source, held_out)}" if len(held_out) else None,
         f"          task {tasks[0]!r}" + (f" and {len(tasks) - 1} more" if len(tasks) > 1 else "") if tasks else None,
         f"          cameras {cameras + size if cameras else 'none'}; {dims}",
         f"policy    {policy.name}, {weights / 1e6:.1f}M parameters{frozen}, {config.precision}, on {where}",
@@ -249,6 +249,13 @@ def header(source, held_out, policy, config, world, start: int, output_dir: Path
         f"saves to  {output_dir}",
     ]
     return "\n".join(line for line in lines if line)
+
+
+def episodes_text(source, positions, most: int = 8) -> str:
+    """The episodes at some positions of a dataset: "4 episodes (3, 7, 12, 20)"; of many, the first few."""
+    names = [str(source.episodes[i]) for i in positions[:most].tolist()]
+    more = ", ..." if len(positions) > most else ""
+    return f"{len(positions)} episode{'s' * (len(positions) > 1)} ({', '.join(names)}{more})"
 
 
 class Stopwatch:

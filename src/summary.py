@@ -99,7 +99,7 @@ def model_card(checkpoint: Path) -> str:
     return f"""{front}
 # {info["policy"]} on {name}
 
-Trained with Armature; a LeRobot policy, which `lerobot-eval --policy.path=` and `lerobot-record --policy.path=` load as it is.
+Trained with Armature; a LeRobot policy, which `lerobot-eval --policy.path=` and `lerobot-rollout --policy.path=` load as it is.
 
 | | |
 | --- | --- |

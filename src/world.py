@@ -134,7 +134,13 @@ class World:
         if self.kind == "DDP":
             return self.accelerator.prepare_model(policy), optimizer
         if self.kind == "FSDP":
-            model, optimizer = self.accelerator.prepare(policy, optimizer)
+            try:
+                model, optimizer = self.accelerator.prepare(policy, optimizer)
+            except ValueError as error:
+                raise UserError(
+                    f"FSDP: {error}: have fsdp_transformer_layer_cls_to_wrap name layers of policy {policy.name}, or set "
+                    "fsdp_auto_wrap_policy to NO_WRAP"
+                ) from error
             return model, optimizer.optimizer
         return policy, optimizer
 
