@@ -23,7 +23,7 @@ def fix_steps(run) -> TrainConfig:
     policy.load_state_dict(weights)
     config = replace(config, steps=max(1, round(60 * config.minutes / seconds)))
     run.learner.start_over(config)
-    run.report.steps = config.steps
+    run.report.set_steps(config.steps)
     run.report.say(f"{config.minutes:g} minutes are {config.steps:,} steps of {seconds:.3f} s")
     return config
 

@@ -22,6 +22,7 @@ from processors import (
     parse_rename,
     policy_features,
     resize_of,
+    set_rename,
     stats_problems,
     usable_stats,
     window_deltas,
@@ -32,14 +33,19 @@ from runtime import threads
 def build_source(config: TrainConfig):
     """The dataset, or several as one, with the episodes to train on and those held out."""
     chosen = ",".join(text for text in (config.episodes, config.val_episodes) if text) if config.episodes else None
-    return unite([open_dataset(name, config.dataset_root, config.revision, chosen) for name in config.dataset_id])
+    root, several = config.dataset_root, len(config.dataset_id) > 1
+    roots = [str(Path(root) / name) if root and several else root for name in config.dataset_id]
+    named = zip(config.dataset_id, roots, strict=True)
+    return unite([open_dataset(name, root, config.revision, chosen) for name, root in named])
 
 
 def with_preset(config: TrainConfig, meta, device, fresh: bool) -> TrainConfig:
     """The settings, those that were not given filled in: as a fresh policy's own preset has them, else as lerobot-train has."""
     preset = {"batch_size": 8, "ema_decay": 0.0, "augment": False}
     if fresh and hasattr(kind := policy_class(config.policy), "training_preset"):
-        preset |= kind.training_preset(device.type, [meta.features[key]["shape"][:2] for key in meta.camera_keys])
+        preset |= kind.training_preset(
+            device.type, [f.shape[1:] for f in policy_features(meta, None)[0].values() if f.type.value == "VISUAL"]
+        )
     return replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
 
 
@@ -52,7 +58,10 @@ def build_parts(config: TrainConfig, resumed: Path | None, source, device):
     folder = resumed or (hub.fetch(config.policy_path, "--policy_path") if config.policy_path else None)
     folder = folder if resumed or folder is None else policy_folder(folder)
     rename = parse_rename(config.rename)
-    inputs, outputs = policy_features(source.meta, config.image_size)
+    size = config.image_size
+    if size is None and folder and not resumed and has_processors(folder):
+        size = resize_of(load_processors(folder, "cpu")[0])
+    inputs, outputs = policy_features(source.meta, size)
     if wrong := [
         f"--rename {old}: it has no such observation{nearest(old, inputs)}" for old in rename if old not in inputs
     ]:
@@ -64,12 +73,17 @@ def build_parts(config: TrainConfig, resumed: Path | None, source, device):
     else:
         policy_cfg = load_policy_config(folder, None if resumed else config.policy_args, str(device))
         source.require(feature_problems(policy_cfg, inputs, outputs, folder.name))
+        if not resumed:  # pictures may have another size than those it was trained on
+            policy_cfg.input_features = {key: inputs[key] for key in policy_cfg.input_features}
     apply_flags(policy_cfg, config)
     if not resumed and policy_cfg.use_peft and config.peft:
         raise UserError(f"--peft: {folder.name} holds adapters already: leave the flag out to train those on")
     if resumed:
         source.require()
-        return finished(policy_cfg, source.meta, folder, config), *load_processors(folder, str(device))
+        preprocess, postprocess = load_processors(folder, str(device))
+        if rename:
+            set_rename(preprocess, rename)
+        return finished(policy_cfg, source.meta, folder, config), preprocess, postprocess
     stats = usable_stats(source.meta, config.imagenet_stats == "on")
     stats = {rename.get(key, key): value for key, value in stats.items()}
     source.require(stats_problems(policy_cfg, stats))

@@ -83,6 +83,14 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def place_of(path: Path) -> tuple[int, int]:
+    """(course, step) of a checkpoint, by which the newest is the largest: a run that goes back to an earlier step begins another course."""
+    try:
+        return int(read_json(path / "trainer_state.json").get("course", 0)), step_of(path)
+    except (UserError, AttributeError, TypeError, ValueError):
+        return 0, step_of(path)
+
+
 def prune(output_dir: Path, step: int, keep_last: int | None, keep_every: int | None, never=()) -> None:
     """Delete checkpoints up to `step` but the `keep_last` newest (None keeps all), multiples of `keep_every`, and `never`.
 
@@ -151,7 +159,7 @@ def find_resume(asked: str, output_dir: Path) -> tuple[Path | None, list[str]]:
 
 def newest_whole(output_dir: Path, asked: str) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is not damaged, and a warning for each newer one that is."""
-    found, warnings = find_checkpoints(output_dir), []
+    found, warnings = sorted(find_checkpoints(output_dir), key=place_of), []
     for path in reversed(found):
         try:
             verify(path)

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from checkpoint import OWN_WEIGHTS, TrainState, load_optimizer, read_json, step_
 from config import FIELDS, TrainConfig, UserError, one_line
 from processors import FILES
 
-LEROBOT_SCHEDULES = ("constant", "linear", "cosine")  # of its "diffuser" scheduler, which are ours as well
+# of its "diffuser" scheduler: ours
+LEROBOT_SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"}
 
 
 def converted_dir() -> Path:
@@ -115,7 +117,10 @@ def settings_of(theirs: dict, folder: Path) -> dict:
                 f"{folder}: its scheduler {name} has no counterpart here: pass --policy_path to start from its weights"
             )
         settings |= {name: optimizer[name] for name in ("lr", "weight_decay", "grad_clip_norm") if name in optimizer}
-        settings |= {"lr_schedule": scheduler["name"], "warmup_steps": scheduler.get("num_warmup_steps") or 0}
+        settings |= {
+            "lr_schedule": LEROBOT_SCHEDULES[scheduler["name"]],
+            "warmup_steps": scheduler.get("num_warmup_steps") or 0,
+        }
     return settings
 
 
@@ -164,7 +169,11 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
     known = {name: value for name, value in read_json(checkpoint / "train_config.json").items() if name in FIELDS}
     config, standing = TrainConfig(**known), read_json(checkpoint / "trainer_state.json")
     policy_config = load_policy_config(checkpoint, None, "cpu")
-    for refused, why in ((len(config.dataset_id) > 1, "several datasets"), (policy_config.use_peft, "adapters")):
+    for refused, why in (
+        (len(config.dataset_id) > 1, "several datasets"),
+        (policy_config.use_peft, "adapters"),
+        (config.freeze, "frozen weights"),
+    ):
         if refused:
             raise UserError(f"{checkpoint.name} was trained with {why}, which lerobot-train cannot resume")
     policy = build_policy(policy_config, None, checkpoint)
@@ -215,16 +224,18 @@ def own_optimizer(policy_config, config: TrainConfig) -> dict:
     """LeRobot's settings for a run whose schedule is not the policy's own."""
     if config.lr_schedule is None and config.warmup_steps is None and config.grad_clip_norm is None:
         return {"optimizer": policy_config.get_optimizer_preset(), "scheduler": policy_config.get_scheduler_preset()}
-    from dataclasses import replace
-
     from lerobot.optim import DiffuserSchedulerConfig
+
+    from optim import preset_schedule
 
     optimizer = policy_config.get_optimizer_preset()
     given = {name: getattr(config, name) for name in ("lr", "weight_decay", "grad_clip_norm")}
     optimizer = replace(optimizer, **{name: value for name, value in given.items() if value is not None})
-    scheduler = DiffuserSchedulerConfig(
-        name=config.lr_schedule or "constant", num_warmup_steps=config.warmup_steps or 0
-    )
+    scheduler, warmup = preset_schedule(policy_config, config), config.warmup_steps or 0
+    if scheduler is None:
+        name = config.lr_schedule or "constant"
+        name = "constant_with_warmup" if name == "constant" and warmup else name  # its constant has none
+        scheduler = DiffuserSchedulerConfig(name=name, num_warmup_steps=warmup)
     return {"use_policy_training_preset": False, "optimizer": optimizer, "scheduler": scheduler}
 
 

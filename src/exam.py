@@ -31,28 +31,26 @@ class Exam:
             spread(source.starts[held_out], source.ends[held_out], config.val_samples) if len(held_out) else None
         )
         self.env = sim.make_env(config.eval_env, config.eval_task, config.eval_args) if config.eval_env else None
-        self.errors = None
+        self.errors, self.validates, self.simulates = None, False, False
 
-    def is_due(self, step: int) -> bool:
-        return self._validates(step) or self._simulates(step)
+    def is_due(self, step: int, saving: bool) -> bool:
+        """Whether to examine at this step, at which a checkpoint is saved or not."""
 
-    def _validates(self, step: int) -> bool:
-        return self.rows is not None and self._at(step, self.config.val_freq)
+        def at(freq: int | None) -> bool:
+            return step == self.config.steps or (saving if freq is None else step % freq == 0)
 
-    def _simulates(self, step: int) -> bool:
-        return self.env is not None and self._at(step, self.config.eval_freq)
+        self.validates = self.rows is not None and at(self.config.val_freq)
+        self.simulates = self.env is not None and at(self.config.eval_freq)
+        return self.validates or self.simulates
 
-    def _at(self, step: int, freq: int | None) -> bool:
-        freq = freq or self.config.save_freq
-        return step == self.config.steps or (freq > 0 and step % freq == 0)
-
-    def results(self, step: int) -> dict:
-        """Figures for a line of metrics.jsonl; the policy is in training mode again afterwards."""
+    def results(self) -> dict:
+        """Figures of what is due for a line of metrics.jsonl; the policy is in training mode again afterwards."""
         line, self.errors, (policy, preprocess, postprocess) = {}, None, self.parts
-        if self._validates(step):
-            self.errors = measure(policy, preprocess, postprocess, self.loader, self.rows, self.config.seed)
+        if self.validates:
+            most = self.loader.share // self.config.grad_accumulation_steps  # as many as fit in training
+            self.errors = measure(policy, preprocess, postprocess, self.loader, self.rows, self.config.seed, most=most)
             line |= self.errors.line()
-        if self._simulates(step):
+        if self.simulates:
             loaded = LoadedPolicy(policy, preprocess, postprocess)
             seeds = range(FIRST_SEED, FIRST_SEED + self.config.eval_episodes)
             result = summary(run_episodes(*self.env, loaded, list(seeds), quiet=self.config.quiet))

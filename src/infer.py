@@ -64,7 +64,7 @@ class LoadedPolicy:
         with torch.inference_mode():
             return self.postprocess(self.policy.select_action(self.preprocess(batch)))
 
-    def fit_to_latency(self, fps: float, runs: int = 30) -> tuple[float, int]:
+    def fit_to_latency(self, fps: float, task: str = "", runs: int = 30) -> tuple[float, int]:
         """Measure how long a chunk takes, and carry out at least as many actions of each as are due in that time.
 
         A policy that blends a chunk into the next (flow) blends over as many.
@@ -83,7 +83,7 @@ class LoadedPolicy:
         for _ in range(runs + 3):
             self.reset()
             begun = time.perf_counter()
-            self.act(zeros)
+            self.act({**zeros, "task": task or self.task})
             times.append(time.perf_counter() - begun)
         self.reset()
         slowest = float(np.percentile(times[3:], 99))
@@ -99,6 +99,7 @@ class LoadedPolicy:
         return 1000 * slowest, config.n_action_steps
 
     def _tensor(self, key: str, observation: dict):
+        """(1, D) float32, or (1, C, H, W) in [0, 1]."""
         import torch
 
         kind, shape = self.expected[key]
@@ -119,8 +120,8 @@ class LoadedPolicy:
                 f"{key}: expected numbers of shape {spell(shape)}, got {value.dtype} of shape {value.shape}"
             )
         if kind == "uint8":
-            return torch.from_numpy(np.ascontiguousarray(value)).permute(2, 0, 1).to(torch.float32) / 255.0  # (C, H, W)
-        return torch.from_numpy(value.astype(np.float32))
+            return torch.from_numpy(np.ascontiguousarray(value)).permute(2, 0, 1).to(torch.float32)[None] / 255.0
+        return torch.from_numpy(value.astype(np.float32))[None]
 
 
 def load_policy(
@@ -143,6 +144,8 @@ def load_policy(
     from processors import load_processors
     from runtime import pick_device
 
+    if n_action_steps is not None and n_action_steps < 1:
+        raise UserError(f"--n_action_steps must be 1 or more, got {n_action_steps}")
     folder, on = policy_folder(hub.fetch(str(checkpoint), "policy")), str(pick_device(device))
     pairs = None if n_action_steps is None else [f"n_action_steps={n_action_steps}"]
     policy = build_policy(load_policy_config(folder, pairs, on), None, folder).eval()
@@ -260,7 +263,7 @@ def main(argv: list[str]) -> int:
                     f"dataset {args.dataset_id} has no {key}, which the policy takes: pass the dataset it was trained on"
                 )
         if auto:
-            milliseconds, count = policy.fit_to_latency(source.meta.fps)
+            milliseconds, count = policy.fit_to_latency(source.meta.fps, next(iter(source.tasks), ""))
             print(
                 f"a chunk takes {milliseconds:.1f} ms (99 %): {count} actions are carried out of each at {source.meta.fps:g} fps"
             )

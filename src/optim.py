@@ -42,12 +42,21 @@ def make_optimizer(policy, config: TrainConfig):
     return optimizer, clip or None
 
 
+def preset_schedule(policy_config, config: TrainConfig):
+    """LeRobot's config of the policy's own schedule with the asked warm-up; None where a flag names another, or it has none."""
+    preset = None if config.lr_schedule else policy_config.get_scheduler_preset()
+    if preset is None or config.warmup_steps is None:
+        return preset
+    changed = {"num_warmup_steps": config.warmup_steps}
+    if hasattr(preset, "num_decay_steps"):  # of a run that is shorter than these LeRobot shortens the warm-up too
+        changed["num_decay_steps"] = min(preset.num_decay_steps, config.steps)
+    return replace(preset, **changed)
+
+
 def make_schedule(policy, config: TrainConfig):
     """step -> factor of the peak learning rate: LeRobot's preset unless the flags name a schedule. Has no state to save."""
-    preset = policy.config.get_scheduler_preset()
-    if config.lr_schedule is None and preset is not None:
-        if config.warmup_steps is not None:
-            preset = replace(preset, num_warmup_steps=config.warmup_steps)
+    preset = preset_schedule(policy.config, config)
+    if preset is not None:
         stand_in = torch.optim.SGD(
             [torch.zeros(1, requires_grad=True)], lr=1.0
         )  # a scheduler rewires the optimizer it gets

@@ -117,6 +117,13 @@ class Report:
         else:
             print(text, flush=True)
 
+    def set_steps(self, steps: int) -> None:
+        """The run's length, where it was not known at first."""
+        self.steps = steps
+        if self.bar is not None:
+            self.bar.total = steps
+            self.bar.refresh()
+
     def advance(self) -> None:
         if self.bar is not None:
             self.bar.update()

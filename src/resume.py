@@ -4,8 +4,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import checkpoint as checkpoints
+import hub
 from config import FIELDS, TrainConfig, UserError, check_names, merge, read_config_file
-from convert import from_lerobot, lerobot_checkpoint
+from convert import from_lerobot, lerobot_checkpoint, policy_folder
 from world import World, make_world
 from writer import sole_writer
 
@@ -18,11 +19,12 @@ POLICY_FIELDS = (
     "peft_r",
     "peft_args",
     "freeze",
+    "imagenet_stats",
 )  # a resumed run keeps its policy
 # another value of these is another run
 COURSE_FIELDS = (
     "dataset_id", "dataset_weights", "rename", "revision", "episodes", "val_fraction", "val_episodes",
-    "imagenet_stats", "batch_size", "lr", "weight_decay", "grad_clip_norm",
+    "batch_size", "lr", "weight_decay", "grad_clip_norm",
     "warmup_steps", "lr_schedule", "ema_decay", "augment", "seed", "precision", "grad_accumulation_steps",
 )  # fmt: skip
 
@@ -36,6 +38,7 @@ def settle(settings: dict, held: ExitStack):
         UserError: unknown or contradicting settings, no such checkpoint, or an output folder that is in use.
     """
     check_names(settings, "for train()")
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     given = {**(read_config_file(settings["config_path"]) if settings.get("config_path") else {}), **settings}
     world = held.enter_context(make_world(given.get("device") or "auto"))
     with world.main_first():
@@ -44,6 +47,8 @@ def settle(settings: dict, held: ExitStack):
 
 def settle_one(given: dict, held: ExitStack, world: World):
     """The same in one of the processes."""
+    if given.get("policy_path"):
+        given = with_its_policy(given)
     asked, output_dir = given.get("resume_from_checkpoint"), given.get("output_dir")
     if output_dir is None and asked in (None, "latest", "auto"):
         output_dir = default_output_dir(merge(given))
@@ -70,11 +75,26 @@ def settle_one(given: dict, held: ExitStack, world: World):
             f"--output_dir {output_dir} already holds {inside[-1].name}: pass --resume_from_checkpoint latest to go on "
             "from it, or another --output_dir"
         )
-    if inside and inside[-1].resolve() != resumed.resolve():
+    newest = max(inside, key=checkpoints.place_of, default=None)
+    if newest is not None and newest.resolve() != resumed.resolve():
+        state.trainer_state["course"] = 1 + checkpoints.place_of(newest)[0]
         changes.append(
-            f"{inside[-1]} is further on: checkpoints after {resumed.name} are replaced as this run comes to them"
+            f"{newest} is further on: checkpoints after {resumed.name} are replaced as this run comes to them"
         )
     return config, output_dir, resumed, state, changes
+
+
+def with_its_policy(given: dict) -> dict:
+    """The settings with --policy as the folder or Hub repo of --policy_path has it.
+
+    Raises:
+        UserError: they name another, or it holds none.
+    """
+    place = given["policy_path"]
+    name = checkpoints.read_json(policy_folder(hub.fetch(place, "--policy_path")) / "config.json").get("type")
+    if given.get("policy", name) != name:
+        raise UserError(f"--policy {given['policy']}: --policy_path {place} holds a policy {name}: leave --policy out")
+    return {**given, "policy": name}
 
 
 def default_output_dir(config: TrainConfig) -> Path:

@@ -44,7 +44,7 @@ class Learner:
     def _begin(self, config: TrainConfig) -> None:
         self.config = config
         self.scaler = make_scaler(config.precision, self.world.device)
-        self.average = Average(self.policy, config.ema_decay, self.world.kind == "DeepSpeed")
+        self.average = Average(self.policy, config.ema_decay, copying=self.world.in_parts)
         self.factor = make_schedule(self.policy, config)
 
     def start_over(self, config: TrainConfig) -> None:

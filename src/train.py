@@ -55,7 +55,7 @@ def train(**settings) -> TrainResult:
             parts, grad_norm = run.train_step(batch)
             if run.is_log_step():
                 run.log(parts, grad_norm)
-            if run.exam.is_due(run.step):
+            if run.exam.is_due(run.step, run.is_save_step() and not run.asked):
                 run.examine()
             if run.is_save_step():
                 run.save()
@@ -83,7 +83,7 @@ class Run:
             hub.create_repo(config.push_to_hub)
 
         before = state.trainer_state if state else {"step": 0, "samples_seen": 0, "loss_sum": 0.0, "loss_count": 0}
-        self.step, self.samples_seen = before["step"], before["samples_seen"]
+        self.step, self.samples_seen, self.course = before["step"], before["samples_seen"], before.get("course", 0)
         # loss since the last log line, and the first step that was not finite: on the device, read when logging
         self.loss_sum, self.loss_count = torch.tensor(before["loss_sum"], device=self.device), before["loss_count"]
         self.bad_step = torch.tensor(-1, device=self.device)
@@ -165,7 +165,7 @@ class Run:
         begun = time.perf_counter()
         with self.learner.acting(self.whole):
             if self.world.is_main:
-                results = self.exam.results(self.step)
+                results = self.exam.results()
                 self.report.examined({"step": self.step, **results}, said(results), self.exam.picture)
             self.world.wait()
         self.watch.leave_out(time.perf_counter() - begun)
@@ -189,7 +189,7 @@ class Run:
     def state(self) -> checkpoints.TrainState:
         """Where the run stands, for a resume and for people."""
         standing = {"step": self.step, "samples_seen": self.samples_seen, "batch_size": self.config.batch_size}
-        standing |= {"seed": self.config.seed, "world_size": self.world.size}
+        standing |= {"seed": self.config.seed, "world_size": self.world.size, "course": self.course}
         sums = {"loss_sum": self.loss_sum.item(), "loss_count": self.loss_count}
         own = {"scaler": self.learner.scaler.state_dict(), "tracker_run_id": self.report.trackers.run_id}
         info = training_info(self.policy, self.config.dataset_id, self.report.history, self.device, self.step)

@@ -82,7 +82,9 @@ class Errors:
 
 
 @torch.no_grad()
-def measure(policy, preprocess, postprocess, loader, rows: Tensor, seed: int, with_loss: bool = True) -> Errors:
+def measure(
+    policy, preprocess, postprocess, loader, rows: Tensor, seed: int, with_loss: bool = True, most: int | None = None
+) -> Errors:
     """Compare the policy with the recording at each of `rows`; the policy is left in eval mode.
 
     Randomness is a function of (seed, batch): two calls with the same weights give the same numbers.
@@ -90,13 +92,14 @@ def measure(policy, preprocess, postprocess, loader, rows: Tensor, seed: int, wi
     Args:
         loader: the batches' maker, a data.loader.Loader.
         rows: (N,) rows of its source.
+        most: samples in a batch, else as many as the loader's have.
     """
     policy.eval()
     device, source = next(policy.parameters()).device, loader.source
     now = loader.deltas["action"].tolist().index(0) if "action" in loader.deltas else 0
     loss, total, count = torch.zeros((), device=device), 0.0, 0.0
     chunks = True
-    for number, part in enumerate(rows.split(loader.batch_size)):
+    for number, part in enumerate(rows.split(most or loader.batch_size)):
         seed_all(seed, VALIDATE, number)
         batch = loader.batch_of(part)
         ready = preprocess(pixels_to_float(batch, source.meta.camera_keys, device))

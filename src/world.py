@@ -178,12 +178,14 @@ class World:
         """The policy as one process runs it: itself, or for one held in parts a copy in the main process (None in others)."""
         if not self.in_parts:
             return policy
+        if is_adapted(policy):
+            raise UserError(f"adapters (--peft) do not go with {self.kind}: they are small, use DDP")
         return copy.deepcopy(policy) if self.is_main else None
 
     def weights(self, policy) -> dict:
         """The policy's state dict, or its adapters', whole; of one that is held in parts empty but in the main process."""
         weights = get_model_state_dict(policy, options=WHOLE) if self.in_parts else policy.state_dict()
-        return adapters_of(policy, weights) if is_adapted(policy) and weights else weights
+        return adapters_of(policy, weights) if is_adapted(policy) else weights
 
     def load_weights(self, policy, path: Path) -> None:
         """Load a file such as `weights` gives into the policy."""

@@ -93,6 +93,7 @@ def made(tmp_path_factory):
         "two_cameras": {"cameras": ("top", "wrist")},
         "many_files": {"cameras": ("top", "wrist"), "files_mb": 0.001},
         "images": {"video": False},
+        "front": {"cameras": ("front",)},
         "no_camera": {"cameras": ()},
         "wide": {"state_dims": 5, "lengths": (5, 5)},
     }

@@ -11,7 +11,8 @@ from conftest import REAL, small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config import UserError
+import build
+from config import TrainConfig, UserError
 from data import decode
 from data.frames import Frames
 from data.loader import Loader
@@ -273,3 +274,12 @@ def test_weighted_run_resumes_exactly(made, tmp_path):
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "part" / "checkpoint-3")
     train(resume_from_checkpoint="latest", output_dir=str(tmp_path / "part"), dataset_id=names)
     assert_same_run(tmp_path / "whole", tmp_path / "part", 6)
+
+
+def test_several_datasets_are_kept_apart_in_dataset_root(monkeypatch):
+    asked = []
+    monkeypatch.setattr(build, "open_dataset", lambda name, root, *rest: asked.append((name, root)))
+    monkeypatch.setattr(build, "unite", list)
+    for names in (["a/x", "b/y"], ["a/x"]):
+        build.build_source(TrainConfig(dataset_id=names, dataset_root="here"))
+    assert asked == [("a/x", "here/a/x"), ("b/y", "here/b/y"), ("a/x", "here")]

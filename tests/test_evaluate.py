@@ -16,7 +16,7 @@ import evaluate
 import exam
 import sim
 from checkpoint import find_checkpoints, main
-from config import UserError, merge
+from config import TrainConfig, UserError, merge
 from data.source import open_dataset
 from infer import load_policy
 from sim.rollout import Episode, check_fits, run_episodes, summary, wilson
@@ -300,3 +300,12 @@ def test_lerobot_eval_runs_our_environment_type(trained, tmp_path, renderer):
     assert done.returncode == 0, done.stderr[-2000:]
     info = json.loads((tmp_path / "eval_info.json").read_text())
     assert info["overall"]["n_episodes"] == 2
+
+
+def test_examined_when_it_is_saved_unless_told_when():
+    due = exam.Exam.__new__(exam.Exam)
+    due.rows, due.env = torch.arange(3), None
+    due.config = TrainConfig(dataset_id=["x"], steps=10, val_fraction=0.5)
+    assert [due.is_due(step, saving=step in (3, 7)) for step in (1, 3, 5, 7, 10)] == [False, True, False, True, True]
+    due.config = TrainConfig(dataset_id=["x"], steps=10, val_fraction=0.5, val_freq=5)
+    assert [due.is_due(step, saving=step in (3, 7)) for step in (1, 3, 5, 7, 10)] == [False, False, True, False, True]

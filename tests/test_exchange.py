@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import export
 from checkpoint import read_json
-from config import UserError
-from convert import from_lerobot, to_lerobot
+from config import TrainConfig, UserError
+from convert import from_lerobot, own_optimizer, to_lerobot
 from infer import load_policy
+from policy import policy_config
 from train import train
 
 BIN = Path(sys.executable).parent
@@ -102,13 +103,26 @@ def test_episodes_and_names_go_both_ways(made, tmp_path):
     assert settings["val_episodes"] == str(total - 1)
 
 
+@pytest.mark.parametrize(("policy", "settings", "name", "warmup"), [
+    ("diffusion", {"grad_clip_norm": 5.0}, "cosine", 500), ("diffusion", {"warmup_steps": 7}, "cosine", 7),
+    ("act", {"warmup_steps": 7}, "constant_with_warmup", 7), ("act", {"lr_schedule": "linear"}, "linear", 0)])  # fmt: skip
+def test_the_schedule_goes_along(policy, settings, name, warmup):
+    own = own_optimizer(policy_config(policy, None, "cpu"), TrainConfig(dataset_id=["x"], **settings))
+    assert (own["scheduler"].name, own["scheduler"].num_warmup_steps) == (name, warmup)
+    assert own["optimizer"].grad_clip_norm == settings.get("grad_clip_norm", 10.0)
+
+
 @pytest.mark.parametrize(("changed", "why"), [
-    ("train_config.json", "several datasets"), ("config.json", "adapters")])  # fmt: skip
+    ("train_config.json", "several datasets"), ("config.json", "adapters"), ("train_config.json", "frozen weights")])  # fmt: skip
 def test_out_refuses_what_lerobot_has_no_place_for(ours, tmp_path, changed, why):
     folder = tmp_path / ours.name
     shutil.copytree(ours, folder)
     content = read_json(folder / changed)
-    content |= {"use_peft": True} if why == "adapters" else {"dataset_id": content["dataset_id"] * 2}
+    content |= {
+        "several datasets": {"dataset_id": 2 * (content.get("dataset_id") or [])},
+        "adapters": {"use_peft": True},
+        "frozen weights": {"freeze": ["backbone"]},
+    }[why]
     (folder / changed).write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"was trained with {why}, which lerobot-train cannot resume"):
         to_lerobot(folder, tmp_path / "lerobot")

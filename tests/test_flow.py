@@ -4,15 +4,16 @@ import math
 import shutil
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, small
 from test_resume import assert_same_run
 
 from config import UserError
-from infer import load_policy, recorded_observations
+from infer import LoadedPolicy, load_policy, recorded_observations
 from policy import build_policy, policy_config
-from policy.flow import Eye, FlowConfig
+from policy.flow import Eye, FlowConfig, make_flow_pre_post_processors
 from train import train
 
 TINY = SMALL["flow"].split()
@@ -180,3 +181,25 @@ def test_latency_chooses_how_many_actions(made, tmp_path, monkeypatch):
     assert policy.policy.config.blend_steps >= 4
     with pytest.raises(UserError, match="actions are due at 1000 fps, and it has 6"):
         policy.fit_to_latency(fps=1000, runs=3)
+
+
+def test_every_vector_is_an_observation():
+    """Velocities and the like, also one of a single number, in training (B,) as LeRobot's loader has it, and one at a time."""
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    config = policy_config("flow", ["size=tiny", "chunk_size=2", "n_action_steps=1"], "cpu")
+    shapes = {"observation.state": (3,), "observation.velocity": (3,), "observation.effort": (1,)}
+    config.input_features = {key: PolicyFeature(FeatureType.STATE, shape) for key, shape in shapes.items()}
+    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (2,))}
+    policy = build_policy(config, None)
+    batch = {"observation.state": torch.rand(4, 3), "observation.velocity": torch.rand(4, 3)}
+    assert policy.encoder({**batch, "observation.effort": torch.rand(4)}).shape == (4, 256)
+    loaded = LoadedPolicy(policy, *make_flow_pre_post_processors(config))
+    assert loaded.act({key: np.zeros(shape) for key, shape in shapes.items()}).shape == (2,)
+
+
+@pytest.mark.parametrize(("pictures", "size"), [
+    ([], None), ([(64, 64)], None), ([(480, 640)], [96, 128]), ([(480, 640), (240, 320)], [96, 128]),
+    ([(64, 64), (480, 640)], [96, 128]), ([(640, 480)], [128, 96])])  # fmt: skip
+def test_the_preset_makes_pictures_small(pictures, size):
+    assert FlowConfig.training_preset("cpu", pictures).get("image_size") == size

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,10 @@ import torch
 from conftest import SHIPPED, small
 from safetensors.torch import load_file
 
+from config import TrainConfig, UserError
 from infer import load_policy
+from optim import make_schedule
+from policy import policy_config
 from train import train
 
 
@@ -133,3 +137,40 @@ def test_a_step_that_logs_nothing_does_not_wait_for_the_device(made, tmp_path):
         with Watch():
             run.train_step(batch)
     assert seen == []
+
+
+def test_fine_tune_on_pictures_of_another_size(made, tmp_path):
+    """The policy's config has the size that it is trained on now, so that it acts on the new dataset's pictures."""
+    first = train(**small("flow", dataset_id=str(made("video")), output_dir=str(tmp_path / "a"), steps=1))
+    config = first.checkpoint / "config.json"
+    saved = json.loads(config.read_text())
+    saved["input_features"]["observation.images.top"]["shape"] = [3, 32, 32]
+    for path in (config, first.output_dir / "config.json"):
+        path.unlink()
+        path.write_text(json.dumps(saved))
+    settings = {"dataset_id": str(made("video")), "steps": 1, "batch_size": 4, "device": "cpu", "quiet": True}
+    tuned = train(**settings, policy_path=str(first.output_dir), output_dir=str(tmp_path / "b"))
+    assert load_policy(tuned.checkpoint, device="cpu").expected["observation.images.top"] == ("uint8", (64, 96, 3))
+
+
+def test_fine_tune_takes_the_policy_and_checks_its_settings(made, tmp_path):
+    first = train(**small("flow", dataset_id=str(made("no_camera")), output_dir=str(tmp_path / "a"), steps=1))
+    settings = {"dataset_id": str(made("no_camera")), "policy_path": str(first.output_dir), "steps": 1, "quiet": True}
+    tuned = train(**settings, output_dir=str(tmp_path / "b"))
+    assert json.loads((tuned.checkpoint / "train_config.json").read_text())["policy"] == "flow"
+    with pytest.raises(UserError, match=r"--policy act: --policy_path .* holds a policy flow: leave --policy out"):
+        train(**settings, policy="act", output_dir=str(tmp_path / "c"))
+    with pytest.raises(UserError, match=r"policy flow: n_action_steps must be 1 to chunk_size \(6\), got 9"):
+        train(**settings, policy_args=["n_action_steps=9"], output_dir=str(tmp_path / "d"))
+    with pytest.raises(UserError, match="--n_action_steps must be 1 or more, got 0"):
+        load_policy(first.checkpoint, device="cpu", n_action_steps=0)
+
+
+@pytest.mark.parametrize("policy", ["flow", "diffusion"])
+def test_warm_up_is_as_long_as_asked(policy):
+    """Also where the run is shorter than the steps that the preset's schedule decays over."""
+    preset = policy_config(policy, None, "cpu")
+    factor = make_schedule(SimpleNamespace(config=preset), TrainConfig(dataset_id=["x"], steps=100, warmup_steps=20))
+    assert max(range(100), key=factor) in (19, 20)
+    assert factor(10) == pytest.approx(0.5, abs=0.03)
+    assert factor(99) < 0.01

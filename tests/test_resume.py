@@ -8,6 +8,8 @@ import torch
 from conftest import small
 from safetensors.torch import load_file
 
+from config import UserError
+from infer import load_policy
 from train import train
 
 STEPS, SAVE_FREQ = 12, 3  # 33 frames in batches of 4: the first epoch ends inside step 9
@@ -148,3 +150,28 @@ def test_real_arm_resumes(real, tmp_path, stopped, asked):
     asked = str(tmp_path / f"checkpoint-{stopped}") if asked == "folder" else asked
     train(**{**settings, "save_freq": 0}, output_dir=str(tmp_path), resume_from_checkpoint=asked)
     assert_same_run(folder, tmp_path, 60)
+
+
+def test_the_newest_is_of_the_course_taken_last(made, tmp_path):
+    """A run that went back to an earlier checkpoint goes on from there, not from where it had been before."""
+    settings = small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path / "run"), save_freq=1)
+    train(**settings)
+    back = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-1"), "lr": 1e-5, "steps": 3, "quiet": True}
+    train(**back)
+    again = {"resume_from_checkpoint": "latest", "output_dir": str(tmp_path / "run"), "quiet": True}
+    assert train(**again).steps == 3  # checkpoint-4 is there, of the course before
+    end = train(**again, steps=5)
+    assert json.loads((end.checkpoint / "train_config.json").read_text())["lr"] == 1e-5
+    straight = train(**{**back, "steps": 5, "output_dir": str(tmp_path / "other"),
+                        "resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-3")})  # fmt: skip
+    assert_same_run(tmp_path / "run", straight.output_dir, 5)
+
+
+def test_another_dataset_whose_camera_has_another_name(made, tmp_path):
+    first = train(**small(dataset_id=str(made("video")), output_dir=str(tmp_path / "run")))
+    settings = {"resume_from_checkpoint": str(first.checkpoint), "dataset_id": str(made("front")), "steps": 5}
+    renamed = train(**settings, rename=["observation.images.front=observation.images.top"], quiet=True)
+    policy = load_policy(renamed.checkpoint, device="cpu")
+    assert policy.expected.keys() == {"observation.images.front", "observation.state"}
+    with pytest.raises(UserError, match="--imagenet_stats: checkpoint-4 was trained with on, got off"):
+        train(resume_from_checkpoint=str(first.checkpoint), imagenet_stats="off", quiet=True)

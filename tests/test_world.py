@@ -124,7 +124,13 @@ def two_are_one(team, made, tmp_path, way: str):
     assert team(two, env=WAYS[way]) == [0, 0], Path(f"{two['output_dir']}.log").read_text()
     assert losses(tmp_path / "two") == pytest.approx([line["loss"] for line in one.history], rel=1e-5)
     assert {p.name for p in (tmp_path / "two").iterdir()} >= {"checkpoint-8", "checkpoint-16", "checkpoint-20"}
-    assert weights(tmp_path / "two" / "checkpoint-20").keys() == weights(one.checkpoint).keys()
+    ends = [weights(run.joinpath("checkpoint-20")) for run in (tmp_path / "two", tmp_path / "one")]
+    assert ends[0].keys() == ends[1].keys()
+    if settings["ema_decay"]:  # the average is saved, not what is being trained
+        own = load_file(tmp_path / "two" / "checkpoint-20" / "training_weights.safetensors")
+        rounding, distance = (max((a - other[name]).abs().max() for name, a in ends[0].items() if a.is_floating_point())
+                          for other in (ends[1], own))  # fmt: skip
+        assert rounding < distance / 5
 
     again = {"resume_from_checkpoint": str(tmp_path / "two" / "checkpoint-8"), "output_dir": str(tmp_path / "again")}
     assert team(again, env=WAYS[way]) == [0, 0]

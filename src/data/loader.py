@@ -62,8 +62,8 @@ class Loader:
                 f"dataset {source.name}: no episode is longer than the {drop_n_last_frames} frames that the policy "
                 "leaves out at its end: pass --policy_args drop_n_last_frames=0"
             )
-        self.weights, own = weights, batch_size // size
-        self.own = slice(rank * own, (rank + 1) * own)  # of each batch
+        self.weights, self.share = weights, batch_size // size
+        self.own = slice(rank * self.share, (rank + 1) * self.share)  # of each batch
         if weights:  # trainable rows of each dataset
             dataset = torch.arange(len(weights)).repeat_interleave(torch.tensor(source.parts))  # of each episode
             self.counts = torch.bincount(dataset[source.episode_of(self.rows)], minlength=len(weights)).tolist()
@@ -172,7 +172,7 @@ class Loader:
         """RING times a buffer of each camera, (B * T, C, h, w) uint8: fresh memory costs more than the copy into it."""
         if self.frames.on_device:
             return [{}] * RING
-        size = {key: (self.own.stop - self.own.start) * len(self.deltas.get(key, [0])) for key in self.frames.keys}
+        size = {key: self.share * len(self.deltas.get(key, [0])) for key in self.frames.keys}
         pinned = self.device.type == "cuda"
         shape = self.frames.decoder.shape
         return [

@@ -43,9 +43,9 @@ def policy_config(name: str, pairs: list[str] | None, device: str):
     """
     config_class = policy_class(name)
     values = parse_pairs("--policy_args", config_class, pairs)
-    defaults = {f.name: f.default for f in fields(config_class)}
-    if "chunk_size" in values and "n_action_steps" in defaults:  # a shorter chunk cannot keep the longer default
-        values.setdefault("n_action_steps", min(values["chunk_size"], defaults["n_action_steps"]))
+    values = with_fitting_steps(
+        values, next((f.default for f in fields(config_class) if f.name == "n_action_steps"), None)
+    )
     with told_as_user_errors(name):
         return config_class(**{"device": device, "push_to_hub": False, **values})
 
@@ -65,10 +65,15 @@ def load_policy_config(folder: Path, pairs: list[str] | None, device: str):
         raise UserError(f"{folder} holds a policy {name!r}, which this LeRobot does not know")
     with told_as_user_errors(name), quiet_lerobot():
         config = PreTrainedConfig.from_pretrained(folder)
-    for key, value in parse_pairs("--policy_args", type(config), pairs).items():
-        setattr(config, key, value)
-    config.device = device
-    return config
+        values = parse_pairs("--policy_args", type(config), pairs)
+        return replace(config, device=device, **with_fitting_steps(values, getattr(config, "n_action_steps", None)))
+
+
+def with_fitting_steps(values: dict, n_action_steps: int | None) -> dict:
+    """Settings with as many action steps as a chunk that they shorten can hold, where they name none."""
+    if "chunk_size" in values and n_action_steps is not None:
+        return {"n_action_steps": min(values["chunk_size"], n_action_steps), **values}
+    return values
 
 
 def build_policy(config, meta, folder: Path | None = None):
@@ -86,7 +91,9 @@ def build_policy(config, meta, folder: Path | None = None):
 
     if config.use_peft and folder is not None:
         base = hub.fetch(base_of(folder), "the adapters' policy")
-        return load_adapters(build_policy(replace(config, use_peft=False), meta, base), folder).to(config.device)
+        policy = load_adapters(build_policy(replace(config, use_peft=False), meta, base), folder).to(config.device)
+        policy.config.use_peft = True  # as it is saved
+        return policy
     backbone = getattr(config, "pretrained_backbone_weights", None)
     with told_as_user_errors(config.type), quiet_lerobot():
         if folder is not None and backbone is not None:

@@ -83,8 +83,9 @@ class FlowConfig(PreTrainedConfig):
     def training_preset(device: str, pictures: list[tuple[int, int]]) -> dict:
         """The trainer's settings that suit this policy, for pictures of (H, W) pixels: small ones, many at a time."""
         preset = {"batch_size": 64 if device == "cpu" else 256, "ema_decay": 0.995, "augment": True}
-        if pictures and (side := min(min(size) for size in pictures)) > 96:
-            preset["image_size"] = [8 * max(1, round(96 * pixels / side / 8)) for pixels in pictures[0]]
+        largest = max(pictures, key=min, default=(0, 0))
+        if min(largest) > 96:
+            preset["image_size"] = [8 * max(1, round(96 * pixels / min(largest) / 8)) for pixels in largest]
         return preset
 
     def __post_init__(self):
@@ -252,7 +253,7 @@ class Encoder(nn.Module):
             parts.append(
                 (checkpoint(eye, pictures, use_reentrant=False) if twice else eye(pictures)).reshape(count, -1)
             )
-        parts += [batch[key].flatten(1) for key in self.vectors]
+        parts += [batch[key].reshape(len(batch[key]), -1) for key in self.vectors]  # one of one number comes as (B,)
         condition = self.mix(torch.cat(parts, dim=1))
         return condition if self.task is None else condition + self.task(self._which(batch, condition.device))
 
