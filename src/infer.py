@@ -23,7 +23,7 @@ class LoadedPolicy:
         from processors import resize_of
 
         self.policy, self.preprocess, self.postprocess, self.task = policy, preprocess, postprocess, task
-        self.device = next(policy.parameters()).device
+        self.device, self.kind = next(policy.parameters()).device, policy.config.type
         self.expected = expected_observation(policy.config, preprocess, resize_of(preprocess))
         self.reset()
 
@@ -46,7 +46,14 @@ class LoadedPolicy:
         Raises:
             UserError: a key, shape or dtype is not what the policy was trained on.
         """
+        return self.select(self.batch_of(observation)).squeeze(0).cpu().numpy()
 
+    def batch_of(self, observation: dict) -> dict:
+        """LeRobot's batch of one observation.
+
+        Raises:
+            UserError: a key, shape or dtype is not what the policy was trained on.
+        """
         batch = {key: self._tensor(key, observation) for key in self.expected}
         unknown = set(observation) - set(self.expected) - {"task"}
         if unknown:
@@ -54,8 +61,7 @@ class LoadedPolicy:
             raise UserError(
                 f"the observation has {key!r}, which this policy does not take{nearest(key, self.expected)}"
             )
-        batch["task"] = observation.get("task", self.task)
-        return self.select(batch).squeeze(0).cpu().numpy()
+        return {**batch, "task": observation.get("task", self.task)}
 
     def select(self, batch: dict):
         """(B, A) actions in robot units, a tensor, for a LeRobot batch of one moment's observations."""
@@ -64,18 +70,24 @@ class LoadedPolicy:
         with torch.inference_mode():
             return self.postprocess(self.policy.select_action(self.preprocess(batch)))
 
-    def fit_to_latency(self, fps: float, task: str = "", runs: int = 30) -> tuple[float, int]:
-        """Measure how long a chunk takes, and carry out at least as many actions of each as are due in that time.
+    def ahead(self, fps: float, task: str = ""):
+        """This policy with chunks that are predicted ahead, so that an arm that asks `fps` times a second never waits for one.
 
-        A policy that blends a chunk into the next (flow) blends over as many.
+        How far ahead is measured here. A policy that blends a chunk into the next (flow) blends over the time that it takes.
 
         Returns:
-            The 99th percentile in milliseconds, and the actions that are now carried out of each chunk.
+            An ahead.Ahead, which acts and resets in this one's place.
 
         Raises:
-            UserError: the chunk is over before the next is there.
+            UserError: a chunk takes longer than half of its actions.
         """
-        config, times = self.policy.config, []
+        from ahead import Ahead
+
+        return Ahead(self, max(1, math.ceil(self.latency(task) * fps)))
+
+    def latency(self, task: str = "", runs: int = 30) -> float:
+        """Seconds that an observation to a chunk takes, the 99th percentile over `runs`."""
+        times = []
         zeros = {
             key: np.zeros([size or 480 for size in shape], np.uint8 if kind == "uint8" else np.float32)
             for key, (kind, shape) in self.expected.items()
@@ -86,17 +98,7 @@ class LoadedPolicy:
             self.act({**zeros, "task": task or self.task})
             times.append(time.perf_counter() - begun)
         self.reset()
-        slowest = float(np.percentile(times[3:], 99))
-        due, chunk = math.ceil(slowest * fps), getattr(config, "chunk_size", getattr(config, "horizon", 1))
-        if due > chunk:
-            raise UserError(
-                f"a chunk takes {1000 * slowest:.0f} ms, in which {due} actions are due at {fps:g} fps, and it has {chunk}"
-            )
-        config.n_action_steps = max(config.n_action_steps, due)
-        if hasattr(config, "blend_steps"):
-            config.blend_steps = max(config.blend_steps, due)
-        self.reset()
-        return 1000 * slowest, config.n_action_steps
+        return float(np.percentile(times[3:], 99))
 
     def _tensor(self, key: str, observation: dict):
         """(1, D) float32, or (1, C, H, W) in [0, 1]."""
@@ -173,12 +175,6 @@ def expected_observation(config, preprocess, image_size) -> dict[str, tuple[str,
     return expected
 
 
-def as_count(text: str | None) -> int | None:
-    if text is not None and not text.isdigit():
-        raise UserError(f"--n_action_steps must be a number or auto, got {text!r}")
-    return None if text is None else int(text)
-
-
 def spell(shape: tuple) -> str:
     return (
         "(" + ", ".join("any" if size is None else str(size) for size in shape) + ("," if len(shape) == 1 else "") + ")"
@@ -206,8 +202,8 @@ def recorded_observations(source, episode: int, keys):
         frames.close()
 
 
-def compare(policy: LoadedPolicy, source, episode: int) -> dict:
-    """Run the policy over a recorded episode, asking for an action at every frame.
+def compare(policy, source, episode: int) -> dict:
+    """Run a LoadedPolicy (or Ahead) over a recorded episode, asking for an action at every frame.
 
     Returns:
         names (A,), predicted and recorded (N, A) in robot units, mean absolute error (A,), the recorded actions'
@@ -246,26 +242,24 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dataset_id", required=True, help="a folder or a Hub id")
     parser.add_argument("--episode", type=int, default=0, help="episode to run over [0]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
-    parser.add_argument(
-        "--n_action_steps", help="actions carried out of each chunk, or auto: what latency asks for [as trained]"
-    )
+    parser.add_argument("--n_action_steps", type=int, help="actions carried out of each chunk [as trained]")
+    parser.add_argument("--ahead", action="store_true", help="predict ahead, as far as the dataset's fps asks for")
     args = parser.parse_args(argv)
     try:
         from data.source import open_dataset
 
         source = open_dataset(args.dataset_id, episodes=str(args.episode))
         source.require()
-        auto = args.n_action_steps == "auto"
-        policy = load_policy(args.checkpoint, args.device, None if auto else as_count(args.n_action_steps))
+        policy = load_policy(args.checkpoint, args.device, args.n_action_steps)
         for key in policy.expected:
             if key not in source.meta.features:
                 raise UserError(
                     f"dataset {args.dataset_id} has no {key}, which the policy takes: pass the dataset it was trained on"
                 )
-        if auto:
-            milliseconds, count = policy.fit_to_latency(source.meta.fps, next(iter(source.tasks), ""))
+        if args.ahead:
+            policy = policy.ahead(source.meta.fps, next(iter(source.tasks), ""))
             print(
-                f"a chunk takes {milliseconds:.1f} ms (99 %): {count} actions are carried out of each at {source.meta.fps:g} fps"
+                f"a chunk is asked for {policy.lead} frames ahead, and {policy.count} actions are carried out of each"
             )
         result = compare(policy, source, args.episode)
     except UserError as error:

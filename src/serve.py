@@ -66,10 +66,10 @@ def unpack(body: bytes):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one LoadedPolicy.
+    """Serves one policy.
 
     Args:
-        policy: infer.LoadedPolicy.
+        policy: infer.LoadedPolicy or ahead.Ahead.
         address: (host, port); port 0 for any.
         max_bytes: the largest body that is read.
     """
@@ -89,7 +89,7 @@ class Server(ThreadingHTTPServer):
             key: {"kind": kind, "shape": [0 if size is None else size for size in shape]}  # 0 is any
             for key, (kind, shape) in self.policy.expected.items()
         }
-        served = {"policy": self.policy.policy.config.type, "device": str(self.policy.device), "expects": expected}
+        served = {"policy": self.policy.kind, "device": str(self.policy.device), "expects": expected}
         return {"status": "ok", **served, "actions": len(times), "p50_ms": p50, "p99_ms": p99}
 
     def act(self, observation) -> np.ndarray:
@@ -166,11 +166,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max_mb", type=float, default=32, help="largest request [%(default)s]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
     parser.add_argument("--n_action_steps", type=int, help="actions carried out of each predicted chunk [as trained]")
+    parser.add_argument(
+        "--ahead", type=float, metavar="FPS", help="predict ahead, for an arm that asks so often a second"
+    )
+    parser.add_argument("--task", default="", help="task text for observations that bring none")
     args = parser.parse_args(argv)
     from infer import load_policy
 
     try:
-        policy = load_policy(args.checkpoint, args.device, args.n_action_steps)
+        policy = load_policy(args.checkpoint, args.device, args.n_action_steps, args.task)
+        policy = policy.ahead(args.ahead) if args.ahead else policy
         server = Server(policy, (args.host, args.port), int(args.max_mb * 1e6))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -164,23 +163,6 @@ def test_learning_rate_ends_with_the_run(made, tmp_path):
 def test_settings_are_checked(pair, told):
     with pytest.raises(UserError, match=told):
         a_policy(pair)
-
-
-def test_latency_chooses_how_many_actions(made, tmp_path, monkeypatch):
-    """A chunk that takes long has more of its actions carried out, and blends over as many; one that takes too long is refused."""
-    checkpoint = train(
-        **small("flow", dataset_id=[str(made("video"))], steps=1), output_dir=str(tmp_path / "run")
-    ).checkpoint
-    policy = load_policy(checkpoint, device="cpu")
-    milliseconds, count = policy.fit_to_latency(fps=1)
-    assert 0 < milliseconds < 1000
-    assert count == 3
-    slow = policy.policy.predict_action_chunk
-    monkeypatch.setattr(policy.policy, "predict_action_chunk", lambda *a, **k: (time.sleep(0.05), slow(*a, **k))[1])
-    assert policy.fit_to_latency(fps=70, runs=3)[1] >= 4
-    assert policy.policy.config.blend_steps >= 4
-    with pytest.raises(UserError, match="actions are due at 1000 fps, and it has 6"):
-        policy.fit_to_latency(fps=1000, runs=3)
 
 
 def test_every_vector_is_an_observation():

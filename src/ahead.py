@@ -1,0 +1,85 @@
+"""Predict the next chunk while the arm carries out this one, so that no control tick waits for the network.
+
+What is carried out until the prediction is there is settled already, and the new chunk goes over from it.
+Source: Black et al. "Real-Time Execution of Action Chunking Flow Policies" (2025).
+"""
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from config import UserError
+from policy.chunk import predict_chunk
+
+
+class Ahead:
+    """Acts as a LoadedPolicy does, on chunks that a thread predicts from the observation `lead` ticks before they are needed.
+
+    Args:
+        policy: infer.LoadedPolicy.
+        lead: control ticks that predicting a chunk takes, 1 or more.
+
+    Raises:
+        UserError: chunks are too short for that.
+    """
+
+    def __init__(self, policy, lead: int):
+        config = policy.policy.config
+        self.policy, self.lead = policy, lead
+        self.length = getattr(config, "chunk_size", getattr(config, "horizon", 1))  # T
+        if 2 * lead > self.length:
+            raise UserError(
+                f"a chunk takes {lead} control ticks to predict and has {self.length} actions: expected {2 * lead} or more"
+            )
+        self.count = min(max(config.n_action_steps, lead), self.length - lead)  # carried out of each chunk
+        if hasattr(config, "blend_steps"):
+            config.blend_steps = min(config.blend_steps + lead, self.length)
+        self.device, self.kind, self.expected = policy.device, policy.kind, policy.expected
+        self.thread, self.pending = ThreadPoolExecutor(1, "chunks"), None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the chunk under way and the observations gone by: call it when an episode starts."""
+        if self.pending is not None:
+            self.pending.exception()  # waits for it
+        self.policy.reset()
+        self.seen: deque = deque(maxlen=getattr(self.policy.policy.config, "n_obs_steps", 1))
+        self.chunk: torch.Tensor | None = None  # (1, T, A)
+        self.pending: Future | None = None
+        self.at = self.end = self.asked_at = (
+            0  # rows of the chunk: due now, first that is not carried out, due when it was asked for
+        )
+
+    def act(self, observation: dict) -> np.ndarray:
+        """The action to carry out now: as LoadedPolicy.act; only an episode's first one waits for a chunk."""
+        with torch.inference_mode():
+            moment = self.policy.preprocess(self.policy.batch_of(observation))
+            self.seen.append(moment)
+            while len(self.seen) < self.seen.maxlen:
+                self.seen.append(moment)
+            if self.chunk is None:
+                self._take(self._ask(None).result(), 0)
+            elif self.pending is None and self.end - self.at <= self.lead:
+                self.pending, self.asked_at = self._ask(self.chunk[:, self.at :]), self.at
+            if self.at == self.end:
+                self._take(self.pending.result(), self.at - self.asked_at)
+            self.at += 1
+            return self.policy.postprocess(self.chunk[:, self.at - 1]).squeeze(0).cpu().numpy()
+
+    def _ask(self, rest: torch.Tensor | None) -> Future:
+        return self.thread.submit(self._predict, list(self.seen), rest)
+
+    def _predict(self, seen: list[dict], rest: torch.Tensor | None) -> torch.Tensor:
+        """(1, T, A) from the last observations; `rest` (1, R, A) is what was planned from now on."""
+        policy, now = self.policy.policy, dict(seen[-1])
+        if policy.config.observation_delta_indices is not None:  # history has an axis of its own
+            now |= {key: torch.stack([moment[key] for moment in seen], dim=1) for key in policy.config.input_features}
+        with torch.inference_mode():
+            return predict_chunk(policy, now, rest)
+
+    def _take(self, chunk: torch.Tensor, passed: int) -> None:
+        """Go over to a chunk that was asked for some ticks ago."""
+        self.chunk, self.pending, self.at = chunk, None, passed
+        self.end = min(passed + self.count, chunk.shape[1])

@@ -1,0 +1,126 @@
+"""Chunks predicted ahead: every action is the one for its tick, and a tick does not wait for a prediction under way."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import small
+
+from ahead import Ahead
+from config import UserError
+from data.source import open_dataset
+from infer import compare, load_policy
+from train import train
+
+
+class Clock:
+    """A policy whose observation is the tick t, and whose chunk is t, t + 1, ...: the right action of a tick is its number."""
+
+    def __init__(self, chunk_size=10, n_action_steps=4):
+        self.config = SimpleNamespace(
+            chunk_size=chunk_size,
+            n_action_steps=n_action_steps,
+            n_obs_steps=1,
+            observation_delta_indices=None,
+            type="clock",
+        )
+        self.policy, self.device, self.kind, self.expected = self, "cpu", "clock", {}
+        self.may_answer, self.asked = threading.Event(), []
+        self.may_answer.set()
+
+    def reset(self): ...
+
+    def eval(self): ...
+
+    def preprocess(self, batch):
+        return batch
+
+    postprocess = batch_of = preprocess
+
+    def predict_action_chunk(self, batch):
+        assert self.may_answer.wait(20)
+        self.asked.append(batch["t"])
+        return batch["t"] + torch.arange(self.config.chunk_size, dtype=torch.float32)[None, :, None]
+
+
+@pytest.mark.parametrize("lead", [1, 2, 3, 5])
+@pytest.mark.parametrize("n_action_steps", [1, 4, 10])
+def test_every_action_is_the_one_for_its_tick(lead, n_action_steps):
+    clock = Clock(10, n_action_steps)
+    policy = Ahead(clock, lead)
+    for _ in range(2):
+        clock.asked = []
+        policy.reset()
+        assert [float(policy.act({"t": t})[0]) for t in range(40)] == list(range(40))
+        assert max(np.diff(clock.asked)) <= 10 - lead  # no chunk is used past its end
+
+
+def test_a_tick_does_not_wait_for_a_prediction_under_way():
+    clock = Clock()
+    policy = Ahead(clock, 3)
+    assert policy.act({"t": 0}) == 0
+    clock.may_answer.clear()  # from now on predictions hang
+    assert [float(policy.act({"t": t})[0]) for t in (1, 2, 3)] == [1, 2, 3]
+    late = threading.Timer(0.2, clock.may_answer.set)
+    late.start()
+    assert policy.act({"t": 4}) == 4  # its chunk was asked for at tick 1: this one has to wait
+    assert clock.asked[:2] == [0, 1]
+    assert clock.may_answer.is_set()
+
+
+def test_what_fails_in_the_thread_is_raised_and_reset_goes_on():
+    clock = Clock()
+    policy = Ahead(clock, 2)
+    policy.act({"t": 0})
+    clock.predict_action_chunk = lambda batch: 1 / 0
+    for t in (1, 2, 3):  # the last one while its prediction has failed
+        policy.act({"t": t})
+    with pytest.raises(ZeroDivisionError):
+        policy.act({"t": 4})
+    del clock.predict_action_chunk
+    policy.reset()
+    assert policy.act({"t": 7}) == 7
+
+
+def test_too_slow_is_told():
+    with pytest.raises(UserError, match="takes 6 control ticks to predict and has 10 actions: expected 12 or more"):
+        Ahead(Clock(), 6)
+
+
+@pytest.mark.parametrize(("kind", "pairs"), [
+    ("flow", []), ("flow", ["n_obs_steps=2"]), ("act", []), ("diffusion", ["n_obs_steps=2"])])  # fmt: skip
+def test_real_policies(made, tmp_path, monkeypatch, kind, pairs):
+    """As far ahead as their latency asks for; on a still arm the chunks are those that act() would have predicted."""
+    settings = small(kind, dataset_id=[str(made("video"))], steps=1)
+    settings["policy_args"] = [*settings["policy_args"], *pairs]
+    checkpoint = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
+    policy = load_policy(checkpoint, device="cpu", task="lift")
+    monkeypatch.setattr(policy, "latency", lambda task: 0.09)
+    ahead = policy.ahead(fps=10)
+    assert ahead.lead == 1
+    source = open_dataset(str(made("video")), episodes="0")
+    result = compare(ahead, source, 0)
+    assert result["predicted"].shape == (13, 3)
+    assert np.isfinite(result["predicted"]).all()
+    if kind == "act":  # no noise, and its chunk is of the observation alone
+        still = {"observation.state": np.zeros(3), "observation.images.top": np.zeros((64, 96, 3), np.uint8)}
+        policy.reset()
+        ahead.reset()
+        chunk = [policy.act(still) for _ in range(4)]
+        assert np.array_equal(ahead.act(still), chunk[0])
+        taken = [ahead.act(still) for _ in range(8)]
+        assert all(any(np.allclose(a, b, atol=1e-6) for b in chunk) for a in taken)
+
+
+def test_latency_is_measured(made, tmp_path, monkeypatch):
+    checkpoint = train(
+        **small("flow", dataset_id=[str(made("video"))], steps=1), output_dir=str(tmp_path / "run")
+    ).checkpoint
+    policy = load_policy(checkpoint, device="cpu")
+    assert 0 < policy.latency(runs=3) < 1
+    quick = policy.policy.predict_action_chunk
+    monkeypatch.setattr(policy.policy, "predict_action_chunk", lambda *a, **k: (time.sleep(0.05), quick(*a, **k))[1])
+    assert policy.latency(runs=3) >= 0.05
