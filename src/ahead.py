@@ -18,16 +18,16 @@ class Ahead:
     """Acts as a LoadedPolicy does, on chunks that a thread predicts from the observation `lead` ticks before they are needed.
 
     Args:
-        policy: infer.LoadedPolicy.
+        loaded: infer.LoadedPolicy.
         lead: control ticks that predicting a chunk takes, 1 or more.
 
     Raises:
         UserError: chunks are too short for that.
     """
 
-    def __init__(self, policy, lead: int):
-        config = policy.policy.config
-        self.policy, self.lead = policy, lead
+    def __init__(self, loaded, lead: int):
+        config = loaded.policy.config
+        self.loaded, self.policy, self.lead = loaded, loaded.policy, lead
         self.length = getattr(config, "chunk_size", getattr(config, "horizon", 1))  # T
         if 2 * lead > self.length:
             raise UserError(
@@ -36,7 +36,7 @@ class Ahead:
         self.count = min(max(config.n_action_steps, lead), self.length - lead)  # carried out of each chunk
         if hasattr(config, "blend_steps"):
             config.blend_steps = min(config.blend_steps + lead, self.length)
-        self.device, self.kind, self.expected = policy.device, policy.kind, policy.expected
+        self.device, self.kind, self.expected = loaded.device, loaded.kind, loaded.expected
         self.thread, self.pending = ThreadPoolExecutor(1, "chunks"), None
         self.reset()
 
@@ -44,8 +44,8 @@ class Ahead:
         """Forget the chunk under way and the observations gone by: call it when an episode starts."""
         if self.pending is not None:
             self.pending.exception()  # waits for it
-        self.policy.reset()
-        self.seen: deque = deque(maxlen=getattr(self.policy.policy.config, "n_obs_steps", 1))
+        self.loaded.reset()
+        self.seen: deque = deque(maxlen=getattr(self.policy.config, "n_obs_steps", 1))
         self.chunk: torch.Tensor | None = None  # (1, T, A)
         self.pending: Future | None = None
         self.at = self.end = self.asked_at = (
@@ -54,8 +54,12 @@ class Ahead:
 
     def act(self, observation: dict) -> np.ndarray:
         """The action to carry out now: as LoadedPolicy.act; only an episode's first one waits for a chunk."""
+        return self.select(self.loaded.batch_of(observation)).squeeze(0).cpu().numpy()
+
+    def select(self, batch: dict) -> torch.Tensor:
+        """(1, A) the action to carry out now in robot units, for a LeRobot batch of one moment's observation."""
         with torch.inference_mode():
-            moment = self.policy.preprocess(self.policy.batch_of(observation))
+            moment = self.loaded.preprocess(batch)
             self.seen.append(moment)
             while len(self.seen) < self.seen.maxlen:
                 self.seen.append(moment)
@@ -66,18 +70,18 @@ class Ahead:
             if self.at == self.end:
                 self._take(self.pending.result(), self.at - self.asked_at)
             self.at += 1
-            return self.policy.postprocess(self.chunk[:, self.at - 1]).squeeze(0).cpu().numpy()
+            return self.loaded.postprocess(self.chunk[:, self.at - 1])
 
     def _ask(self, rest: torch.Tensor | None) -> Future:
         return self.thread.submit(self._predict, list(self.seen), rest)
 
     def _predict(self, seen: list[dict], rest: torch.Tensor | None) -> torch.Tensor:
         """(1, T, A) from the last observations; `rest` (1, R, A) is what was planned from now on."""
-        policy, now = self.policy.policy, dict(seen[-1])
-        if policy.config.observation_delta_indices is not None:  # history has an axis of its own
-            now |= {key: torch.stack([moment[key] for moment in seen], dim=1) for key in policy.config.input_features}
+        config, now = self.policy.config, dict(seen[-1])
+        if config.observation_delta_indices is not None:  # history has an axis of its own
+            now |= {key: torch.stack([moment[key] for moment in seen], dim=1) for key in config.input_features}
         with torch.inference_mode():
-            return predict_chunk(policy, now, rest)
+            return predict_chunk(self.policy, now, rest)
 
     def _take(self, chunk: torch.Tensor, passed: int) -> None:
         """Go over to a chunk that was asked for some ticks ago."""

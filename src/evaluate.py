@@ -240,6 +240,10 @@ def evaluate(args) -> None:
         )
     if args.env:
         folder = folder_for(args.checkpoint, args.output_dir, f"{args.env}_{args.task or 'default'}")
+        if args.ahead and policy is not None:
+            from ahead import Ahead
+
+            policy = Ahead(policy, args.ahead)
         result = simulate(policy, args, folder, name)
         interval = f"95 % interval {result['success_low']:.1%} to {result['success_high']:.1%}"
         print(f"success {result['successes']} of {result['num_episodes']}: {result['success_rate']:.1%} ({interval})")
@@ -265,8 +269,18 @@ def main(argv: list[str]) -> int:
     flag("--output_dir", metavar="FOLDER", help="where the reports go [evaluation/ beside the checkpoint]")
     flag("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
     flag("--n_action_steps", type=int, metavar="N", help="actions carried out of each predicted chunk [as trained]")
+    flag(
+        "--ahead", type=int, metavar="N", help="in simulation: predict chunks N steps ahead, as where they take so long"
+    )
     args = parser.parse_args(argv)
-    for name, low in (("num_episodes", 1), ("max_steps", 1), ("n_action_steps", 1), ("seed", 0), ("num_videos", 0)):
+    for name, low in (
+        ("num_episodes", 1),
+        ("ahead", 1),
+        ("max_steps", 1),
+        ("n_action_steps", 1),
+        ("seed", 0),
+        ("num_videos", 0),
+    ):
         if (value := getattr(args, name)) is not None and value < low:
             parser.error(f"--{name} must be at least {low}, got {value}")
     try:

@@ -82,7 +82,7 @@ def test_adapters(made, tmp_path, trained):
     config = PreTrainedConfig.from_pretrained(end)
     config.pretrained_path, config.device = end, "cpu"
     theirs = make_policy(config, ds_meta=open_dataset(str(made("video"))).meta).eval()
-    ours = load_policy(end, device="cpu").policy
+    ours = load_policy(part.checkpoint, device="cpu").policy
     batch = {key: torch.rand(1, *feature.shape) for key, feature in config.input_features.items()}
     torch.manual_seed(0)
     expected = theirs.predict_action_chunk(batch)

@@ -47,6 +47,7 @@ def assert_equal(whole, folder):
     assert [path.name for path in folder.glob(".*")] == [".lock"]
 
 
+@pytest.mark.slow
 def test_terminated_and_resumed_by_the_command_it_tells(whole, tmp_path):
     flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in SETTINGS.items()
              if value and not isinstance(value, list)]  # fmt: skip
