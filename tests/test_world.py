@@ -172,6 +172,15 @@ def test_a_mistake_is_told_once(team, made, tmp_path):
     assert "multiple of 2" in log
 
 
+@pytest.mark.slow
+def test_fsdp_of_layers_that_the_policy_has_not_is_told(team, made, tmp_path):
+    settings = {**small("flow", dataset_id=[str(made("video"))]), "output_dir": str(tmp_path / "run")}
+    assert team(settings, env=WAYS["FSDP"]) == [2, 2]
+    log = Path(f"{settings['output_dir']}.log").read_text()
+    assert "error: FSDP: Could not find the transformer layer class ACTEncoderLayer" in log
+    assert "Traceback" not in log
+
+
 @pytest.mark.parametrize("policy", ["act", "flow"])
 def test_accumulated_parts_are_the_batch(made, tmp_path, policy):
     """8 samples in one part, two or four: the same course up to rounding, padded actions and all."""
