@@ -48,9 +48,8 @@ class Ahead:
         self.seen: deque = deque(maxlen=getattr(self.policy.config, "n_obs_steps", 1))
         self.chunk: torch.Tensor | None = None  # (1, T, A)
         self.pending: Future | None = None
-        self.at = self.end = self.asked_at = (
-            0  # rows of the chunk: due now, first that is not carried out, due when it was asked for
-        )
+        # steps of the chunk: the one due now, the first that is not carried out, the one that was due when the next was asked for
+        self.at = self.end = self.asked_at = 0
 
     def act(self, observation: dict) -> np.ndarray:
         """The action to carry out now: as LoadedPolicy.act; only an episode's first one waits for a chunk."""

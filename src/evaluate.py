@@ -273,14 +273,8 @@ def main(argv: list[str]) -> int:
         "--ahead", type=int, metavar="N", help="in simulation: predict chunks N steps ahead, as where they take so long"
     )
     args = parser.parse_args(argv)
-    for name, low in (
-        ("num_episodes", 1),
-        ("ahead", 1),
-        ("max_steps", 1),
-        ("n_action_steps", 1),
-        ("seed", 0),
-        ("num_videos", 0),
-    ):
+    for name in ("num_episodes", "max_steps", "n_action_steps", "ahead", "seed", "num_videos"):
+        low = 0 if name in ("seed", "num_videos") else 1
         if (value := getattr(args, name)) is not None and value < low:
             parser.error(f"--{name} must be at least {low}, got {value}")
     try:
