@@ -118,6 +118,17 @@ def copy_of(tmp_path, made):
     return copy
 
 
+@pytest.fixture(scope="session")
+def renderer():
+    import sim
+    from config import UserError
+
+    try:
+        return sim.pick_renderer()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
 def small(policy: str = "act", **settings) -> dict:
     """Settings of a run that takes seconds."""
     return {"policy": policy, "policy_args": SMALL[policy].split(), "device": "cpu", "batch_size": 4, "steps": 4,

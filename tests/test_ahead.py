@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import small
+from conftest import SHIPPED, small
 
+import evaluate
 from ahead import Ahead
 from config import UserError
 from data.source import open_dataset
@@ -124,3 +125,26 @@ def test_latency_is_measured(made, tmp_path, monkeypatch):
     quick = policy.policy.predict_action_chunk
     monkeypatch.setattr(policy.policy, "predict_action_chunk", lambda *a, **k: (time.sleep(0.05), quick(*a, **k))[1])
     assert policy.latency(runs=3) >= 0.05
+
+
+def test_in_simulation(tmp_path, capsys, renderer):
+    """evaluate.py --ahead: the same episodes, on chunks that are asked for three steps before they are needed."""
+    settings = small("act", dataset_id=str(SHIPPED), steps=1, save_freq=0, image_size=[32, 32])
+    settings["policy_args"] = [*settings["policy_args"], "chunk_size=8", "n_action_steps=4"]
+    checkpoint = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
+    command = [
+        str(checkpoint),
+        "--env",
+        "metaworld",
+        "--task",
+        "drawer-open-v3",
+        "--num_episodes",
+        "2",
+        "--num_videos",
+        "0",
+    ]
+    command += ["--max_steps", "12", "--device", "cpu", "--output_dir", str(tmp_path / "out"), "--ahead"]
+    assert evaluate.main([*command, "3"]) == 0
+    assert "success 0 of 2" in capsys.readouterr().out
+    assert evaluate.main([*command, "5"]) == 2
+    assert "takes 5 control ticks to predict and has 8 actions" in capsys.readouterr().err

@@ -24,14 +24,6 @@ from train import train
 from validation import Errors, measure, split, spread
 
 
-@pytest.fixture(scope="session")
-def renderer():
-    try:
-        return sim.pick_renderer()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
 @pytest.fixture(scope="module")
 def trained(made, tmp_path_factory):
     """A checkpoint for the shipped task that has learned nothing."""
