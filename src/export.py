@@ -235,10 +235,13 @@ def require(worst: float, allowed: float, what: str) -> None:
 
 def quantised(path: Path):
     """The ONNX file with its weights in 8 bits, in its place; a runner of it."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     smaller = path.with_name(f"{path.name}.int8")
-    quantize_dynamic(str(path), str(smaller), weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    model = onnx.load(str(path))
+    del model.graph.value_info[:]  # the exporter's shapes, of weights that are turned round on the way
+    quantize_dynamic(model, str(smaller), weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
     smaller.replace(path)
     return onnx_runner(path)
 
