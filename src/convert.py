@@ -148,15 +148,10 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
     """
     import torch
     from lerobot.common.train_utils import get_step_checkpoint_dir, save_checkpoint, update_last_checkpoint
-    from lerobot.configs.default import DatasetConfig
-    from lerobot.configs.train import TrainPipelineConfig
-    from lerobot.transforms import ImageTransformsConfig
 
-    from build import build_source
     from optim import make_schedule
     from policy import build_policy, load_policy_config
-    from processors import load_processors, parse_rename
-    from validation import split
+    from processors import load_processors
     from world import World
 
     if output.exists():
@@ -177,11 +172,40 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
         if refused:
             raise UserError(f"{checkpoint.name} was trained with {why}, which lerobot-train cannot resume")
     policy = build_policy(policy_config, None, checkpoint)
-    name, step = config.dataset_id[0], step_of(checkpoint) or standing["step"]
+    step, theirs = step_of(checkpoint) or standing["step"], their_config(config, policy_config, output)
+    optimizer = theirs.optimizer.build(policy.get_optim_params())
+    load_optimizer(checkpoint, World("cpu"), policy, optimizer)
+    scheduler = theirs.scheduler.build(optimizer, config.steps) if theirs.scheduler else None
+    if scheduler is not None:  # where its own stepping would have brought it
+        factor = make_schedule(policy, config)
+        scheduler.last_epoch, scheduler._step_count = step, step + 1
+        scheduler._last_lr = [peak * factor(step) for peak in scheduler.base_lrs]
+        for group, lr in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = lr
+    torch.manual_seed(config.seed)
+    folder = get_step_checkpoint_dir(output, config.steps, step)
+    processors = load_processors(checkpoint, "cpu")
+    save_checkpoint(
+        folder, step, theirs, policy, optimizer, scheduler, *processors, num_processes=1, batch_size=config.batch_size
+    )
+    update_last_checkpoint(folder)
+    return folder
+
+
+def their_config(config: TrainConfig, policy_config, output: Path):
+    """LeRobot's TrainPipelineConfig for a run of ours."""
+    from lerobot.configs.default import DatasetConfig
+    from lerobot.configs.train import TrainPipelineConfig
+    from lerobot.transforms import ImageTransformsConfig
+
+    from build import build_source
+    from processors import parse_rename
+    from validation import split
+
+    name, source = config.dataset_id[0], build_source(config)
     root = str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else config.dataset_root
-    source = build_source(config)
     kept = [source.episodes[i] for i in split(source, config)[0]]  # LeRobot holds out the last ones, if any
-    theirs = TrainPipelineConfig(
+    return TrainPipelineConfig(
         dataset=DatasetConfig(
             repo_id="/".join(Path(name).parts[-2:]) if root else name,
             root=root,
@@ -201,23 +225,6 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
         save_freq=config.save_freq or config.steps,
         **own_optimizer(policy_config, config),
     )
-    optimizer = theirs.optimizer.build(policy.get_optim_params())
-    load_optimizer(checkpoint, World("cpu"), policy, optimizer)
-    scheduler = theirs.scheduler.build(optimizer, config.steps) if theirs.scheduler else None
-    if scheduler is not None:  # where its own stepping would have brought it
-        factor = make_schedule(policy, config)
-        scheduler.last_epoch, scheduler._step_count = step, step + 1
-        scheduler._last_lr = [peak * factor(step) for peak in scheduler.base_lrs]
-        for group, lr in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
-            group["lr"] = lr
-    torch.manual_seed(config.seed)
-    folder = get_step_checkpoint_dir(output, config.steps, step)
-    processors = load_processors(checkpoint, "cpu")
-    save_checkpoint(
-        folder, step, theirs, policy, optimizer, scheduler, *processors, num_processes=1, batch_size=config.batch_size
-    )
-    update_last_checkpoint(folder)
-    return folder
 
 
 def own_optimizer(policy_config, config: TrainConfig) -> dict:
