@@ -131,7 +131,9 @@ def test_validation_goes_on_over_a_resume(made, tmp_path, policy):
 
 def test_best_checkpoint_is_marked_and_kept(made, tmp_path, monkeypatch, capsys):
     losses = iter([3.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr(exam, "measure", lambda *args: Errors(next(losses), None, np.ones(3), ["a", "b", "c"]))
+    monkeypatch.setattr(
+        exam, "measure", lambda *args, **kwargs: Errors(next(losses), None, np.ones(3), ["a", "b", "c"])
+    )
     settings = small(dataset_id=str(made("no_camera")), val_fraction=0.3, save_freq=1, keep_last=1)
     train(**settings, output_dir=str(tmp_path / "run"))
     assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4"]

@@ -253,7 +253,9 @@ class Encoder(nn.Module):
             parts.append(
                 (checkpoint(eye, pictures, use_reentrant=False) if twice else eye(pictures)).reshape(count, -1)
             )
-        parts += [batch[key].reshape(len(batch[key]), -1) for key in self.vectors]  # one of one number comes as (B,)
+        parts += [
+            batch[key].reshape(batch[key].shape[0], -1) for key in self.vectors
+        ]  # one of one number comes as (B,)
         condition = self.mix(torch.cat(parts, dim=1))
         return condition if self.task is None else condition + self.task(self._which(batch, condition.device))
 
