@@ -35,7 +35,7 @@ class Ahead:
             )
         self.count = min(max(config.n_action_steps, lead), self.length - lead)  # carried out of each chunk
         if hasattr(config, "blend_steps"):
-            config.blend_steps = min(config.blend_steps + lead, self.length)
+            config.blend_steps = max(config.blend_steps, 2 * lead)  # beyond what is settled
         self.device, self.kind, self.expected = loaded.device, loaded.kind, loaded.expected
         self.thread, self.pending = ThreadPoolExecutor(1, "chunks"), None
         self.reset()

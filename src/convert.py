@@ -1,6 +1,7 @@
-"""Between a run of lerobot-train and one of ours: checkpoints both ways, written and read by LeRobot's own code.
+"""LeRobot's own checkpoints on their way in: of lerobot-train, and policies of before processors.
 
-LeRobot's layout is checkpoints/<step>/{pretrained_model,training_state}; ours is checkpoint-<step> (see checkpoint.py).
+Its layout is checkpoints/<step>/{pretrained_model,training_state}; ours is checkpoint-<step> (see checkpoint.py).
+export.py has the way out.
 """
 
 import hashlib
@@ -9,12 +10,11 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from checkpoint import OWN_WEIGHTS, TrainState, load_optimizer, read_json, step_of
-from config import FIELDS, TrainConfig, UserError, one_line
+from checkpoint import TrainState, read_json
+from config import TrainConfig, UserError, one_line
 from processors import FILES
 
 # of its "diffuser" scheduler: ours
@@ -138,112 +138,6 @@ def held_out(name: str, revision: str | None, episodes: str | None, fraction: fl
     for episode in source.episodes:
         by_task.setdefault(source.meta.episodes["tasks"][episode][0], []).append(episode)
     return as_text(sorted(e for some in by_task.values() for e in some[len(some) - math.ceil(len(some) * fraction) :]))
-
-
-def to_lerobot(checkpoint: Path, output: Path) -> Path:
-    """A checkpoint-<step> as `output`/checkpoints/<step>, which `lerobot-train --resume=true` continues.
-
-    Raises:
-        UserError: `output` is there already, or the checkpoint holds what LeRobot has no place for.
-    """
-    import torch
-    from lerobot.common.train_utils import get_step_checkpoint_dir, save_checkpoint, update_last_checkpoint
-
-    from optim import make_schedule
-    from policy import build_policy, load_policy_config
-    from processors import load_processors
-    from world import World
-
-    if output.exists():
-        raise UserError(f"{output} is there already: choose another folder or remove it")
-    if (checkpoint / OWN_WEIGHTS).exists():
-        print(
-            f"note: {checkpoint.name} has averaged weights (--ema_decay): LeRobot goes on from the average",
-            file=sys.stderr,
-        )
-    known = {name: value for name, value in read_json(checkpoint / "train_config.json").items() if name in FIELDS}
-    config, standing = TrainConfig(**known), read_json(checkpoint / "trainer_state.json")
-    policy_config = load_policy_config(checkpoint, None, "cpu")
-    for refused, why in (
-        (len(config.dataset_id) > 1, "several datasets"),
-        (policy_config.use_peft, "adapters"),
-        (config.freeze, "frozen weights"),
-    ):
-        if refused:
-            raise UserError(f"{checkpoint.name} was trained with {why}, which lerobot-train cannot resume")
-    policy = build_policy(policy_config, None, checkpoint)
-    step, theirs = step_of(checkpoint) or standing["step"], their_config(config, policy_config, output)
-    optimizer = theirs.optimizer.build(policy.get_optim_params())
-    load_optimizer(checkpoint, World("cpu"), policy, optimizer)
-    scheduler = theirs.scheduler.build(optimizer, config.steps) if theirs.scheduler else None
-    if scheduler is not None:  # where its own stepping would have brought it
-        factor = make_schedule(policy, config)
-        scheduler.last_epoch, scheduler._step_count = step, step + 1
-        scheduler._last_lr = [peak * factor(step) for peak in scheduler.base_lrs]
-        for group, lr in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
-            group["lr"] = lr
-    torch.manual_seed(config.seed)
-    folder = get_step_checkpoint_dir(output, config.steps, step)
-    processors = load_processors(checkpoint, "cpu")
-    save_checkpoint(
-        folder, step, theirs, policy, optimizer, scheduler, *processors, num_processes=1, batch_size=config.batch_size
-    )
-    update_last_checkpoint(folder)
-    return folder
-
-
-def their_config(config: TrainConfig, policy_config, output: Path):
-    """LeRobot's TrainPipelineConfig for a run of ours."""
-    from lerobot.configs.default import DatasetConfig
-    from lerobot.configs.train import TrainPipelineConfig
-    from lerobot.transforms import ImageTransformsConfig
-
-    from build import build_source
-    from processors import parse_rename
-    from validation import split
-
-    name, source = config.dataset_id[0], build_source(config)
-    root = str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else config.dataset_root
-    kept = [source.episodes[i] for i in split(source, config)[0]]  # LeRobot holds out the last ones, if any
-    return TrainPipelineConfig(
-        dataset=DatasetConfig(
-            repo_id="/".join(Path(name).parts[-2:]) if root else name,
-            root=root,
-            episodes=kept if len(kept) < source.meta.total_episodes else None,
-            revision=config.revision,
-            use_imagenet_stats=config.imagenet_stats == "on",
-            image_transforms=ImageTransformsConfig(enable=bool(config.augment)),
-        ),
-        policy=policy_config,
-        rename_map=parse_rename(config.rename),
-        output_dir=output,
-        job_name=f"armature_{policy_config.type}",
-        seed=config.seed,
-        batch_size=config.batch_size,
-        steps=config.steps,
-        log_freq=config.log_freq,
-        save_freq=config.save_freq or config.steps,
-        **own_optimizer(policy_config, config),
-    )
-
-
-def own_optimizer(policy_config, config: TrainConfig) -> dict:
-    """LeRobot's settings for a run whose schedule is not the policy's own."""
-    if config.lr_schedule is None and config.warmup_steps is None and config.grad_clip_norm is None:
-        return {"optimizer": policy_config.get_optimizer_preset(), "scheduler": policy_config.get_scheduler_preset()}
-    from lerobot.optim import DiffuserSchedulerConfig
-
-    from optim import preset_schedule
-
-    optimizer = policy_config.get_optimizer_preset()
-    given = {name: getattr(config, name) for name in ("lr", "weight_decay", "grad_clip_norm")}
-    optimizer = replace(optimizer, **{name: value for name, value in given.items() if value is not None})
-    scheduler, warmup = preset_schedule(policy_config, config), config.warmup_steps or 0
-    if scheduler is None:
-        name = config.lr_schedule or "constant"
-        name = "constant_with_warmup" if name == "constant" and warmup else name  # its constant has none
-        scheduler = DiffuserSchedulerConfig(name=name, num_warmup_steps=warmup)
-    return {"use_policy_training_preset": False, "optimizer": optimizer, "scheduler": scheduler}
 
 
 def policy_folder(folder: Path) -> Path:

@@ -55,9 +55,9 @@ def train(**settings) -> TrainResult:
             parts, grad_norm = run.train_step(batch)
             if run.is_log_step():
                 run.log(parts, grad_norm)
-            if run.exam.is_due(run.step, run.is_save_step() and not run.asked):
+            if run.exam.is_due(run.step, run.is_planned_save()):
                 run.examine()
-            if run.is_save_step():
+            if run.asked or run.is_planned_save():
                 run.save()
         return run.finish()
 
@@ -130,9 +130,9 @@ class Run:
     def is_log_step(self) -> bool:
         return self.step % self.config.log_freq == 0 or self.step in (1, self.config.steps)
 
-    def is_save_step(self) -> bool:
+    def is_planned_save(self) -> bool:
         step, freq = self.step, self.config.save_freq
-        return (freq > 0 and step % freq == 0) or step == self.config.steps or self.save_is_due or self.asked > 0
+        return (freq > 0 and step % freq == 0) or step == self.config.steps or self.save_is_due > 0
 
     def stop_if_not_finite(self) -> None:
         first = int(self.bad_step)  # waits for the device

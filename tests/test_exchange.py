@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import export
 from checkpoint import read_json
 from config import TrainConfig, UserError
-from convert import from_lerobot, own_optimizer, to_lerobot
+from convert import from_lerobot
+from export import own_optimizer, to_lerobot
 from infer import load_policy
 from policy import policy_config
 from train import train
