@@ -151,10 +151,7 @@ def make_core(policy):
             f"policy {config.type} with these settings does not export: act, and flow of one observation, do"
         )
     if config.type == "flow":
-        names, example = (
-            [*names, "noise"],
-            [*example, torch.randn(1, config.chunk_size, config.action_feature.shape[0])],
-        )
+        names, example = [*names, "noise"], [*example, torch.randn(1, *config.noise_shape)]
 
     class Core(nn.Module):
         def __init__(self):

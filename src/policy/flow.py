@@ -2,11 +2,14 @@
 
 What it is. Each camera goes through a convolutional encoder whose feature maps become keypoints (spatial softmax: where in
 the picture each map is active); keypoints, pooled features and the state, of each step of history, make one condition
-vector. From it a network predicts a chunk of actions: by flow matching (it moves noise to actions along straight
-lines, in a few Euler steps, so that it can represent several ways of doing a thing), or in one step as plain regression.
+vector. From it a network predicts a chunk of actions, in two ways at once: in one step, as plain regression, and by flow
+matching, which moves noise to actions along straight lines in a few Euler steps and so can represent several ways of doing
+a thing. To act, several chunks are drawn. Where there is one way they lie around the plain one, which is taken; where there
+are several, the plain one is between them, and the draw that most others are near is taken instead.
 
 Sources: spatial softmax, Finn et al. "Deep Spatial Autoencoders" (2016); flow matching, Lipman et al. (2023), as pi0 has it for
-actions (Black et al. 2024); adaptive layer norm, Peebles and Xie "DiT" (2023); carrying a chunk over into the next,
+actions (Black et al. 2024), with the network predicting the actions and not the direction to them, Li and He "Back to Basics"
+(2025); adaptive layer norm, Peebles and Xie "DiT" (2023); carrying a chunk over into the next,
 Black et al. "Real-Time Execution of Action Chunking Flow Policies" (2025).
 
 How LeRobot finds it: a config class registered under a name and called <X>Config, in the same module <X>Policy and
@@ -45,8 +48,9 @@ class FlowConfig(PreTrainedConfig):
         chunk_size: T, actions that it predicts.
         n_action_steps: of these, how many are carried out before it is asked again.
         size: tiny, small or base.
-        head: flow (several ways of doing a thing), or regression (one).
+        head: flow (one way of doing a thing, or several), or regression (one).
         num_inference_steps: Euler steps of the flow head.
+        num_draws: N, chunks that the flow head draws to choose from.
         blend_steps: actions at a chunk's start that go over smoothly from the chunk before; 0 for none.
         backbone: conv (from scratch), or the name of a torchvision or timm model.
         pretrained_backbone_weights: torchvision's name of weights (DEFAULT), or "timm"; None from scratch.
@@ -59,7 +63,8 @@ class FlowConfig(PreTrainedConfig):
     n_action_steps: int = 8
     size: str = "small"
     head: str = "flow"
-    num_inference_steps: int = 5
+    num_inference_steps: int = 3
+    num_draws: int = 8
     blend_steps: int = 4
     backbone: str = "conv"
     pretrained_backbone_weights: str | None = None
@@ -96,10 +101,10 @@ class FlowConfig(PreTrainedConfig):
             raise ValueError(f"head must be flow or regression, got {self.head!r}")
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise ValueError(f"n_action_steps must be 1 to chunk_size ({self.chunk_size}), got {self.n_action_steps}")
-        if self.n_obs_steps < 1 or self.num_inference_steps < 1 or self.blend_steps < 0 or self.num_keypoints < 1:
-            raise ValueError(
-                "n_obs_steps, num_inference_steps and num_keypoints must be 1 or more, blend_steps 0 or more"
-            )
+        least = {"n_obs_steps": 1, "num_inference_steps": 1, "num_draws": 2, "num_keypoints": 1, "blend_steps": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} must be {value} or more, got {getattr(self, name)}")
 
     def validate_features(self) -> None:
         if not self.input_features or self.action_feature is None:
@@ -111,6 +116,11 @@ class FlowConfig(PreTrainedConfig):
     def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:
         """Up over a twentieth of the run, and down to nothing at its end."""
         return CosineDecayWithWarmupSchedulerConfig(ENDLESS // 20, ENDLESS, self.optimizer_lr, 0.0)
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(N, T, A) of the noise that a chunk is made from."""
+        return self.num_draws, self.chunk_size, self.action_feature.shape[0]
 
     @property
     def observation_delta_indices(self) -> list[int] | None:
@@ -153,10 +163,8 @@ class FlowPolicy(PreTrainedPolicy):
         if lr is None:
             return self.parameters()
         backbone = [p for name, p in self.named_parameters() if ".backbone." in name]
-        return [
-            {"params": [p for name, p in self.named_parameters() if ".backbone." not in name]},
-            {"params": backbone, "lr": lr},
-        ]
+        others = [p for name, p in self.named_parameters() if ".backbone." not in name]
+        return [{"params": others}, {"params": backbone, "lr": lr}]
 
     def _get_default_peft_targets(self) -> dict:  # what `--peft lora` adapts
         return {"target_modules": r".*\.(mix|mlp)\.[02]|.*\.modulate"}
@@ -170,13 +178,12 @@ class FlowPolicy(PreTrainedPolicy):
         """The loss of a batch, and its parts; padded steps do not count."""
         actions, condition = batch["action"], self.encoder(batch)  # (B, T, A), (B, D)
         there = ~batch["action_is_pad"].unsqueeze(-1)  # (B, T, 1)
-        if self.config.head == "regression":
-            error = (self.head.regress(condition) - actions).abs()
-        else:
+        error = (self.head.regress(condition) - actions).abs()
+        if self.config.head == "flow":
             noise = torch.randn_like(actions)
             time = torch.rand(len(actions), device=actions.device) ** 1.5  # more often near the noise, where it is hard
-            at = time[:, None, None]
-            error = (self.head(noise + at * (actions - noise), time, condition) - (actions - noise)).pow(2)
+            on_the_way = torch.lerp(noise, actions, time[:, None, None])
+            error = error + (self.head(on_the_way, time, condition) - actions).abs()
         loss = (error * there).sum() / (there.sum() * actions.shape[-1]).clamp_min(1)
         return loss, {}
 
@@ -186,24 +193,26 @@ class FlowPolicy(PreTrainedPolicy):
         self.eval()
         condition = self.encoder(batch)
         keep = self._keep(rest, condition)  # how much of it to keep, (T, 1), and it, (B, T, A)
-        noise = torch.randn(len(condition), self.config.chunk_size, self.head.joints, device=condition.device)
+        noise = torch.randn(len(condition), *self.config.noise_shape, device=condition.device)
         return self.denoise(condition, noise, keep)
 
     def denoise(self, condition: Tensor, noise: Tensor, keep=None) -> Tensor:
-        """(B, T, A) from a condition (B, D) and noise (B, T, A); `keep` is `_keep`'s, or nothing. Regression uses no noise."""
+        """(B, T, A) from a condition (B, D) and noise (B, N, T, A); `keep` is `_keep`'s, or nothing. Regression uses no noise."""
+        plain = self.head.regress(condition)
+        if keep is not None:
+            plain = torch.lerp(plain, keep[1], keep[0])
         if self.config.head == "regression":
-            chunk = self.head.regress(condition)
-            return chunk if keep is None else torch.lerp(chunk, keep[1], keep[0])
-        chunk, steps = noise, self.config.num_inference_steps
+            return plain
+        draws, steps = noise, self.config.num_inference_steps
         times = torch.arange(steps, device=noise.device).repeat_interleave(condition.shape[0]) / steps
-        modulations = [
-            m.chunk(steps) for m in self.head.modulations(times, condition.repeat(steps, 1))
-        ]  # read the weights once
+        modulations = self.head.modulations(times, condition.repeat(steps, 1))  # of all steps: the weights are read once
+        modulations = [m.unsqueeze(1).chunk(steps) for m in modulations]  # each (B, 1, 3 D), for every draw
         for step in range(steps):
-            chunk = chunk + self.head.along(chunk, [m[step] for m in modulations]) / steps
+            draws = draws + (self.head.along(draws, [m[step] for m in modulations]) - draws) / (steps - step)
             if keep is not None:  # where the planned actions would be on their way from this noise
-                chunk = torch.lerp(chunk, torch.lerp(noise, keep[1], (step + 1) / steps), keep[0])
-        return chunk
+                planned = torch.lerp(noise, keep[1].unsqueeze(1), (step + 1) / steps)
+                draws = torch.lerp(draws, planned, keep[0])
+        return choose(plain, draws)
 
     def _keep(self, rest: Tensor | None, condition: Tensor):
         count = 0 if rest is None else min(self.config.blend_steps, rest.shape[1])
@@ -228,6 +237,17 @@ class FlowPolicy(PreTrainedPolicy):
             self._actions.extend(chunk[:, :count].unbind(1))
             self._rest = chunk[:, count:]
         return self._actions.popleft()
+
+
+def choose(plain: Tensor, draws: Tensor) -> Tensor:
+    """Of a plain chunk (B, T, A) and draws (B, N, T, A), the one that is nearest to the nearest half of the (other) draws."""
+    every = torch.cat([plain.unsqueeze(1), draws], dim=1)  # (B, 1 + N, T, A)
+    apart = (every.unsqueeze(2) - draws.unsqueeze(1)).pow(2).sum((-1, -2)).sqrt()  # (B, 1 + N, N)
+    count = draws.shape[1]
+    itself = F.pad(torch.eye(count, device=draws.device), (0, 0, 1, 0))
+    near = (apart + 1e9 * itself).sort(dim=-1).values[..., : count // 2].mean(-1)  # (B, 1 + N)
+    best = near.argmin(1)[:, None, None, None].expand(-1, 1, *plain.shape[1:])
+    return every.gather(1, best).squeeze(1)
 
 
 class Encoder(nn.Module):
@@ -331,16 +351,16 @@ class Residual(nn.Module):
 
 
 class Head(nn.Module):
-    """A chunk on its way from noise to actions, the time of the way in [0, 1], and the condition: to the way's direction."""
+    """A chunk on its way from noise to actions, the time of the way in [0, 1], and the condition: to the actions at its end."""
 
     def __init__(self, config: FlowConfig):
         super().__init__()
         _, width, blocks = SIZES[config.size]
-        self.steps, self.joints = config.chunk_size, config.action_feature.shape[0]
-        self.enter = nn.Linear(self.steps * self.joints, width)
+        self.shape = config.noise_shape[1:]  # (T, A)
+        self.enter = nn.Linear(math.prod(self.shape), width)
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(Modulated(width) for _ in range(blocks))
-        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.steps * self.joints))
+        self.actions = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, math.prod(self.shape)))
 
     def forward(self, chunk: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         return self.along(chunk, self.modulations(time, condition))
@@ -352,14 +372,14 @@ class Head(nn.Module):
         return [block.modulate(condition) for block in self.blocks]
 
     def along(self, chunk: Tensor, modulations: list[Tensor]) -> Tensor:
-        x = self.enter(chunk.flatten(1))
+        x = self.enter(chunk.flatten(-2))  # (..., D)
         for block, modulation in zip(self.blocks, modulations, strict=True):
             x = block(x, modulation)
-        return self.leave(x).reshape(-1, self.steps, self.joints)  # (B, T, A)  (torch.compile breaks at unflatten)
+        return self.actions(x).reshape(*x.shape[:-1], *self.shape)  # (..., T, A)  (torch.compile breaks at unflatten)
 
     def regress(self, condition: Tensor) -> Tensor:
         """The chunk in one step, from no noise at all."""
-        nothing = condition.new_zeros(condition.shape[0], self.steps, self.joints)
+        nothing = condition.new_zeros(condition.shape[0], *self.shape)
         return self(nothing, condition.new_zeros(condition.shape[0]), condition)
 
 
@@ -375,5 +395,5 @@ class Modulated(nn.Module):
         nn.init.zeros_(self.modulate.bias)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        scale, shift, gate = modulation.chunk(3, dim=1)
+        scale, shift, gate = modulation.chunk(3, dim=-1)
         return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
