@@ -85,11 +85,11 @@ class LoadedPolicy:
 
         return Ahead(self, max(1, math.ceil(self.latency(task) * fps)))
 
-    def latency(self, task: str = "", runs: int = 30) -> float:
-        """Seconds that an observation to a chunk takes, the 99th percentile over `runs`."""
+    def latency(self, task: str = "", runs: int = 30, pixels: int = 480) -> float:
+        """Seconds that an observation to a chunk takes, the 99th percentile over `runs`; `pixels` a side where any size goes."""
         times = []
         zeros = {
-            key: np.zeros([size or 480 for size in shape], np.uint8 if kind == "uint8" else np.float32)
+            key: np.zeros([size or pixels for size in shape], np.uint8 if kind == "uint8" else np.float32)
             for key, (kind, shape) in self.expected.items()
         }
         for _ in range(runs + 3):

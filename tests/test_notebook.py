@@ -16,7 +16,7 @@ def test_quickstart_notebook(tmp_path):
     shutil.copytree(SHIPPED, tmp_path / "examples" / "datasets" / SHIPPED.name)
     notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
     for cell in notebook.cells:
-        cell.source = cell.source.replace("steps=60", "steps=10")
+        cell.source = cell.source.replace("steps=400", "steps=10")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path / "examples")}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     texts = [output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs]

@@ -205,7 +205,7 @@ class FlowPolicy(PreTrainedPolicy):
             return plain
         draws, steps = noise, self.config.num_inference_steps
         times = torch.arange(steps, device=noise.device).repeat_interleave(condition.shape[0]) / steps
-        modulations = self.head.modulations(times, condition.repeat(steps, 1))  # of all steps: the weights are read once
+        modulations = self.head.modulations(times, condition.repeat(steps, 1))  # all steps at once
         modulations = [m.unsqueeze(1).chunk(steps) for m in modulations]  # each (B, 1, 3 D), for every draw
         for step in range(steps):
             draws = draws + (self.head.along(draws, [m[step] for m in modulations]) - draws) / (steps - step)
