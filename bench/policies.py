@@ -1,6 +1,6 @@
-"""Success in simulation over minutes of training: flow, ACT and Diffusion trained here, and ACT by lerobot-train.
+"""Success in simulation over minutes of training: flow, ACT and Diffusion trained here, ACT and Diffusion by lerobot-train.
 
-    python bench/policies.py [--tasks drawer-open-v3 ...] [--minutes 5 10] [--policies flow flow_regression act diffusion lerobot_act]
+    python bench/policies.py [--tasks drawer-open-v3 ...] [--minutes 5 10] [--policies flow act ...]
 
 Each policy is a file in configs/. A run is as long as the last of --minutes, its schedule ends with it, and it is tried at each
 of them over the same episodes from the same seeds. Minutes are turned into steps by the speed that is measured first, before
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT / "src")
 BIN = Path(sys.executable).parent
 MEASURED = 60  # steps that the speed is measured over
+POLICIES = ["flow", "flow_regression", "act", "diffusion", "lerobot_act", "lerobot_diffusion"]
 
 
 def demonstrations(task: str, work: Path) -> Path:
@@ -160,7 +161,7 @@ def picture(path: str, points: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=["drawer-open-v3", "button-press-topdown-v3", "window-open-v3"])
-    parser.add_argument("--policies", nargs="+", default=["flow", "flow_regression", "act", "diffusion", "lerobot_act"])
+    parser.add_argument("--policies", nargs="+", default=POLICIES)
     parser.add_argument("--minutes", nargs="+", type=int, default=[5, 10])
     parser.add_argument("--num_episodes", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=1, help="runs of each policy, from different seeds")
