@@ -180,8 +180,8 @@ class FlowPolicy(PreTrainedPolicy):
         there = ~batch["action_is_pad"].unsqueeze(-1)  # (B, T, 1)
         error = (self.head.regress(condition) - actions).abs()
         if self.config.head == "flow":
-            noise = torch.randn_like(actions)
             time = torch.rand(len(actions), device=actions.device) ** 1.5  # more often near the noise, where it is hard
+            noise = torch.randn_like(actions)
             on_the_way = torch.lerp(noise, actions, time[:, None, None])
             error = error + (self.head(on_the_way, time, condition) - actions).abs()
         loss = (error * there).sum() / (there.sum() * actions.shape[-1]).clamp_min(1)
