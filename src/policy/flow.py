@@ -5,7 +5,7 @@ the picture each map is active); keypoints, pooled features and the state, of ea
 vector. From it a network predicts a chunk of actions, in two ways at once: in one step, as plain regression, and by flow
 matching, which moves noise to actions along straight lines in a few Euler steps and so can represent several ways of doing
 a thing. To act, several chunks are drawn. Where there is one way they lie around the plain one, which is taken; where there
-are several, the plain one is between them, and the draw that most others are near is taken instead.
+are several, the plain one may be between them, and the draw that most others are near is taken instead.
 
 Sources: spatial softmax, Finn et al. "Deep Spatial Autoencoders" (2016); flow matching, Lipman et al. (2023), as pi0 has it for
 actions (Black et al. 2024), with the network predicting the actions and not the direction to them, Li and He "Back to Basics"
