@@ -120,6 +120,7 @@ class Report:
     def set_steps(self, steps: int) -> None:
         """The run's length, where it was not known at first."""
         self.steps = steps
+        self.trackers.note("steps", str(steps), self.start)
         if self.bar is not None:
             self.bar.total = steps
             self.bar.refresh()

@@ -41,6 +41,17 @@ def test_tensorboard_goes_on_and_replaces_what_is_done_again(settings, tmp_path)
     assert names == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
 
 
+def test_trackers_are_told_the_steps_that_minutes_have_fixed(settings, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    del settings["steps"]
+    result = train(**settings, minutes=0.01, tracker="tensorboard")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    (steps,) = events.Tensors("steps/text_summary")
+    assert steps.tensor_proto.string_val[0].decode() == str(result.steps)
+
+
 def test_wandb_goes_on_as_the_same_run(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
