@@ -28,15 +28,21 @@ class Ahead:
     def __init__(self, loaded, lead: int):
         config = loaded.policy.config
         self.loaded, self.policy, self.lead = loaded, loaded.policy, lead
-        self.length = getattr(config, "chunk_size", getattr(config, "horizon", 1))  # T
-        if 2 * lead > self.length:
+        if getattr(config, "temporal_ensemble_coeff", None) is not None:
+            raise UserError("temporal ensembling asks for a chunk at every tick: --ahead does not go with it")
+        given = [name for name in ("chunk_size", "action_chunk_size", "n_action_steps") if hasattr(config, name)]
+        length = getattr(config, given[0])  # T; a policy without a chunk size of its own gives what it carries out
+        if 2 * lead > length:
             raise UserError(
-                f"a chunk takes {lead} control ticks to predict and has {self.length} actions: expected {2 * lead} or more"
+                f"a chunk takes {lead} control ticks to predict and has {length} actions ({given[0]}): expected {2 * lead} or more"
             )
-        self.count = min(max(config.n_action_steps, lead), self.length - lead)  # carried out of each chunk
-        if hasattr(config, "blend_steps"):
-            config.blend_steps = max(config.blend_steps, 2 * lead)  # beyond what is settled
+        # carried out of each chunk, with room for going over to the next one after what is settled
+        room = length - lead - getattr(config, "blend_steps", 0)
+        self.count = max(lead, min(max(getattr(config, "n_action_steps", 1), lead), room))
         self.device, self.kind, self.expected = loaded.device, loaded.kind, loaded.expected
+        self.stream = None
+        if torch.device(self.device).type == "cuda":  # in one queue with it an action would wait for the chunk
+            self.stream = torch.cuda.Stream(self.device)
         self.thread, self.pending = ThreadPoolExecutor(1, "chunks"), None
         self.reset()
 
@@ -79,8 +85,13 @@ class Ahead:
         config, now = self.policy.config, dict(seen[-1])
         if config.observation_delta_indices is not None:  # history has an axis of its own
             now |= {key: torch.stack([moment[key] for moment in seen], dim=1) for key in config.input_features}
-        with torch.inference_mode():
-            return predict_chunk(self.policy, now, rest)
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
+            if self.stream is None:
+                return predict_chunk(self.policy, now, rest, self.lead)
+            self.stream.wait_stream(torch.cuda.default_stream(self.device))  # for the observations
+            chunk = predict_chunk(self.policy, now, rest, self.lead)
+            self.stream.synchronize()
+            return chunk
 
     def _take(self, chunk: torch.Tensor, passed: int) -> None:
         """Go over to a chunk that was asked for some ticks ago."""

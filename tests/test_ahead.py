@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHIPPED, small
+from test_flow import a_policy
 
 import evaluate
 from ahead import Ahead
@@ -87,8 +88,37 @@ def test_what_fails_in_the_thread_is_raised_and_reset_goes_on():
 
 
 def test_too_slow_is_told():
-    with pytest.raises(UserError, match="takes 6 control ticks to predict and has 10 actions: expected 12 or more"):
+    with pytest.raises(
+        UserError, match=r"takes 6 control ticks to predict and has 10 actions \(chunk_size\): expected 12 or more"
+    ):
         Ahead(Clock(), 6)
+    diffusion = Clock()
+    diffusion.config = SimpleNamespace(horizon=16, n_action_steps=8)  # gives those that it carries out, no more
+    with pytest.raises(UserError, match=r"has 8 actions \(n_action_steps\): expected 10 or more"):
+        Ahead(diffusion, 5)
+
+
+def test_temporal_ensembling_is_refused():
+    clock = Clock()
+    clock.config.temporal_ensemble_coeff = 0.01
+    with pytest.raises(UserError, match="temporal ensembling asks for a chunk at every tick"):
+        Ahead(clock, 1)
+
+
+@pytest.mark.parametrize("lead", [1, 2, 4, 6])
+def test_flow_goes_over_smoothly_from_what_is_settled(lead):
+    """The plan changes from 0 to 1 all at once: no action is further from the one before than blending at rest would have it."""
+    policy = a_policy("chunk_size=16", "n_action_steps=8", "blend_steps=4", "head=regression", cameras=0, state=1)
+    plan = Clock()
+    plan.config, plan.policy = policy.config, policy
+    policy.head.regress = lambda condition: torch.full((1, 16, 2), plan.now)
+    ahead = Ahead(plan, lead)
+    taken = []
+    for tick in range(60):
+        plan.now = float(tick > 20)
+        taken.append(ahead.act({"observation.state": torch.zeros(1, 1)})[0])
+    assert (taken[0], taken[-1]) == (0, 1)
+    assert max(np.diff(taken)) < 0.21
 
 
 @pytest.mark.parametrize(("kind", "pairs"), [

@@ -134,8 +134,12 @@ def test_a_chunk_goes_over_smoothly_into_the_next(head):
     blended = policy.predict_action_chunk(batch, rest=rest)
     off = [(blended[:, i] - 0.7).abs().mean() < (own[:, i] - 0.7).abs().mean() for i in range(2)]
     assert all(off)
-    weight = policy._keep(rest, torch.zeros(1))[0][:, 0]
-    assert weight.tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0, 0, 0])
+    for settled, expected in (
+        (0, [2 / 3, 1 / 3, 0, 0, 0, 0]),
+        (1, [1, 2 / 3, 1 / 3, 0, 0, 0]),
+        (3, [1, 1, 1, 0, 0, 0]),
+    ):
+        assert policy._keep(rest, settled, torch.zeros(1))[0][:, 0].tolist() == pytest.approx(expected)
     policy.config.blend_steps = 0
     torch.manual_seed(2)
     assert torch.equal(policy.predict_action_chunk(batch, rest=rest), own)
@@ -155,7 +159,7 @@ def test_history_at_an_episodes_start_and_queue():
 def test_another_task_than_trained_on_is_told():
     policy = a_policy("task_embedding=true", "tasks=[lift,push]")
     batch = {**a_batch(policy), "task": ["lift", "push", "push", "pour"]}
-    with pytest.raises(ValueError, match=r"task 'pour' is none that this policy was trained on: \['lift', 'push'\]"):
+    with pytest.raises(UserError, match=r"task 'pour' is none that this policy was trained on: \['lift', 'push'\]"):
         policy.forward(batch)
 
 

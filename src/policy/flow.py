@@ -30,6 +30,8 @@ from lerobot.policies import PreTrainedPolicy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from config import UserError
+
 SIZES = {  # channels of the encoder's stages, width of the condition and of the head, blocks of the head
     "tiny": ((32, 64, 96), 256, 2),
     "small": ((48, 96, 160), 384, 3),
@@ -188,11 +190,11 @@ class FlowPolicy(PreTrainedPolicy):
         return loss, {}
 
     @torch.no_grad()
-    def predict_action_chunk(self, batch: dict, rest: Tensor | None = None, **kwargs) -> Tensor:
-        """(B, T, A) normalised actions from now on; `rest` (B, R, A) is what an earlier chunk had planned for that time."""
+    def predict_action_chunk(self, batch: dict, rest: Tensor | None = None, settled: int = 0, **kwargs) -> Tensor:
+        """(B, T, A) normalised actions from now on; `rest` (B, R, A) is what was planned, and `settled` of it is sure."""
         self.eval()
         condition = self.encoder(batch)
-        keep = self._keep(rest, condition)  # how much of it to keep, (T, 1), and it, (B, T, A)
+        keep = self._keep(rest, settled, condition)  # how much of it to keep, (T, 1), and it, (B, T, A)
         noise = torch.randn(len(condition), *self.config.noise_shape, device=condition.device)
         return self.denoise(condition, noise, keep)
 
@@ -214,12 +216,13 @@ class FlowPolicy(PreTrainedPolicy):
                 draws = torch.lerp(draws, planned, keep[0])
         return choose(plain, draws)
 
-    def _keep(self, rest: Tensor | None, condition: Tensor):
-        count = 0 if rest is None else min(self.config.blend_steps, rest.shape[1])
-        if count == 0:
+    def _keep(self, rest: Tensor | None, settled: int, condition: Tensor):
+        if rest is None:
             return None
+        count = min(self.config.blend_steps, rest.shape[1] - settled)
         weight = torch.zeros(self.config.chunk_size, 1, device=condition.device)
-        weight[:count, 0] = 1 - torch.arange(1, count + 1, device=condition.device) / (count + 1)
+        after = torch.arange(1 - settled, count + 1, device=condition.device).clamp_min(0)  # 0 while settled, 1, 2, ...
+        weight[: settled + count, 0] = 1 - after / (count + 1)
         return weight, F.pad(rest, (0, 0, 0, self.config.chunk_size - rest.shape[1]))
 
     @torch.no_grad()
@@ -270,12 +273,10 @@ class Encoder(nn.Module):
             pictures = batch[key]  # (B, [S,] C, H, W)
             pictures, count = pictures.flatten(0, -4), pictures.shape[0]
             twice = self.config.gradient_checkpointing and self.training
-            parts.append(
-                (checkpoint(eye, pictures, use_reentrant=False) if twice else eye(pictures)).reshape(count, -1)
-            )
-        parts += [
-            batch[key].reshape(batch[key].shape[0], -1) for key in self.vectors
-        ]  # one of one number comes as (B,)
+            seen = checkpoint(eye, pictures, use_reentrant=False) if twice else eye(pictures)
+            parts.append(seen.reshape(count, -1))
+        # a vector of one number comes as (B,)
+        parts += [batch[key].reshape(batch[key].shape[0], -1) for key in self.vectors]
         condition = self.mix(torch.cat(parts, dim=1))
         return condition if self.task is None else condition + self.task(self._which(batch, condition.device))
 
@@ -283,7 +284,7 @@ class Encoder(nn.Module):
         words = batch["task"] if isinstance(batch["task"], list) else [batch["task"]]
         for word in words:
             if word not in self.config.tasks:
-                raise ValueError(f"task {word!r} is none that this policy was trained on: {self.config.tasks}")
+                raise UserError(f"task {word!r} is none that this policy was trained on: {self.config.tasks}")
         return torch.tensor([self.config.tasks.index(word) for word in words], device=device)
 
 
@@ -294,9 +295,8 @@ class Eye(nn.Module):
         super().__init__()
         self.backbone, last = make_backbone(config, channels)
         self.maps = nn.Conv2d(last, config.num_keypoints, 1)
-        self.sharpness = nn.Parameter(
-            torch.tensor(8.0)
-        )  # from 1 the maps stay flat, and points in the middle, for too long
+        # from 1 the maps stay flat, and points in the middle, for too long
+        self.sharpness = nn.Parameter(torch.tensor(8.0))
         self.features = 2 * config.num_keypoints + last
 
     def forward(self, pictures: Tensor) -> Tensor:
