@@ -37,6 +37,10 @@ class Client:
     def __init__(self, address: str, timeout: float = 10.0):
         place = urlsplit(address)
         self.connection = http.client.HTTPConnection(place.hostname, place.port or 8000, timeout=timeout)
+        self.last, self.idle = (
+            0.0,
+            30.0,
+        )  # when it was asked, and seconds after which it connects anew: the server keeps 60
 
     def act(self, observation: dict) -> np.ndarray:
         """(A,) float32 in robot units."""
@@ -50,12 +54,15 @@ class Client:
         return self._ask("GET", "/health", None)
 
     def _ask(self, method: str, path: str, body: bytes | None) -> dict:
+        if time.monotonic() - self.last > self.idle:
+            self.connection.close()  # the request connects again
+        self.last = time.monotonic()
         try:
             self.connection.request(method, path, body)
             answer = self.connection.getresponse()
             told = msgpack.unpackb(answer.read(), object_hook=build)
         except OSError:
-            self.connection.close()  # the next request connects again
+            self.connection.close()
             raise
         if answer.status != 200:
             raise RuntimeError(told["error"])

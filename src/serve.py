@@ -107,6 +107,9 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 60  # seconds that a silent connection is kept
+    disable_nagle_algorithm = (
+        True  # an answer is two writes, and the second would wait 40 ms for the first to be acknowledged
+    )
 
     def log_message(self, *args):
         pass
@@ -180,8 +183,8 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"error: --host {args.host} --port {args.port} cannot be used: {error.strerror}", file=sys.stderr)
+    except (OSError, OverflowError) as error:
+        print(f"error: --host {args.host} --port {args.port} cannot be used: {one_line(error)}", file=sys.stderr)
         return 2
     print(
         f"serving {args.checkpoint} on http://{args.host}:{server.server_port} (GET /health; Ctrl-C ends)", flush=True

@@ -2,13 +2,16 @@
 
 import sys
 import threading
+import time
+from socket import IPPROTO_TCP, TCP_NODELAY
 
 import numpy as np
 import pytest
 from conftest import ROOT, small
 
+import serve
 from infer import load_policy
-from serve import Server, pack, unpack
+from serve import Handler, Server, pack, unpack
 from train import train
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -67,6 +70,32 @@ def test_bad_requests_are_answered(client, observation, told):
         client.act(observation)
     assert told in str(error.value)
     assert client.health()["status"] == "ok"  # and the server goes on
+
+
+def test_a_connection_that_the_server_has_closed_is_made_again(client, monkeypatch):
+    monkeypatch.setattr(Handler, "timeout", 0.2)
+    client.connection.close()
+    client.reset()
+    time.sleep(0.5)
+    monkeypatch.setattr(client, "idle", 0.2)
+    client.reset()
+
+
+def test_answers_are_sent_at_once(client, monkeypatch):
+    options, answer = [], Handler.answer
+
+    def noted(self, *told):
+        options.append(self.connection.getsockopt(IPPROTO_TCP, TCP_NODELAY))
+        answer(self, *told)
+
+    monkeypatch.setattr(Handler, "answer", noted)
+    client.health()
+    assert options == [1]
+
+
+def test_a_port_that_cannot_be_is_told(checkpoint, capsys):
+    assert serve.main([str(checkpoint), "--port", "99999", "--device", "cpu"]) == 2
+    assert "--port 99999 cannot be used" in capsys.readouterr().err
 
 
 def test_bytes_that_are_no_msgpack(client):
