@@ -257,11 +257,11 @@ def normalisation(pipeline) -> dict:
     return found
 
 
-def describe(loaded, path: Path, names, example, worst: float) -> dict:
+def describe(loaded, form: str, names, example, worst: float) -> dict:
     """What a program needs to know to use the exported file."""
     from processors import resize_of
 
-    config, onnx = loaded.policy.config, path.suffix == ".onnx"
+    config, onnx = loaded.policy.config, form == "onnx"
     return {
         "policy": config.type,
         "inputs": {n.replace(".", "_") if onnx else n: list(t.shape) for n, t in zip(names, example, strict=True)},
@@ -301,8 +301,10 @@ def main(argv: list[str]) -> int:
 def write(args) -> int:
     from infer import load_policy
 
-    if args.output.exists():
-        raise UserError(f"{args.output} is there already: choose another name or remove it")
+    about = args.output.with_name(f"{args.output.name}.json")
+    for path in (args.output, about):
+        if path.exists():
+            raise UserError(f"{path} is there already: choose another name or remove it")
     if args.int8 and args.format != "onnx":
         raise UserError("--int8 goes with --format onnx")
     loaded = load_policy(args.checkpoint, device="cpu")
@@ -322,8 +324,7 @@ def write(args) -> int:
         ) from error
     finally:
         fresh.unlink(missing_ok=True)
-    about = args.output.with_suffix(".json")
-    about.write_text(json.dumps(describe(loaded, args.output, names, example, worst), indent=2) + "\n")
+    about.write_text(json.dumps(describe(loaded, args.format, names, example, worst), indent=2) + "\n")
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, inputs and normalisation in {about.name}")
     print(f"largest difference from the policy {worst:.1g}; a chunk takes {mine:.1f} ms, of the policy {theirs:.1f} ms")
     return 0

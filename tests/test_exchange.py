@@ -223,10 +223,13 @@ def test_export(ours, made, tmp_path, policy, kind, capsys):
         ).checkpoint
     path = tmp_path / ("net.onnx" if kind == "onnx" else "net.pt")
     assert export.main([str(ours), str(path), "--format", kind]) == 0, capsys.readouterr().err
-    about = json.loads(path.with_suffix(".json").read_text())
+    about = read_json(path.with_name(f"{path.name}.json"))
     assert about["largest_difference"] < 1e-4
     assert about["unnormalise"]["action"]["mode"] == "MEAN_STD"
     assert path.stat().st_size > 10_000
+    path.unlink()
+    assert export.main([str(ours), str(path), "--format", kind]) == 2
+    assert f"{path.name}.json is there already" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -236,7 +239,7 @@ def test_int8_is_written_if_it_is_close(ours, tmp_path, capsys, monkeypatch):
         path = tmp_path / f"{name}.onnx"
         assert export.main([str(ours), str(path), "--format", "onnx", *flags]) == 0, capsys.readouterr().err
         sizes[name] = path.stat().st_size
-        assert read_json(path.with_suffix(".json"))["largest_difference"] < 0.1
+        assert read_json(path.with_name(f"{path.name}.json"))["largest_difference"] < 0.1
     assert sizes["small"] < sizes["whole"]
     monkeypatch.setattr(export, "INT8_TOLERANCE", 1e-9)
     assert export.main([str(ours), str(tmp_path / "no.onnx"), "--format", "onnx", "--int8"]) == 2
