@@ -67,12 +67,13 @@ def runs_page(runs: dict[str, list[dict]]) -> Page:
 
 
 def as_command(config: dict) -> str:
-    """The command line of a run's settings, those left at their default left out."""
+    """The command line of a run's settings, those left at their default left out; `steps` stand for the minutes that fixed them."""
     words = ["python src/train.py"]
     for name, value in config.items():
-        if name in FRESH or name not in FIELDS or value == FIELDS[name].default:
+        if name in (*FRESH, "minutes") or name not in FIELDS or value == FIELDS[name].default:
             continue
-        values = [] if value is True else [str(item) for item in (value if isinstance(value, list) else [value])]
+        value = {True: [], False: "off"}[value] if isinstance(value, bool) else value
+        values = map(str, value if isinstance(value, list) else [value])
         words.append(" ".join([f"--{name}", *map(shlex.quote, values)]))
     return " \\\n    ".join(words)
 

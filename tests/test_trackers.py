@@ -129,9 +129,11 @@ def test_the_command_of_a_card_gives_the_same_settings(settings):
     config = merge(
         {**settings, "augment": True, "policy_args": ["chunk_size=4", "pretrained_backbone_weights=none"]}
     ).asdict()
-    words = as_command(config).replace("\\\n", "").split()[2:]
-    again = merge(parse_command_line(words)).asdict()
-    assert {**again, "output_dir": None} == {**config, "output_dir": None}
+    for changed in ({}, {"augment": False}, {"minutes": 3.0, "steps": 50}):
+        config |= changed
+        words = as_command(config).replace("\\\n", "").split()[2:]
+        again = merge(parse_command_line(words)).asdict()
+        assert {**again, "output_dir": None} == {**config, "output_dir": None, "minutes": None}
 
 
 def test_notebook_draws_in_one_place(settings, monkeypatch):
