@@ -80,6 +80,7 @@ class World:
 
     def __exit__(self, kind, error, trace):
         if self.accelerator is not None and kind is None:
+            self.wait()  # for what the main process writes: of one that leaves with a signal's status the launcher kills the others
             self.accelerator.end_training()
 
     @property

@@ -36,7 +36,11 @@ def start(settings: dict, rank: int, processes: int, port: int, env: dict) -> in
         from train import main
 
         torch.set_num_threads(1)
+        if rank == 0 and "SLOW_DISK" in os.environ:
+            os.fsync = lambda handle: time.sleep(float(os.environ["SLOW_DISK"]))
         status = main(settings)
+        there = sorted(path.name for path in Path(settings["output_dir"]).glob("checkpoint-*"))
+        print(f"process {rank} left", *there, flush=True)
     except BaseException:
         traceback.print_exc()
     finally:

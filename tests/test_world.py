@@ -158,9 +158,11 @@ def test_a_killed_process_ends_the_run(team, made, tmp_path):
 def test_a_signal_to_one_process_stops_all_at_one_step(team, made, tmp_path):
     settings = {**small(dataset_id=[str(made("video"))], steps=100_000, save_freq=0), **ACT}
     settings["output_dir"] = str(tmp_path / "run")
-    assert team(settings, kill=[1, 0.5, "SIGUSR1"]) == [138, 138]
+    assert team(settings, kill=[1, 0.5, "SIGUSR1"], env={"SLOW_DISK": "0.1"}) == [138, 138]
     (saved,) = (tmp_path / "run").glob("checkpoint-*")
-    assert "stopped by SIGUSR1" in Path(f"{settings['output_dir']}.log").read_text()
+    log = Path(f"{settings['output_dir']}.log").read_text()
+    assert "stopped by SIGUSR1" in log
+    assert f"process 1 left {saved.name}" in log  # a launcher kills the others once one has left with such a status
     assert json.loads((saved / "trainer_state.json").read_text())["world_size"] == 2
 
 
