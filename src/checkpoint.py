@@ -190,15 +190,18 @@ def verify(path: Path) -> None:
         if not file.is_file():
             damage.append(f"{name} is missing")
             continue
-        there = file.stat()
-        if there.st_size != wanted["size"]:
-            damage.append(f"{name} has {there.st_size} bytes, expected {wanted['size']}")
-            continue
-        inode = (there.st_dev, there.st_ino) if there.st_ino else name
-        if inode not in hashed:  # two names of one file are read once
-            hashed[inode] = sha256(file)
-        if hashed[inode] != wanted["sha256"]:
-            damage.append(f"{name} does not match its sha256")
+        try:
+            there = file.stat()
+            if there.st_size != wanted["size"]:
+                damage.append(f"{name} has {there.st_size} bytes, expected {wanted['size']}")
+                continue
+            inode = (there.st_dev, there.st_ino) if there.st_ino else name
+            if inode not in hashed:  # two names of one file are read once
+                hashed[inode] = sha256(file)
+            if hashed[inode] != wanted["sha256"]:
+                damage.append(f"{name} does not match its sha256")
+        except OSError as error:
+            damage.append(f"{name} cannot be read ({one_line(error)})")
     if damage:
         raise UserError(f"{path} is damaged: {', '.join(damage)}")
 
@@ -227,7 +230,7 @@ def read_state(path: Path, resume_step: int | None) -> TrainState:
 
 
 def load_optimizer(path: Path, world, policy, optimizer) -> None:
-    """Load optimizer_state.pth, which may hold tensors and numbers and no code; rates and decay stay as they are."""
+    """Load optimizer_state.pth, which may hold tensors and numbers and no code; rates, decay and kernels stay as they are."""
     import torch
 
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -239,11 +242,11 @@ def load_optimizer(path: Path, world, policy, optimizer) -> None:
         why = f"it would run {code[1]}, and may hold tensors and numbers alone" if code else one_line(error)[:160]
         raise UserError(f"{path / OPTIMIZER} is refused: {why}") from error
     try:
+        for group, mine in zip(state["param_groups"], settings, strict=False):
+            group.update(mine)
         world.load_optimizer_state(policy, optimizer, state)
     except (ValueError, KeyError) as error:
         raise UserError(f"{path / OPTIMIZER} does not fit this policy's optimizer: {one_line(error)[:160]}") from error
-    for group, mine in zip(optimizer.param_groups, settings, strict=True):
-        group.update(mine)
 
 
 def read_json(path: Path) -> dict:

@@ -5,6 +5,7 @@ python src/report.py outputs/a outputs/b        # compare runs: a page, and a pi
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -182,15 +183,16 @@ class Report:
         (self.output_dir / "README.md").write_text(model_card(checkpoint))
 
 
-def closing_words(result: TrainResult, config, start: int) -> str:
+def closing_words(result: TrainResult, config, start: int, processes: int) -> str:
     """How the run ended, and what to run next."""
-    saved, steps = result.checkpoint, result.steps
+    saved, steps = shlex.quote(str(result.checkpoint)), result.steps
     if result.stopped_by:
         stopped = f"stopped by {result.stopped_by} at step {steps} of {config.steps}; go on with:"
-        return f"{stopped}\npython src/train.py --resume_from_checkpoint {saved}"
+        launcher = "python" if processes == 1 else "accelerate launch ..."
+        return f"{stopped}\n{launcher} src/train.py --resume_from_checkpoint {saved}"
     done = f"done: {saved}, loss {result.final_loss:.4g}" if steps > start else ""
     nothing = f"nothing to do: {saved} is already at step {steps}, pass --steps to go on"
-    return f"{done or nothing}\nnext: python src/infer.py {saved} --dataset_id {config.dataset_id[0]} --episode 0"
+    return f"{done or nothing}\nnext: python src/infer.py {saved} --dataset_id {shlex.quote(config.dataset_id[0])} --episode 0"
 
 
 def numbers(parts: dict | None) -> dict[str, float]:

@@ -1,12 +1,14 @@
 """Which run is meant: settings, output folder and checkpoint, settled before anything heavy is loaded."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import checkpoint as checkpoints
 import hub
 from config import FIELDS, TrainConfig, UserError, check_names, merge, read_config_file
 from convert import from_lerobot, lerobot_checkpoint, policy_folder
+from runtime import pick_precision
 from world import World, make_world
 from writer import sole_writer
 
@@ -60,6 +62,7 @@ def settle_one(given: dict, held: ExitStack, world: World):
         resumed, changes = checkpoints.find_resume(asked, output_dir and Path(output_dir)) if asked else (None, [])
     state = None if resumed is None else checkpoints.read_state(resumed, given.get("resume_step"))
     config = merge(given, state and state.train_config)
+    config = replace(config, precision=pick_precision(config.precision, world.use(config.device)))
     if state is not None:
         changes += compare(config, state, resumed, world.size)
     if output_dir is None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from checkpoint import OWN_WEIGHTS, load_optimizer
 from config import TrainConfig
 from optim import Average, make_optimizer, make_schedule
-from policy import counts_valid_actions
+from policy import counts_valid_actions, set_phase
 from processors import pixels_to_float
 from runtime import STEP, NoHostSync, autocast, make_scaler, seed_all
 from world import World
@@ -95,6 +95,7 @@ class Learner:
             group["lr"] = peak * self.factor(step)
         count, total = self.config.grad_accumulation_steps, torch.zeros((), device=self.world.device)
         for number, part in enumerate(parts_of(batch, count)):
+            set_phase(self.policy, step)
             with self.world.last_of_step(self.model, number == count - 1):
                 loss, parts = self.forward(part)
                 self.world.backward(self.model, self.scaler.scale(loss / count))

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from command_line import parse_command_line
@@ -32,7 +31,7 @@ from step import Learner
 from summary import last
 from validation import split
 from world import World, is_lost_peer
-from writer import Snapshot, Writer, publish
+from writer import Snapshot, Writer, finishing, publish
 
 
 def train(**settings) -> TrainResult:
@@ -66,8 +65,7 @@ class Run:
     """One training run: the policy and everything that moves it, and where it stands."""
 
     def __init__(self, world: World, config: TrainConfig, output_dir: Path, resumed: Path | None, state, changes, held):
-        self.world, self.output_dir, self.resumed, self.device = world, output_dir, resumed, world.use(config.device)
-        self.config = config = replace(config, precision=runtime.pick_precision(config.precision, self.device))
+        self.world, self.output_dir, self.resumed, self.device = world, output_dir, resumed, world.device
         runtime.set_numerics(config.deterministic)
         with world.main_first():
             source = build_source(config)
@@ -212,14 +210,15 @@ class Run:
         )  # fmt: skip
         if self.world.is_main:
             self.whole.eval()
-            self.report.save_curve()
-            if not stopped:
-                publish(result.checkpoint, self.output_dir)
-                self.report.save_card(result.checkpoint)
-                repo = self.config.push_to_hub
-                if repo and (address := hub.push(repo, self.output_dir, result.checkpoint, self.report.warn)):
-                    print(f"uploaded to {address}")
-            print(closing_words(result, self.config, self.start_step), flush=True)
+            with finishing(result.checkpoint, self.output_dir):
+                self.report.save_curve()
+                if not stopped:
+                    publish(result.checkpoint, self.output_dir)
+                    self.report.save_card(result.checkpoint)
+            repo = None if stopped else self.config.push_to_hub
+            if repo and (address := hub.push(repo, self.output_dir, result.checkpoint, self.report.warn)):
+                print(f"uploaded to {address}")
+            print(closing_words(result, self.config, self.start_step, self.world.size), flush=True)
         return result
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from config import TrainConfig, UserError
 from data.source import parse_episodes
+from policy import set_phase
 from policy.chunk import predict_chunk
 from processors import pixels_to_float
 from runtime import VALIDATE, seed_all
@@ -104,6 +105,7 @@ def measure(
         batch = loader.batch_of(part)
         ready = preprocess(pixels_to_float(batch, source.meta.camera_keys, device))
         if with_loss:
+            set_phase(policy, -1)  # it does not count
             loss = loss + policy.forward(ready)[0] * len(part)
         try:
             predicted = postprocess(predict_chunk(policy, ready)).float().cpu() if chunks else None  # (B, T, A)

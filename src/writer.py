@@ -277,6 +277,18 @@ def mark_best(output_dir: Path) -> list[Path]:
     return [best]
 
 
+@contextlib.contextmanager
+def finishing(checkpoint: Path, output_dir: Path):
+    """Within this, a disk that fails is a line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{checkpoint} is whole, but the finished policy cannot be written to {output_dir} ({one_line(error)}): "
+            f"make room and go on from it with --resume_from_checkpoint {checkpoint}"
+        ) from error
+
+
 def publish(checkpoint: Path, output_dir: Path) -> None:
     """Put the files that run the policy into `output_dir` itself, one atomic replacement each."""
     for source in sorted(checkpoint.iterdir()):

@@ -15,6 +15,9 @@ SMALL = {  # the smallest settings of each policy that still have all its parts
     "act": "chunk_size=4 dim_model=32 dim_feedforward=32 n_heads=2 n_encoder_layers=1 n_vae_encoder_layers=1 "
     "latent_dim=4 pretrained_backbone_weights=none",
     "flow": "size=tiny chunk_size=6 n_action_steps=3 num_keypoints=4",
+    "vqbet": "n_action_pred_token=2 action_chunk_size=2 gpt_n_layer=1 gpt_n_head=2 gpt_hidden_dim=16 gpt_output_dim=16 gpt_input_dim=16 "
+    "n_obs_steps=2 vqvae_n_embed=4 vqvae_embedding_dim=8 vqvae_enc_hidden_dim=8 spatial_softmax_num_keypoints=4 crop_shape=[40,56] "
+    "n_vqvae_training_steps=7 pretrained_backbone_weights=none",
     "diffusion": "horizon=4 n_action_steps=2 down_dims=[8,16] n_groups=4 spatial_softmax_num_keypoints=4 "
     "diffusion_step_embed_dim=8 num_train_timesteps=4 drop_n_last_frames=1 pretrained_backbone_weights=none",
 }

@@ -62,7 +62,7 @@ def test_rows_are_evenly_spread():
 class Offset:
     """A policy that predicts what was recorded, a known distance off, for chunks longer than the recording has."""
 
-    config = SimpleNamespace(n_obs_steps=1)
+    config = SimpleNamespace(type="offset", n_obs_steps=1)
 
     def __init__(self, off):
         self.off, self.weight = off, torch.nn.Parameter(torch.zeros(1))

@@ -324,3 +324,20 @@ def test_hub_repo_without_checkpoint(hub, made, tmp_path):
     hub.repos["me/empty"] = [{"README.md": b"nothing"}]
     with pytest.raises(UserError, match="me/empty: that Hub repo holds no checkpoint-<step> folder"):
         train(dataset_id=str(made("video")), resume_from_checkpoint="me/empty", output_dir=str(tmp_path / "run"))
+
+
+def test_an_optimizers_state_goes_to_the_device_of_its_kernels(tmp_path):
+    """lerobot-train's optimizer is not fused, ours is: its count of steps goes to the weights' device ("meta" in a GPU's place)."""
+    from checkpoint import load_optimizer
+    from world import World
+
+    theirs, mine = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta")
+    optimizer = torch.optim.AdamW(theirs.parameters())
+    theirs(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer_state.pth")
+    optimizer = torch.optim.AdamW(mine.parameters(), lr=0.5)
+    optimizer.param_groups[0]["fused"] = True
+    load_optimizer(tmp_path, World("cpu"), mine, optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.state[mine.weight]["step"].device.type == "meta"

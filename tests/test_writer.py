@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, small
 
+import checkpoint as checkpoint_module
 import train as train_module
 import writer
 from checkpoint import MANIFEST, find_checkpoints, main, manifest_text, sha256, verify
@@ -288,6 +289,31 @@ def test_command_line(checkpoint, tmp_path, capsys):
     assert "damaged: config.json has 2 bytes" in capsys.readouterr().out
     assert main(["verify", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path} is no checkpoint and holds none\n"
+
+
+def test_latest_passes_over_one_that_the_disk_does_not_give_back(settings, tmp_path, monkeypatch, capsys):
+    train(**settings)
+
+    def worn(path):
+        if path.parent.name == "checkpoint-4":
+            raise OSError(5, "Input/output error")
+        return sha256(path)
+
+    monkeypatch.setattr(checkpoint_module, "sha256", worn)
+    assert train(**{**settings, "steps": 3}, resume_from_checkpoint="latest").steps == 3
+    assert "cannot be read ([Errno 5] Input/output error)" in capsys.readouterr().out
+
+
+def test_a_full_disk_at_the_end_is_a_line_and_the_checkpoint_is_whole(settings, tmp_path, monkeypatch):
+    def full(*paths):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer.shutil, "copyfile", full)
+    with pytest.raises(
+        UserError, match=r"checkpoint-4 is whole, but the finished policy cannot be written to .*Errno 28"
+    ):
+        train(**settings)
+    verify(tmp_path / "run" / "checkpoint-4")
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(138, "requeue 7\n"), (0, ""), (2, "")])

@@ -115,6 +115,16 @@ def counts_valid_actions(config) -> bool:
     return config.type in ("act", "flow", "smolvla") or getattr(config, "do_mask_loss_for_padding", False)
 
 
+def set_phase(policy, step: int) -> None:
+    """Tell vqbet, whose first phase ends by a count of its own that is in no checkpoint, which step this is."""
+    if policy.config.type == "vqbet":
+        quantiser = policy.vqbet.action_head.vqvae_model
+        quantiser.optimized_steps = step
+        if quantiser.discretized:  # as it leaves itself when the phase ends
+            quantiser.eval()
+            quantiser.vq_layer.requires_grad_(False)
+
+
 def load_weights(policy, path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_model
