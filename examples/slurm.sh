@@ -13,6 +13,8 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over by itself
+
 # auto: the newest whole checkpoint in --output_dir, or a start. srun hands USR1 on, 120 s ahead of the limit.
 srun .venv/bin/python src/train.py "$@" --resume_from_checkpoint auto
 status=$?

@@ -23,6 +23,8 @@ asked=0
 # to the training processes alone, of this node: all processes agree on it, save and stop; a launcher would die of it
 trap 'asked=1; pkill -USR1 -f "python[0-9.]* (-u )?src/train.py"' USR1
 
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over by itself
+
 # auto: the newest whole checkpoint in --output_dir, or a start
 srun bash -c '.venv/bin/accelerate launch --config_file "$CONFIG" --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \
     --main_process_ip "$MAIN" --main_process_port 29500 --num_processes "$PROCESSES" src/train.py "$@" --resume_from_checkpoint auto' _ "$@" &

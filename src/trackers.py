@@ -97,7 +97,7 @@ class Trackers:
         warn: called with a line for people.
 
     Raises:
-        UserError: there is no such tracker, or its package is not installed.
+        UserError: there is no such tracker, its package is not installed, or it does not start.
     """
 
     def __init__(self, names: str, output_dir: Path, run_id: str | None, config: dict, start: int, warn):
@@ -112,6 +112,11 @@ class Trackers:
                 raise UserError(
                     f"--tracker {name} needs a package ({one_line(error)[:100]}): uv pip install {name}"
                 ) from None
+            except Exception as error:  # its own kinds: no login, no network
+                offline = ", or WANDB_MODE=offline" if name == "wandb" else ""
+                raise UserError(
+                    f"--tracker {name} does not start ({one_line(error)[:160]}): log in{offline}, or leave the flag out"
+                ) from error
 
     def _each(self, act) -> None:
         for name, tracker in list(self.open.items()):

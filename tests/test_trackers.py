@@ -89,6 +89,17 @@ def test_unknown_and_missing_trackers_are_told(settings, monkeypatch):
         train(**settings, tracker="trackio")
 
 
+def test_a_tracker_that_does_not_start_is_told(settings, monkeypatch):
+    def refused(*args):
+        raise PermissionError("No API key configured")
+
+    monkeypatch.setattr(trackers.Wandb, "__init__", refused)
+    with pytest.raises(
+        UserError, match=r"--tracker wandb does not start \(.*No API key configured\): log in, or WANDB_MODE=offl"
+    ):
+        train(**settings, tracker="wandb")
+
+
 def test_a_tracker_that_fails_is_left_and_the_run_goes_on(settings, monkeypatch, capsys):
     def broken(*args):
         raise ConnectionError("the network\nis gone")
