@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from config import TrainConfig, UserError
 from infer import load_policy
 from optim import make_schedule
-from policy import policy_config
+from policy import build_policy, policy_config
 from train import train
 
 
@@ -174,3 +174,43 @@ def test_warm_up_is_as_long_as_asked(policy):
     assert max(range(100), key=factor) in (19, 20)
     assert factor(10) == pytest.approx(0.5, abs=0.03)
     assert factor(99) < 0.01
+
+
+def test_pi0_as_it_is_published_loads(tmp_path, monkeypatch):
+    """Weights under openpi's names, which LeRobot's from_pretrained renames, and as a run of ours saves them."""
+    pytest.importorskip("transformers", reason="LeRobot's extra for pi0 is not installed ('lerobot[pi]==0.6.1')")
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies.pi0 import modeling_pi0 as pi0
+    from safetensors.torch import save_file, save_model
+
+    small = pi0.GemmaConfig(width=32, depth=1, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=16)
+    monkeypatch.setattr(pi0, "get_gemma_config", lambda variant: small)
+    known = dict(pi0.CONFIG_MAPPING)
+    vision = {
+        "num_hidden_layers": 1,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "model_type": "siglip_vision_model",
+        "patch_size": 14,
+    }
+    monkeypatch.setattr(pi0, "CONFIG_MAPPING", {**known, "paligemma": lambda: known["paligemma"](vision_config=vision)})
+    config = policy_config("pi0", None, "cpu")
+    config.input_features = {"observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 224, 224)),
+                             "observation.state": PolicyFeature(FeatureType.STATE, (3,))}  # fmt: skip
+    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (3,))}
+    policy = build_policy(config, None)
+    before = policy.state_dict()
+    published = {name.removeprefix("model."): tensor.clone() for name, tensor in before.items()}
+    for name, save in {
+        "published": lambda path: save_file(published, path),
+        "ours": lambda path: save_model(policy, path),
+    }.items():
+        (tmp_path / name).mkdir()
+        save(tmp_path / name / "model.safetensors")
+        after = build_policy(config, None, tmp_path / name).state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[key], before[key]) for key in before)
+    published.popitem()
+    save_file(published, tmp_path / "ours" / "model.safetensors")
+    with pytest.raises(UserError, match=r"does not fit policy pi0: missing \['model\."):
+        build_policy(config, None, tmp_path / "ours")

@@ -130,13 +130,35 @@ def load_weights(policy, path: Path) -> None:
     from safetensors.torch import load_model
 
     try:
-        load_model(policy, path)
+        if hasattr(policy, "_fix_pytorch_state_dict_keys"):
+            load_renamed(policy, path)
+        else:
+            load_model(policy, path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}: take another checkpoint") from None
     except RuntimeError as error:  # torch's list of keys and shapes that differ
         raise UserError(
             f"{path} does not fit policy {policy.name}: {one_line(error)[:300]}: pass the settings it was trained with"
         ) from None
+
+
+def load_renamed(policy, path: Path) -> None:
+    """Load weights of pi0's family, which are published under openpi's names, as LeRobot's from_pretrained renames them.
+
+    Raises:
+        RuntimeError: the policy has other tensors.
+    """
+    from safetensors.torch import load_file
+
+    with quiet_lerobot():
+        state = policy._fix_pytorch_state_dict_keys(load_file(path), policy.config)
+    state = {f"model.{name.removeprefix('model.')}": tensor for name, tensor in state.items()}
+    missing, unexpected = policy.load_state_dict(state, strict=False)
+    own = policy.state_dict()
+    there = {own[name].data_ptr() for name in state if name in own}  # a tensor of two names is saved under one
+    missing = [name for name in missing if own[name].data_ptr() not in there]
+    if missing or unexpected:
+        raise RuntimeError(f"missing {missing[:3]}, unexpected {unexpected[:3]}")
 
 
 @contextlib.contextmanager
