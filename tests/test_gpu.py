@@ -2,13 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import small
 from test_resume import assert_same_run
 from test_world import ACT
 
+from ahead import Ahead
+from checkpoint import load_optimizer
+from infer import load_policy
 from train import train
+from world import World
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,6 +58,31 @@ def test_losses_are_those_of_the_cpu(run):
 def test_auto_is_bf16_where_the_gpu_has_it(run):
     saved = json.loads((run("run", "flow").checkpoint / "train_config.json").read_text())
     assert saved["precision"] == ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32")
+
+
+def test_chunks_predicted_ahead_are_those_of_act(run):
+    policy = load_policy(run("run", "act").checkpoint, device="cuda")
+    picture = np.zeros((64, 96, 3), np.uint8)
+    still = {"observation.state": np.zeros(3), **{f"observation.images.{name}": picture for name in ("top", "wrist")}}
+    chunk = [policy.act(still) for _ in range(4)]
+    ahead = Ahead(policy, 1)
+    for _ in range(12):
+        action = ahead.act(still)
+        assert any(np.allclose(action, other, atol=1e-4) for other in chunk)
+
+
+def test_goes_on_from_an_optimizer_that_is_not_fused(tmp_path):
+    """As lerobot-train's is: its count of steps has to come to the GPU as well."""
+    theirs, mine = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="cuda")
+    optimizer = torch.optim.AdamW(theirs.parameters())
+    theirs(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer_state.pth")
+    optimizer = torch.optim.AdamW(mine.parameters(), fused=True)
+    load_optimizer(tmp_path, World("cuda"), mine, optimizer)
+    mine(torch.ones(1, 2, device="cuda")).sum().backward()
+    optimizer.step()
+    assert optimizer.state[mine.weight]["step"].item() == 2
 
 
 @pytest.mark.slow
