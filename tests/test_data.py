@@ -4,10 +4,12 @@ import shutil
 import subprocess
 import threading
 import time
+from fractions import Fraction
 
+import pandas
 import pytest
 import torch
-from conftest import REAL, small
+from conftest import REAL, record, small, usual_scheduling
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -96,6 +98,43 @@ def test_batch_of_some_episodes_equals_lerobots(made, root, request):
     rows = torch.randint(0, len(lerobot), (6,), generator=torch.Generator().manual_seed(0))
     theirs = torch.utils.data.default_collate([lerobot[int(row)] for row in rows])
     assert_same_batch(loader.batch_of(rows), theirs, lerobot.meta.camera_keys)
+    loader.close()
+
+
+def give_videos_the_rate(root, rate: Fraction):
+    """Have a dataset's one video, and by its clock the table and the metadata, run at another rate than fps."""
+    import av
+
+    video = next((root / "videos").glob("*/*/*.mp4"))
+    with av.open(str(video)) as source, av.open(str(video.with_suffix(".new.mp4")), "w") as new:
+        stream = new.add_stream("libx264", rate=rate, options={"g": "10"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for frame in source.decode(video=0):
+            new.mux(stream.encode(av.VideoFrame.from_ndarray(frame.to_ndarray(format="rgb24"), format="rgb24")))
+        new.mux(stream.encode())
+    video.with_suffix(".new.mp4").rename(video)
+
+    path = next((root / "meta" / "episodes").glob("*/*.parquet"))
+    table = pandas.read_parquet(path)
+    ends, key = table["length"].cumsum(), "videos/observation.images.top"
+    times = {f"{key}/from_timestamp": (ends - table["length"]) / float(rate), f"{key}/to_timestamp": ends / float(rate)}
+    table.assign(**times).to_parquet(path, index=False)
+    path = next((root / "data").glob("*/*.parquet"))
+    table = pandas.read_parquet(path)
+    times = (table["frame_index"] / float(rate)).astype("float32")
+    table.assign(timestamp=times).to_parquet(path, index=False)
+
+
+@pytest.mark.parametrize("episodes", [None, "2:4"])
+def test_videos_whose_rate_is_nearly_fps_give_lerobots_frames(tmp_path, episodes):
+    with usual_scheduling():
+        root = record(tmp_path / "rate", lengths=(40, 40, 40, 13))
+    give_videos_the_rate(root, Fraction(248, 25))  # 9.92 for 10: half a frame off after 62
+    loader, lerobot = open_both(root, {}, episodes)
+    assert len(lerobot) == (133 if episodes is None else 53)
+    for row in {*loader.source.starts.tolist(), *(loader.source.ends - 1).tolist()}:
+        ours = loader.batch_of(torch.tensor([row]))["observation.images.top"]
+        assert torch.equal(ours[0], lerobot[row]["observation.images.top"])
     loader.close()
 
 

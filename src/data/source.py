@@ -18,15 +18,7 @@ from torch import Tensor
 import hub
 from config import UserError, one_line
 from data import v21
-
-
-@dataclass
-class Videos:
-    """Where a camera's frames lie: files, and of each selected episode (E,) its file and its first frame's number there."""
-
-    files: list[Path]
-    file: Tensor
-    first: Tensor
+from data.videos import Videos, find_videos, video_problems
 
 
 @dataclass
@@ -123,7 +115,8 @@ def open_dataset(
     source.videos = {key: find_videos(meta, key, source.episodes) for key in meta.video_keys}
     if not problems:  # the checks below index by what the ones above have found sound
         check_values(source)
-        check_videos(source)
+        for key, videos in source.videos.items():
+            problems += video_problems(videos, meta.root, tuple(meta.features[key]["shape"]), meta.fps)
     return source
 
 
@@ -312,64 +305,3 @@ def check_clock(source: Source) -> None:
         source.warnings.append(
             f"timestamps are up to {drift:.2f} s off frame_index / fps: frames are taken by row, not by clock"
         )
-
-
-def find_videos(meta, key: str, episodes: list[int]) -> Videos:
-    paths = [meta.root / meta.get_video_file_path(episode, key) for episode in episodes]
-    number = {path: i for i, path in enumerate(dict.fromkeys(paths))}
-    first_time = list(meta.episodes[f"videos/{key}/from_timestamp"])
-    first = [round(first_time[episode] * meta.fps) for episode in episodes]
-    return Videos(list(number), torch.tensor([number[path] for path in paths]), torch.tensor(first))
-
-
-def check_videos(source: Source) -> None:
-    """Every video that the selected episodes need is there, is whole, and has a frame for each row."""
-    meta = source.meta
-    for key in meta.video_keys:
-        rows_of_file: dict[Path, int] = {}
-        needed: set[Path] = set()
-        for episode, length in zip(meta.episodes["episode_index"], meta.episodes["length"], strict=True):
-            file = meta.get_video_file_path(episode, key)
-            rows_of_file[file] = rows_of_file.get(file, 0) + length
-            if episode in source.episodes:
-                needed.add(file)
-        for file in sorted(needed):
-            problem = video_problem(
-                source.root / file, rows_of_file[file], tuple(meta.features[key]["shape"]), meta.fps
-            )
-            if problem:
-                source.problems.append(f"{file} {problem}")
-
-
-def video_problem(path: Path, rows: int, shape: tuple[int, ...], fps: float) -> str | None:
-    """What is wrong with one video against its `rows` of the table and its (H, W, C) shape; None if nothing is."""
-    import av
-
-    if not path.is_file():
-        return "is missing"
-    av.logging.set_libav_level(av.logging.PANIC)  # its remarks on a damaged file; ours says which file
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-            if frames != rows:
-                return f"has {frames} frames, its episodes have {rows} rows"
-            if (stream.height, stream.width) not in (shape[:2], shape[1:]):
-                return f"is {stream.height}x{stream.width}, info.json says {shape}"
-            if stream.average_rate and abs(float(stream.average_rate) - fps) > 0.01 * fps:
-                return f"runs at {float(stream.average_rate):g} fps, info.json says {fps}"
-            return None if has_last_frame(container, stream, rows) else "is cut short: its last frames cannot be read"
-    except (av.FFmpegError, IndexError) as error:
-        return f"cannot be read as a video: {one_line(error)[:160]}"
-
-
-def has_last_frame(container, stream, rows: int) -> bool:
-    """Whether the last of `rows` frames decodes: a file cut short may keep its header."""
-    import av
-
-    container.seek(max(0, round((rows - 1) / stream.average_rate / stream.time_base)), stream=stream)
-    try:
-        last = [frame.pts for frame in container.decode(stream)][-1:]
-    except av.FFmpegError:
-        return False
-    return bool(last) and round(last[0] * stream.time_base * stream.average_rate) == rows - 1

@@ -9,7 +9,8 @@ import pyarrow as pa
 import torch
 
 from config import UserError
-from data.source import Source, Videos
+from data.source import Source
+from data.videos import Videos
 
 
 def unite(sources: list[Source]) -> Source:
@@ -102,6 +103,7 @@ def join_videos(videos: list[Videos]) -> Videos:
     offsets = [0, *torch.tensor([len(v.files) for v in videos]).cumsum(0).tolist()][:-1]
     return Videos(
         [path for v in videos for path in v.files],
+        [rows for v in videos for rows in v.rows],
         torch.cat([v.file + offset for v, offset in zip(videos, offsets, strict=True)]),
         torch.cat([v.first for v in videos]),
     )
