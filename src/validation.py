@@ -34,7 +34,7 @@ def split(source, config: TrainConfig, state=None) -> tuple[Tensor, Tensor]:
         order = np.random.default_rng([config.seed, VALIDATE]).permutation(count)
         drawn = set(order[: max(1, round(config.val_fraction * count))].tolist())
         chosen = held_out_before(source, config, state) or drawn
-    if len(chosen) == count:
+    if chosen and len(chosen) == count:
         asked = (
             f"--val_episodes {config.val_episodes}" if config.val_episodes else f"--val_fraction {config.val_fraction}"
         )

@@ -96,8 +96,7 @@ class Decoder:
         """(C, H, W) of a camera by info.json."""
         feature = self.source.meta.features[key]
         a, b, c = feature["shape"]
-        names = feature.get("names") or ["height", "width", "channels"]
-        return (c, a, b) if str(names[2]).startswith("channel") else (a, b, c)
+        return (c, a, b) if str(feature["names"][2]).startswith("channel") else (a, b, c)
 
     def shape(self, key: str) -> tuple[int, int, int]:
         """(C, h, w) of a camera."""

@@ -109,11 +109,13 @@ def open_dataset(
             download(dataset_id, dataset_root, revision, selected if episodes else None)
     tables = sorted((meta.root / "data").glob("*/*.parquet"))
     table, problems = read_table(tables, meta.root, selected if episodes else None)
-    place = episode_rows(table, selected, problems)
+    for key in meta.camera_keys:
+        meta.features[key]["names"] = meta.features[key].get("names") or ["height", "width", "channels"]
+    place = episode_rows(table, selected, meta, problems)
     source = Source(dataset_id, meta, meta.root, *place, columns={}, tables=tables, problems=problems)
     read_columns(source, table)
-    source.videos = {key: find_videos(meta, key, source.episodes) for key in meta.video_keys}
-    if not problems:  # the checks below index by what the ones above have found sound
+    if not problems:  # what is below indexes by what the checks above have found sound
+        source.videos = {key: find_videos(meta, key, source.episodes) for key in meta.video_keys}
         check_values(source)
         for key, videos in source.videos.items():
             problems += video_problems(videos, meta.root, tuple(meta.features[key]["shape"]), meta.fps)
@@ -130,6 +132,9 @@ def open_folder(dataset_id: str, folder: Path):
         if version == "v2.1":
             return v21.read_metadata(folder, name)
         if version == "v3.0":
+            for file in ("tasks.parquet", "episodes/*/*.parquet"):  # LeRobot would look for them on the Hub
+                if not any((folder / "meta").glob(file)):
+                    raise UserError(f"dataset {dataset_id} has no meta/{file}: copy or download the whole of it again")
             from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
             return LeRobotDatasetMetadata(name, root=folder)
@@ -209,22 +214,30 @@ def read_table(files: list[Path], root: Path, episodes: list[int] | None) -> tup
         raise UserError(
             f"dataset {root} has no readable table: " + ("; ".join(problems) or "data/*/*.parquet is missing")
         )
-    return pa.concat_tables(tables, promote_options="permissive"), problems
+    table = pa.concat_tables(tables, promote_options="permissive")
+    if "episode_index" not in table.column_names:
+        raise UserError(f"dataset {root}: its table has no column episode_index, which tells its episodes apart")
+    return table, problems
 
 
-def episode_rows(table: pa.Table, selected: list[int], problems: list[str]) -> tuple[list[int], Tensor, Tensor]:
+def episode_rows(table: pa.Table, selected: list[int], meta, problems: list[str]) -> tuple[list[int], Tensor, Tensor]:
     """Selected episodes with (E,) first rows and (E,) ends, as they lie in the table."""
     index = table["episode_index"].to_numpy()
     changes = np.flatnonzero(np.diff(index)) + 1
     starts = np.concatenate([[0], changes]) if len(index) else np.empty(0, int)
     found = index[starts].tolist() if len(index) else []
-    if found != selected:
-        missing = sorted(set(selected) - set(found))
-        problems.append(
-            f"its table has no rows of episodes {missing[:10]}"
-            if missing
-            else "its episodes are not in order in the table"
-        )
+    known = [] if meta.episodes is None else meta.episodes["episode_index"]
+    for told, episodes in (
+        ("its table has no rows of episodes", set(selected) - set(found)),
+        (f"info.json counts {meta.total_episodes} episodes, its table has also", set(found) - set(selected)),
+        ("its metadata does not describe episodes", set(found) - set(known)),
+    ):
+        if episodes:
+            problems.append(f"{told} {sorted(episodes)[:10]}")
+    if found != sorted(set(found)):
+        problems.append("its episodes are not in order in the table")
+    if not found and not problems:
+        problems.append("it has no episodes")
     ends = np.append(starts[1:], len(index))
     return found, torch.from_numpy(starts.astype(np.int64)), torch.from_numpy(ends.astype(np.int64))
 
@@ -267,7 +280,7 @@ def read_columns(source: Source, table: pa.Table) -> None:
 
 
 def check_values(source: Source) -> None:
-    """Lengths, finite values and clock of the table."""
+    """Lengths, finite values, tasks and clock of the table."""
     lengths = dict(zip(source.meta.episodes["episode_index"], source.meta.episodes["length"], strict=True))
     for episode, start, end in zip(source.episodes, source.starts.tolist(), source.ends.tolist(), strict=True):
         if lengths.get(episode) != end - start:
@@ -282,6 +295,13 @@ def check_values(source: Source) -> None:
                 f"{key} is not finite in {len(rows)} rows, first in episode {source.episodes[episode]} "
                 f"frame {int(rows[0] - source.starts[episode])}: remove that episode or mend the value"
             )
+    tasks = source.columns.get("task_index")
+    if tasks is None:
+        source.problems.append("info.json has no feature task_index")
+    elif not 0 <= int(tasks.min()) <= int(tasks.max()) < len(source.tasks):
+        source.problems.append(
+            f"task_index is {int(tasks.min())} to {int(tasks.max())} in its table, its metadata has {len(source.tasks)} tasks"
+        )
     check_clock(source)
 
 
