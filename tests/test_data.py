@@ -12,6 +12,7 @@ import torch
 from conftest import REAL, record, small, usual_scheduling
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_problems import edit
 
 import build
 from config import TrainConfig, UserError
@@ -290,6 +291,51 @@ def test_datasets_that_differ_are_refused(made):
         UserError, match=r"datasets differ in observation\.(state|images\.top): .*: train on each by itself"
     ):
         unite([open_dataset(str(made(name))) for name in ("video", "wide")])
+
+
+def test_datasets_whose_videos_are_encoded_otherwise_are_one(made, copy_of):
+    first, root = open_dataset(str(made("video"))), copy_of("video")
+    give_videos_the_rate(root, Fraction(10))  # as H.264, and the other AV1
+
+    def encoded(info):
+        camera = info["features"]["observation.images.top"]
+        camera.pop("info")  # of a recording of two years ago
+        camera["video_info"] = {"video.codec": "h264", "video.fps": 10, "video.is_depth_map": False, "has_audio": False}
+
+    edit(root / "meta" / "info.json", encoded)
+    both = Frames(unite([first, open_dataset(str(root))]))
+    one, other = (both.read("observation.images.top", torch.tensor([row])) for row in (14, 33 + 14))
+    assert 0 < (one.float() - other.float()).abs().mean() < 3
+    both.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda root: (root / "meta" / "stats.json").unlink(), "meta/stats.json is missing: lerobot-edit-dataset"),
+        (lambda root: drop(root, "observation.state"), "its table has no column observation.state, which info.json"),
+        (lambda root: edit(root / "meta" / "stats.json", lambda stats: stats["action"].pop("count")), "'count'"),
+        (lambda root: edit(root / "meta" / "stats.json", lambda stats: stats.pop("action")), "no mean and std of action"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_one_of_several_datasets_is_told(made, copy_of, tmp_path, change, told):
+    root = copy_of("no_camera")
+    change(root)
+    for names in ([str(made("no_camera")), str(root)], [str(root), str(made("no_camera"))]):
+        with pytest.raises(UserError) as caught:
+            train(**small(dataset_id=names, output_dir=str(tmp_path / "run")))
+        assert told in str(caught.value)
+        assert str(root) in str(caught.value)
+
+
+def drop(root, column):
+    path = next((root / "data").glob("*/*.parquet"))
+    pandas.read_parquet(path).drop(columns=column).to_parquet(path, index=False)
+
+
+def test_one_dataset_may_have_a_weight(made, tmp_path):
+    settings = small(dataset_id=str(made("no_camera")), dataset_weights=[2.0], steps=1)
+    assert train(**settings, output_dir=str(tmp_path)).steps == 1
 
 
 def test_weights_share_out_the_samples_and_repeat_rows_equally():

@@ -35,7 +35,7 @@ class Source:
         images: encoded pictures (PNG or JPEG bytes) of each `image` feature, one a row.
         videos: where the frames of each `video` feature lie.
         tables: the files that the columns were read from.
-        parts: episodes of each dataset, where there are several.
+        parts: how many episodes each dataset has that this one is made of.
         problems: what makes the dataset unfit to train on, one line each.
         warnings: what a user should know but can train with.
     """
@@ -112,7 +112,8 @@ def open_dataset(
     for key in meta.camera_keys:
         meta.features[key]["names"] = meta.features[key].get("names") or ["height", "width", "channels"]
     place = episode_rows(table, selected, meta, problems)
-    source = Source(dataset_id, meta, meta.root, *place, columns={}, tables=tables, problems=problems)
+    parts = [len(place[0])]
+    source = Source(dataset_id, meta, meta.root, *place, columns={}, tables=tables, parts=parts, problems=problems)
     read_columns(source, table)
     if not problems:  # what is below indexes by what the checks above have found sound
         source.videos = {key: find_videos(meta, key, source.episodes) for key in meta.video_keys}
