@@ -6,6 +6,7 @@ Nothing here imports anything heavy: `--help` must answer at once.
 
 import difflib
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -332,11 +333,11 @@ def typed(f, value):
                 raise ValueError
             return [f.metadata["type"](item) for item in value]
         if kind is bool and not isinstance(value, bool):
-            raise ValueError
+            value = {"on": True, "off": False}[value]
         if kind is int and (isinstance(value, bool) or int(value) != float(value)):
             raise ValueError
         value = kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, KeyError):
         wanted = {"+": "a list of values", 2: "two numbers, height and width"}.get(
             f.metadata.get("nargs"), kind.__name__
         )
@@ -352,21 +353,36 @@ def read_config_file(path: str) -> dict:
         text = Path(path).read_text()
     except OSError as error:
         raise UserError(f"--config_path {path} cannot be read: {error.strerror}") from None
+    kind, read = ("JSON", json.loads) if path.endswith(".json") else ("YAML", read_yaml)
     try:
-        if path.endswith(".json"):
-            given = json.loads(text)
-        else:
-            import yaml
-
-            given = yaml.safe_load(text)
+        given = read(text)
     except ValueError as error:
-        raise UserError(f"--config_path {path} is not valid JSON: {one_line(error)}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config_path {path} is not valid YAML: {one_line(error)}") from None
+        raise UserError(f"--config_path {path} is not valid {kind}: {one_line(error)}") from None
     if not isinstance(given, dict):
         raise UserError(f"--config_path {path} must hold one mapping of settings, got {type(given).__name__}")
     check_names(given, f"in {path}")
     return given
+
+
+def read_yaml(text: str):
+    """YAML in which 1:50, off and 010 are text, as in YAML 1.2; by 1.1, which is PyYAML's, they are 110, False and 8.
+
+    Raises:
+        ValueError: it is none.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def resolve(self, kind, value, implicit):
+            plain = kind is yaml.ScalarNode and implicit[0]
+            if plain and re.fullmatch(r"on|off|yes|no|.*:.*|[-+]?0[\d_]+", value, re.IGNORECASE):
+                return self.DEFAULT_SCALAR_TAG
+            return super().resolve(kind, value, implicit)
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(one_line(error)) from None
 
 
 def check_names(given: dict, where: str) -> None:

@@ -1,5 +1,7 @@
 """Which run is meant: settings, output folder and checkpoint, settled before anything heavy is loaded."""
 
+import hashlib
+import json
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -131,4 +133,33 @@ def compare(config: TrainConfig, state, resumed: Path, processes: int) -> list[s
     before = state.trainer_state["world_size"]
     if processes != before:
         changes.append(f"{before} -> {processes} processes: the batches stay what they were, rounding and noise do not")
+    return changes
+
+
+def data_of(source, held_out) -> dict:
+    """What a checkpoint keeps of its run's data: how much there was, a hash of all but the pixels, and the held-out episodes.
+
+    Args:
+        held_out: (E,) positions in `source.episodes`.
+    """
+    digest = hashlib.sha256(json.dumps([source.starts.tolist(), source.tasks]).encode())
+    for _, values in sorted(source.columns.items()):
+        digest.update(json.dumps(values).encode() if isinstance(values, list) else values.numpy())
+    counts = {"episodes": len(source.episodes), "frames": source.rows, "sha256": digest.hexdigest()}
+    return {**counts, "held_out": [source.episodes[i] for i in held_out.tolist()]}
+
+
+def compare_data(state, now: dict) -> list[str]:
+    """A line for what the data of the resumed run (None of a fresh one) were and are not `now`: of `data_of` both."""
+    was = state and state.trainer_state.get("data")  # checkpoints of older versions have none
+    if not was:
+        return []
+    changes = []
+    before, after = (f"{data['episodes']} episodes of {data['frames']} frames" for data in (was, now))
+    if was["sha256"] != now["sha256"]:
+        told = f"{before} -> {after}" if before != after else f"{after}, but with other values"
+        changes.append(f"dataset: {told}; from here on this is another run")
+    if not set(now["held_out"]) <= set(was["held_out"]):
+        told = f"held-out episodes: {was['held_out']} -> {now['held_out']}"
+        changes.append(f"{told}; those that were trained on are not unseen")
     return changes

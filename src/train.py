@@ -26,7 +26,7 @@ from build import build_loader, build_parts, build_source, with_preset
 from exam import Exam, said
 from policy.adapters import adapters_config
 from report import Report, Stopwatch, TrainResult, closing_words, header, numbers, training_info
-from resume import settle
+from resume import compare_data, data_of, settle
 from step import Learner
 from summary import last
 from validation import split
@@ -72,7 +72,8 @@ class Run:
         fresh = resumed is None and config.policy_path is None
         self.config = config = with_preset(config, source.meta, self.device, fresh)
         world.check(config)
-        kept, held_out = split(source, config)
+        kept, held_out = split(source, config, state)
+        self.data = data_of(source, held_out)
         runtime.seed_all(config.seed, runtime.INIT)
         self.policy, self.preprocess, self.postprocess = build_parts(config, resumed, source, self.device)
         self.whole = world.whole_copy(self.policy)
@@ -94,7 +95,7 @@ class Run:
             Report(output_dir, self.step, config, before.get("tracker_run_id"), world.is_main)
         )
         self.report.say(header(source, held_out, self.policy, config, world, self.step, output_dir, resumed))
-        self.report.warn(*changes, *source.warnings)
+        self.report.warn(*changes, *compare_data(state, self.data), *source.warnings)
         with world.main_first():  # it decodes the frames, the others find them
             self.loader = build_loader(
                 config, source, kept, self.policy, self.preprocess, self.samples_seen, world, self.report.say
@@ -193,7 +194,7 @@ class Run:
         info = training_info(self.policy, self.config.dataset_id, self.report.history, self.device, self.step)
         seconds = round(self.train_seconds + self.watch.since_start(), 1)
         return checkpoints.TrainState(
-            trainer_state={**standing, **sums, **own},
+            trainer_state={**standing, **sums, **own, "data": self.data},
             train_config=self.config.asdict(),
             training_info={**info, **standing, "train_seconds": seconds},
         )

@@ -34,6 +34,16 @@ def test_flags_files_and_keywords_agree(tmp_path):
     )
 
 
+@pytest.mark.parametrize("episodes", ["1:50", "0:2,5", "7"])
+def test_yaml_takes_what_the_command_line_takes(tmp_path, episodes):
+    flags = f"--dataset_id x --episodes {episodes} --val_episodes 36:40 --frame_cache off --save_async off --seed 010"
+    flags += " --augment off --compile --lr 1e-4 --image_size 12 16"
+    lines = [f"episodes: {episodes}", "val_episodes: 36:40", "frame_cache: off", "save_async: off", "seed: 010"]
+    lines += ["dataset_id: x", "augment: off", "compile: true", "lr: 1e-4", "image_size: [12, 16]"]
+    (tmp_path / "c.yaml").write_text("\n".join(lines))
+    assert merge(read_config_file(str(tmp_path / "c.yaml"))) == parse(flags)
+
+
 def test_flags_override_the_file_and_the_checkpoint(tmp_path):
     assert (
         merge({"dataset_id": "x", "steps": 7}, {"steps": 5, "seed": 3, "output_dir": "elsewhere"}).asdict()
@@ -90,6 +100,7 @@ def test_mistakes_in_keywords(settings, told):
         ("a.json", '{"step": 3}', "unknown setting 'step' in .*a.json, did you mean 'steps'?"),
         ("a.json", "{", "a.json is not valid JSON"),
         ("a.yaml", "a: [", "a.yaml is not valid YAML"),
+        ("a.yaml", "steps: 2024-13-45", "a.yaml is not valid YAML: month must be in 1..12"),
         ("a.yaml", "- 1", "must hold one mapping of settings, got list"),
         ("b.json", None, "b.json cannot be read: No such file or directory"),
     ],

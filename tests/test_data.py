@@ -4,12 +4,15 @@ import shutil
 import subprocess
 import threading
 import time
+from fractions import Fraction
 
+import pandas
 import pytest
 import torch
-from conftest import REAL, small
+from conftest import REAL, record, small, usual_scheduling
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_problems import edit
 
 import build
 from config import TrainConfig, UserError
@@ -96,6 +99,43 @@ def test_batch_of_some_episodes_equals_lerobots(made, root, request):
     rows = torch.randint(0, len(lerobot), (6,), generator=torch.Generator().manual_seed(0))
     theirs = torch.utils.data.default_collate([lerobot[int(row)] for row in rows])
     assert_same_batch(loader.batch_of(rows), theirs, lerobot.meta.camera_keys)
+    loader.close()
+
+
+def give_videos_the_rate(root, rate: Fraction):
+    """Have a dataset's one video, and by its clock the table and the metadata, run at another rate than fps."""
+    import av
+
+    video = next((root / "videos").glob("*/*/*.mp4"))
+    with av.open(str(video)) as source, av.open(str(video.with_suffix(".new.mp4")), "w") as new:
+        stream = new.add_stream("libx264", rate=rate, options={"g": "10"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for frame in source.decode(video=0):
+            new.mux(stream.encode(av.VideoFrame.from_ndarray(frame.to_ndarray(format="rgb24"), format="rgb24")))
+        new.mux(stream.encode())
+    video.with_suffix(".new.mp4").rename(video)
+
+    path = next((root / "meta" / "episodes").glob("*/*.parquet"))
+    table = pandas.read_parquet(path)
+    ends, key = table["length"].cumsum(), "videos/observation.images.top"
+    times = {f"{key}/from_timestamp": (ends - table["length"]) / float(rate), f"{key}/to_timestamp": ends / float(rate)}
+    table.assign(**times).to_parquet(path, index=False)
+    path = next((root / "data").glob("*/*.parquet"))
+    table = pandas.read_parquet(path)
+    times = (table["frame_index"] / float(rate)).astype("float32")
+    table.assign(timestamp=times).to_parquet(path, index=False)
+
+
+@pytest.mark.parametrize("episodes", [None, "2:4"])
+def test_videos_whose_rate_is_nearly_fps_give_lerobots_frames(tmp_path, episodes):
+    with usual_scheduling():
+        root = record(tmp_path / "rate", lengths=(40, 40, 40, 13))
+    give_videos_the_rate(root, Fraction(248, 25))  # 9.92 for 10: half a frame off after 62
+    loader, lerobot = open_both(root, {}, episodes)
+    assert len(lerobot) == (133 if episodes is None else 53)
+    for row in {*loader.source.starts.tolist(), *(loader.source.ends - 1).tolist()}:
+        ours = loader.batch_of(torch.tensor([row]))["observation.images.top"]
+        assert torch.equal(ours[0], lerobot[row]["observation.images.top"])
     loader.close()
 
 
@@ -251,6 +291,51 @@ def test_datasets_that_differ_are_refused(made):
         UserError, match=r"datasets differ in observation\.(state|images\.top): .*: train on each by itself"
     ):
         unite([open_dataset(str(made(name))) for name in ("video", "wide")])
+
+
+def test_datasets_whose_videos_are_encoded_otherwise_are_one(made, copy_of):
+    first, root = open_dataset(str(made("video"))), copy_of("video")
+    give_videos_the_rate(root, Fraction(10))  # as H.264, and the other AV1
+
+    def encoded(info):
+        camera = info["features"]["observation.images.top"]
+        camera.pop("info")  # of a recording of two years ago
+        camera["video_info"] = {"video.codec": "h264", "video.fps": 10, "video.is_depth_map": False, "has_audio": False}
+
+    edit(root / "meta" / "info.json", encoded)
+    both = Frames(unite([first, open_dataset(str(root))]))
+    one, other = (both.read("observation.images.top", torch.tensor([row])) for row in (14, 33 + 14))
+    assert 0 < (one.float() - other.float()).abs().mean() < 3
+    both.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda root: (root / "meta" / "stats.json").unlink(), "meta/stats.json is missing: lerobot-edit-dataset"),
+        (lambda root: drop(root, "observation.state"), "its table has no column observation.state, which info.json"),
+        (lambda root: edit(root / "meta" / "stats.json", lambda stats: stats["action"].pop("count")), "'count'"),
+        (lambda root: edit(root / "meta" / "stats.json", lambda stats: stats.pop("action")), "no mean and std of action"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_one_of_several_datasets_is_told(made, copy_of, tmp_path, change, told):
+    root = copy_of("no_camera")
+    change(root)
+    for names in ([str(made("no_camera")), str(root)], [str(root), str(made("no_camera"))]):
+        with pytest.raises(UserError) as caught:
+            train(**small(dataset_id=names, output_dir=str(tmp_path / "run")))
+        assert told in str(caught.value)
+        assert str(root) in str(caught.value)
+
+
+def drop(root, column):
+    path = next((root / "data").glob("*/*.parquet"))
+    pandas.read_parquet(path).drop(columns=column).to_parquet(path, index=False)
+
+
+def test_one_dataset_may_have_a_weight(made, tmp_path):
+    settings = small(dataset_id=str(made("no_camera")), dataset_weights=[2.0], steps=1)
+    assert train(**settings, output_dir=str(tmp_path)).steps == 1
 
 
 def test_weights_share_out_the_samples_and_repeat_rows_equally():

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, SHIPPED, small
+from test_problems import edit
 
 from config import UserError
 from data import frames as module
@@ -188,6 +189,17 @@ def test_video_cut_short_after_it_was_checked(copy_of, tmp_path):
     with pytest.raises(UserError, match=r"file-000\.mp4: frames \d+ to \d+ cannot be decoded"):
         Frames(source, None, "on", tmp_path / "cache")
     assert all(name.startswith(".") for name in stores(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("shape", [[96, 64, 3], [128, 192, 3], [64, 96, 1]])
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_pictures_of_another_size_than_info_says(copy_of, tmp_path, shape, mode):
+    root = copy_of("images")
+    edit(root / "meta" / "info.json", lambda info: info["features"][TOP].update(shape=shape))
+    says = "x".join(map(str, shape))
+    told = rf"{TOP}: the picture of row \d+ is 64x96x3 as RGB, info\.json says {says}: mend one of them"
+    with pytest.raises(UserError, match=told):
+        all_frames(Frames(open_dataset(str(root)), None, mode, tmp_path / "cache"))
 
 
 def test_cache_modes_train_the_same_weights(tmp_path):

@@ -1,6 +1,7 @@
 """What is wrong with a dataset is found before step 0, and told all at once."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -85,6 +86,68 @@ def test_jitter_is_a_warning(copy_of, capsys):
     rewrite(root, "timestamp", lambda times: [t + 0.02 * (i % 2) for i, t in enumerate(times)])
     train(**small(dataset_id=str(root), output_dir=str(root / "run"), steps=1))
     assert "warning: timestamps are up to 0.02 s off frame_index / fps" in capsys.readouterr().out
+
+
+def keep_episodes(root, count):
+    path = next((root / "meta" / "episodes").glob("*/*.parquet"))
+    pq.write_table(pq.read_table(path).slice(0, count), path)
+
+
+def test_metadata_of_fewer_episodes_than_the_table_has(copy_of):
+    root = copy_of("video")
+    keep_episodes(root, 2)
+    assert refusal(root) == f"dataset {root}: its metadata does not describe episodes [2]"
+    assert refusal(root, episodes="1:3") == f"dataset {root}: its metadata does not describe episodes [2]"
+    edit(root / "meta" / "info.json", lambda info: info.update(total_episodes=2))
+    told = refusal(root)
+    assert "info.json counts 2 episodes, its table has also [2]" in told
+    assert "its metadata does not describe episodes [2]" in told
+    edit(root / "meta" / "info.json", lambda info: info.update(total_episodes=0))
+    assert "info.json counts 0 episodes, its table has also [0, 1, 2]" in refusal(root)
+
+
+def test_table_of_fewer_episodes_than_the_metadata_has(copy_of):
+    root = copy_of("video")
+    path = next((root / "data").glob("*/*.parquet"))
+    pq.write_table(pq.read_table(path).slice(0, 13), path)
+    assert refusal(root, episodes="1") == f"dataset {root}: its table has no rows of episodes [1]"
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    assert refusal(root) == f"dataset {root}: its table has no rows of episodes [0, 1, 2]"
+    edit(root / "meta" / "info.json", lambda info: info.update(total_episodes=0))
+    assert refusal(root) == f"dataset {root}: it has no episodes"
+
+
+def test_no_episode_index(copy_of):
+    root = copy_of("no_camera")
+    path = next((root / "data").glob("*/*.parquet"))
+    pq.write_table(pq.read_table(path).drop(["episode_index"]), path)
+    assert refusal(root).endswith("its table has no column episode_index, which tells its episodes apart")
+    assert "episode_index" in refusal(root, episodes="0:2")
+
+
+@pytest.mark.parametrize("number", [2, -1])
+def test_a_task_that_the_metadata_does_not_have(copy_of, number):
+    root = copy_of("no_camera")
+    rewrite(root, "task_index", lambda tasks: [number] * len(tasks))
+    assert refusal(root) == f"dataset {root}: task_index is {number} to {number} in its table, its metadata has 2 tasks"
+    edit(root / "meta" / "info.json", lambda info: info["features"].pop("task_index"))
+    assert refusal(root) == f"dataset {root}: info.json has no feature task_index"
+
+
+@pytest.mark.parametrize("kind", ["video", "images"])
+def test_a_camera_whose_axes_have_no_names(copy_of, kind):
+    root = copy_of(kind)
+    edit(root / "meta" / "info.json", lambda info: info["features"]["observation.images.top"].update(names=None))
+    assert train(**small(dataset_id=str(root), output_dir=str(root / "run"), steps=1)).steps == 1
+
+
+def test_missing_metadata_files(copy_of):
+    root = copy_of("no_camera")
+    shutil.rmtree(root / "meta" / "episodes")
+    remedy = "copy or download the whole of it again"
+    assert refusal(root) == f"dataset {root} has no meta/episodes/*/*.parquet: {remedy}"
+    (root / "meta" / "tasks.parquet").unlink()
+    assert refusal(root) == f"dataset {root} has no meta/tasks.parquet: {remedy}"
 
 
 def test_missing_stats(copy_of):

@@ -2,15 +2,19 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import small
+from conftest import record, small
 from safetensors.torch import load_file
+from test_problems import edit, rewrite
 
-from config import UserError
+from checkpoint import seal
+from config import UserError, merge
 from infer import load_policy
 from train import train
+from validation import split
 
 STEPS, SAVE_FREQ = 12, 3  # 33 frames in batches of 4: the first epoch ends inside step 9
 
@@ -99,6 +103,47 @@ def test_going_back_to_an_earlier_checkpoint_is_told(made, tmp_path, capsys):
     told = f"warning: {tmp_path}/checkpoint-4 is further on: checkpoints after checkpoint-2 are replaced as this run comes to them"
     assert told in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
+
+
+def warnings_of(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+
+
+def test_a_dataset_that_changed_in_its_place_is_told_and_what_was_held_out_stays(tmp_path, capsys):
+    root, run = tmp_path / "dataset", tmp_path / "run"
+    lengths = (13, 9, 11, 6, 7)
+
+    def resume(steps: int) -> tuple[list[str], list[int]]:
+        last = train(resume_from_checkpoint="latest", output_dir=str(run), steps=steps).checkpoint
+        return warnings_of(capsys), json.loads((last / "trainer_state.json").read_text())["data"]["held_out"]
+
+    def draws(count: int) -> list[int]:
+        source = SimpleNamespace(episodes=range(count))
+        return split(source, merge({"dataset_id": str(root), "val_fraction": 0.4}))[1].tolist()
+
+    record(root, cameras=(), lengths=lengths[:3])
+    train(**small(dataset_id=str(root), val_fraction=0.4), output_dir=str(run))
+    assert warnings_of(capsys) == []
+    assert resume(5) == ([], draws(3))
+    shutil.rmtree(root)
+    record(root, cameras=(), lengths=lengths)
+    assert draws(5) != draws(3)
+    told = "warning: dataset: 3 episodes of 33 frames -> 5 episodes of 46 frames; from here on this is another run"
+    assert resume(6) == ([told], draws(3))
+    rewrite(root, "action", lambda actions: [action + 1 for action in actions])
+    told = "warning: dataset: 5 episodes of 46 frames, but with other values; from here on this is another run"
+    assert resume(7) == ([told], draws(3))
+
+
+def test_a_checkpoint_that_does_not_know_its_data_resumes_as_ever(made, tmp_path, capsys):
+    settings = small(dataset_id=str(made("no_camera")), val_fraction=0.4, output_dir=str(tmp_path / "run"))
+    train(**settings)
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "old" / "checkpoint-2")
+    edit(tmp_path / "old" / "checkpoint-2" / "trainer_state.json", lambda state: state.pop("data"))
+    seal(tmp_path / "old" / "checkpoint-2")
+    train(resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-2"))
+    assert warnings_of(capsys) == []
+    assert_same_run(tmp_path / "run", tmp_path / "old", 4)
 
 
 def test_renamed_folder_needs_resume_step(made, tmp_path):

@@ -92,13 +92,16 @@ class Decoder:
         """Which of LIBRARIES decodes video here."""
         return LIBRARIES[0] if self.loaded[0] else LIBRARIES[1]
 
-    def shape(self, key: str) -> tuple[int, int, int]:
-        """(C, h, w) of a camera."""
+    def recorded_shape(self, key: str) -> tuple[int, int, int]:
+        """(C, H, W) of a camera by info.json."""
         feature = self.source.meta.features[key]
         a, b, c = feature["shape"]
-        names = feature.get("names") or ["height", "width", "channels"]
-        channels, height, width = (c, a, b) if str(names[2]).startswith("channel") else (a, b, c)
-        return (channels, *(self.image_size or (height, width)))
+        return (c, a, b) if str(feature["names"][2]).startswith("channel") else (a, b, c)
+
+    def shape(self, key: str) -> tuple[int, int, int]:
+        """(C, h, w) of a camera."""
+        channels, *size = self.recorded_shape(key)
+        return (channels, *(self.image_size or size))
 
     def jobs(self, key: str, rows: Tensor, pieces: int) -> list[Tensor]:
         """(n,) ascending rows, split into `pieces` of one file each and each of at most CHUNK."""
@@ -113,7 +116,7 @@ class Decoder:
         """(n, C, h, w) uint8 frames at (n,) rows of one file, ascending; not contiguous.
 
         Raises:
-            UserError: a frame cannot be decoded.
+            UserError: a frame cannot be decoded, or is a picture of another size than info.json says.
         """
         if key in self.source.images:
             frames = torch.stack([self._picture(key, row) for row in rows.tolist()])
@@ -152,9 +155,15 @@ class Decoder:
             with Image.open(
                 io.BytesIO(stored["bytes"]) if stored["bytes"] else self.source.root / stored["path"]
             ) as image:
-                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # (C, H, W)
+                pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # (C, H, W)
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{key}: the picture of row {row} cannot be read: {one_line(error)}") from error
+        if pixels.shape != self.recorded_shape(key):
+            found, said = ("{1}x{2}x{0}".format(*shape) for shape in (pixels.shape, self.recorded_shape(key)))
+            raise UserError(
+                f"{key}: the picture of row {row} is {found} as RGB, info.json says {said}: mend one of them"
+            )
+        return pixels
 
 
 def to_size(frames: Tensor, image_size: list[int] | None) -> Tensor:

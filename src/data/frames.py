@@ -121,7 +121,8 @@ class Frames:
 
     def place(self, key: str, folder: Path, library: str) -> Path:
         """Where a camera's store is, or will be: its name holds a hash of all that decides the content."""
-        facts = [LAYOUT, library if key in self.source.videos else "pillow", self.decoder.shape(key)]
+        by = library if key in self.source.videos else "pillow, sizes checked"  # older stores may hold garbage
+        facts = [LAYOUT, by, self.decoder.shape(key)]
         facts += [self.source.episodes, self.source.starts.tolist(), self.source.ends.tolist()]
         files = self.source.tables
         if key in self.source.videos:

@@ -18,15 +18,7 @@ from torch import Tensor
 import hub
 from config import UserError, one_line
 from data import v21
-
-
-@dataclass
-class Videos:
-    """Where a camera's frames lie: files, and of each selected episode (E,) its file and its first frame's number there."""
-
-    files: list[Path]
-    file: Tensor
-    first: Tensor
+from data.videos import Videos, find_videos, video_problems
 
 
 @dataclass
@@ -43,7 +35,7 @@ class Source:
         images: encoded pictures (PNG or JPEG bytes) of each `image` feature, one a row.
         videos: where the frames of each `video` feature lie.
         tables: the files that the columns were read from.
-        parts: episodes of each dataset, where there are several.
+        parts: how many episodes each dataset has that this one is made of.
         problems: what makes the dataset unfit to train on, one line each.
         warnings: what a user should know but can train with.
     """
@@ -117,13 +109,17 @@ def open_dataset(
             download(dataset_id, dataset_root, revision, selected if episodes else None)
     tables = sorted((meta.root / "data").glob("*/*.parquet"))
     table, problems = read_table(tables, meta.root, selected if episodes else None)
-    place = episode_rows(table, selected, problems)
-    source = Source(dataset_id, meta, meta.root, *place, columns={}, tables=tables, problems=problems)
+    for key in meta.camera_keys:
+        meta.features[key]["names"] = meta.features[key].get("names") or ["height", "width", "channels"]
+    place = episode_rows(table, selected, meta, problems)
+    parts = [len(place[0])]
+    source = Source(dataset_id, meta, meta.root, *place, columns={}, tables=tables, parts=parts, problems=problems)
     read_columns(source, table)
-    source.videos = {key: find_videos(meta, key, source.episodes) for key in meta.video_keys}
-    if not problems:  # the checks below index by what the ones above have found sound
+    if not problems:  # what is below indexes by what the checks above have found sound
+        source.videos = {key: find_videos(meta, key, source.episodes) for key in meta.video_keys}
         check_values(source)
-        check_videos(source)
+        for key, videos in source.videos.items():
+            problems += video_problems(videos, meta.root, tuple(meta.features[key]["shape"]), meta.fps)
     return source
 
 
@@ -137,6 +133,9 @@ def open_folder(dataset_id: str, folder: Path):
         if version == "v2.1":
             return v21.read_metadata(folder, name)
         if version == "v3.0":
+            for file in ("tasks.parquet", "episodes/*/*.parquet"):  # LeRobot would look for them on the Hub
+                if not any((folder / "meta").glob(file)):
+                    raise UserError(f"dataset {dataset_id} has no meta/{file}: copy or download the whole of it again")
             from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
             return LeRobotDatasetMetadata(name, root=folder)
@@ -216,22 +215,30 @@ def read_table(files: list[Path], root: Path, episodes: list[int] | None) -> tup
         raise UserError(
             f"dataset {root} has no readable table: " + ("; ".join(problems) or "data/*/*.parquet is missing")
         )
-    return pa.concat_tables(tables, promote_options="permissive"), problems
+    table = pa.concat_tables(tables, promote_options="permissive")
+    if "episode_index" not in table.column_names:
+        raise UserError(f"dataset {root}: its table has no column episode_index, which tells its episodes apart")
+    return table, problems
 
 
-def episode_rows(table: pa.Table, selected: list[int], problems: list[str]) -> tuple[list[int], Tensor, Tensor]:
+def episode_rows(table: pa.Table, selected: list[int], meta, problems: list[str]) -> tuple[list[int], Tensor, Tensor]:
     """Selected episodes with (E,) first rows and (E,) ends, as they lie in the table."""
     index = table["episode_index"].to_numpy()
     changes = np.flatnonzero(np.diff(index)) + 1
     starts = np.concatenate([[0], changes]) if len(index) else np.empty(0, int)
     found = index[starts].tolist() if len(index) else []
-    if found != selected:
-        missing = sorted(set(selected) - set(found))
-        problems.append(
-            f"its table has no rows of episodes {missing[:10]}"
-            if missing
-            else "its episodes are not in order in the table"
-        )
+    known = [] if meta.episodes is None else meta.episodes["episode_index"]
+    for told, episodes in (
+        ("its table has no rows of episodes", set(selected) - set(found)),
+        (f"info.json counts {meta.total_episodes} episodes, its table has also", set(found) - set(selected)),
+        ("its metadata does not describe episodes", set(found) - set(known)),
+    ):
+        if episodes:
+            problems.append(f"{told} {sorted(episodes)[:10]}")
+    if found != sorted(set(found)):
+        problems.append("its episodes are not in order in the table")
+    if not found and not problems:
+        problems.append("it has no episodes")
     ends = np.append(starts[1:], len(index))
     return found, torch.from_numpy(starts.astype(np.int64)), torch.from_numpy(ends.astype(np.int64))
 
@@ -274,7 +281,7 @@ def read_columns(source: Source, table: pa.Table) -> None:
 
 
 def check_values(source: Source) -> None:
-    """Lengths, finite values and clock of the table."""
+    """Lengths, finite values, tasks and clock of the table."""
     lengths = dict(zip(source.meta.episodes["episode_index"], source.meta.episodes["length"], strict=True))
     for episode, start, end in zip(source.episodes, source.starts.tolist(), source.ends.tolist(), strict=True):
         if lengths.get(episode) != end - start:
@@ -289,6 +296,13 @@ def check_values(source: Source) -> None:
                 f"{key} is not finite in {len(rows)} rows, first in episode {source.episodes[episode]} "
                 f"frame {int(rows[0] - source.starts[episode])}: remove that episode or mend the value"
             )
+    tasks = source.columns.get("task_index")
+    if tasks is None:
+        source.problems.append("info.json has no feature task_index")
+    elif not 0 <= int(tasks.min()) <= int(tasks.max()) < len(source.tasks):
+        source.problems.append(
+            f"task_index is {int(tasks.min())} to {int(tasks.max())} in its table, its metadata has {len(source.tasks)} tasks"
+        )
     check_clock(source)
 
 
@@ -312,64 +326,3 @@ def check_clock(source: Source) -> None:
         source.warnings.append(
             f"timestamps are up to {drift:.2f} s off frame_index / fps: frames are taken by row, not by clock"
         )
-
-
-def find_videos(meta, key: str, episodes: list[int]) -> Videos:
-    paths = [meta.root / meta.get_video_file_path(episode, key) for episode in episodes]
-    number = {path: i for i, path in enumerate(dict.fromkeys(paths))}
-    first_time = list(meta.episodes[f"videos/{key}/from_timestamp"])
-    first = [round(first_time[episode] * meta.fps) for episode in episodes]
-    return Videos(list(number), torch.tensor([number[path] for path in paths]), torch.tensor(first))
-
-
-def check_videos(source: Source) -> None:
-    """Every video that the selected episodes need is there, is whole, and has a frame for each row."""
-    meta = source.meta
-    for key in meta.video_keys:
-        rows_of_file: dict[Path, int] = {}
-        needed: set[Path] = set()
-        for episode, length in zip(meta.episodes["episode_index"], meta.episodes["length"], strict=True):
-            file = meta.get_video_file_path(episode, key)
-            rows_of_file[file] = rows_of_file.get(file, 0) + length
-            if episode in source.episodes:
-                needed.add(file)
-        for file in sorted(needed):
-            problem = video_problem(
-                source.root / file, rows_of_file[file], tuple(meta.features[key]["shape"]), meta.fps
-            )
-            if problem:
-                source.problems.append(f"{file} {problem}")
-
-
-def video_problem(path: Path, rows: int, shape: tuple[int, ...], fps: float) -> str | None:
-    """What is wrong with one video against its `rows` of the table and its (H, W, C) shape; None if nothing is."""
-    import av
-
-    if not path.is_file():
-        return "is missing"
-    av.logging.set_libav_level(av.logging.PANIC)  # its remarks on a damaged file; ours says which file
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-            if frames != rows:
-                return f"has {frames} frames, its episodes have {rows} rows"
-            if (stream.height, stream.width) not in (shape[:2], shape[1:]):
-                return f"is {stream.height}x{stream.width}, info.json says {shape}"
-            if stream.average_rate and abs(float(stream.average_rate) - fps) > 0.01 * fps:
-                return f"runs at {float(stream.average_rate):g} fps, info.json says {fps}"
-            return None if has_last_frame(container, stream, rows) else "is cut short: its last frames cannot be read"
-    except (av.FFmpegError, IndexError) as error:
-        return f"cannot be read as a video: {one_line(error)[:160]}"
-
-
-def has_last_frame(container, stream, rows: int) -> bool:
-    """Whether the last of `rows` frames decodes: a file cut short may keep its header."""
-    import av
-
-    container.seek(max(0, round((rows - 1) / stream.average_rate / stream.time_base)), stream=stream)
-    try:
-        last = [frame.pts for frame in container.decode(stream)][-1:]
-    except av.FFmpegError:
-        return False
-    return bool(last) and round(last[0] * stream.time_base * stream.average_rate) == rows - 1
