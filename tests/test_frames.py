@@ -311,3 +311,15 @@ def test_list_and_prune(made, tmp_path, capsys):
     assert main(["prune", "--cache_dir", str(tmp_path)]) == 0
     assert "0.00 GB freed" in capsys.readouterr().out
     assert stores(tmp_path) == []
+
+
+def test_list_and_prune_an_unfinished_store(unfinished, capsys):
+    source, folder = unfinished
+    Frames(source, [30, 40], "on", folder)
+    for command in ("list", "prune"):
+        assert main([command, "--cache_dir", str(folder)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split(": ")[0].split()[-1] for line in lines[:-1]] == ["unfinished", "ago"]
+    assert stores(folder) == []
+    assert main(["list", "--cache_dir", str(folder)]) == 0
+    assert capsys.readouterr().out == f"    0.00 GB in {folder}\n"

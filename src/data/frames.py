@@ -289,7 +289,7 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     total = 0
-    for about in sorted([*args.cache_dir.glob("*/about.json"), *args.cache_dir.glob(".*/about.json")]):
+    for about in sorted(args.cache_dir.glob("*/about.json")):  # of hidden folders as well, which are unfinished
         place, facts = about.parent, json.loads(about.read_text())
         size = sum(map(on_disk, place.iterdir()))
         age = (time.time() - place.stat().st_mtime) / 86400
