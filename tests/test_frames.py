@@ -159,26 +159,87 @@ def test_two_builders_at_once_decode_once(made, tmp_path):
     assert len(stores(tmp_path)) == 1
 
 
-def test_full_disk_while_building(made, tmp_path, monkeypatch):
-    small_disk = tmp_path / "disk"
-    small_disk.mkdir()
-    if (
-        os.name == "nt"
-        or os.geteuid() != 0
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", small_disk], check=False).returncode
-    ):
-        pytest.skip("a small tmpfs can be mounted by root on Linux only")
-    try:
-        monkeypatch.setattr(Frames, "fits", lambda *args: True)  # it was free when looked at, and is not when written
-        with pytest.raises(UserError) as caught:
-            Frames(open_dataset(str(made("video"))), None, "on", small_disk)
-        assert str(caught.value) == (
-            f"the frames of {TOP} cannot be written to {small_disk}: No space left on device: nothing is left behind; "
-            "free some space, or pass --frame_cache off"
-        )
-        assert stores(small_disk) == []
-    finally:
-        subprocess.run(["umount", small_disk], check=True)
+@pytest.fixture
+def mount(tmp_path):
+    """Options -> a folder that is a file system of its own in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def make(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", folder]
+        if os.name == "nt" or os.geteuid() != 0 or subprocess.run(command, check=False).returncode:
+            pytest.skip("a small tmpfs can be mounted by root on Linux only")
+        return folder
+
+    yield make
+    subprocess.run(["umount", "--quiet", folder], check=False)
+
+
+def test_full_disk_while_building(made, mount, monkeypatch):
+    small_disk = mount("size=300k")
+    monkeypatch.setattr(Frames, "fits", lambda *args: True)  # it was free when looked at, and is not when written
+    with pytest.raises(UserError) as caught:
+        Frames(open_dataset(str(made("video"))), None, "on", small_disk)
+    assert str(caught.value) == (
+        f"the frames of {TOP} cannot be written to {small_disk}: No space left on device: nothing is left behind; "
+        "free some space, or pass --frame_cache off"
+    )
+    assert stores(small_disk) == []
+
+
+def test_a_cache_folder_that_cannot_be_written(made, mount, monkeypatch):
+    folder, said = mount("ro,size=10m"), []
+    monkeypatch.setattr(module, "SPARE", 0)
+    source = open_dataset(str(made("video")))
+    auto = Frames(source, None, "auto", folder, say=said.append)
+    assert auto.store == {}
+    assert said == [
+        f"frame cache off, no room for decoded frames in {folder} (Read-only file system): "
+        "frames are decoded as they are needed (--cache_dir, --image_size)"
+    ]
+    with pytest.raises(UserError, match=r"--frame_cache on: no room for .* \(Read-only file system\)"):
+        Frames(source, None, "on", folder)
+    monkeypatch.setattr(Frames, "fits", lambda *args: True)
+    with pytest.raises(UserError, match=r"cannot be written to .*: Read-only file system"):
+        Frames(source, None, "on", folder)
+
+
+def test_a_finished_store_is_used_where_nothing_can_be_written(made, mount):
+    folder, source = mount("size=10m"), open_dataset(str(made("video")))
+    Frames(source, None, "on", folder)
+    subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    assert torch.equal(all_frames(Frames(source, None, "auto", folder)), all_frames(Frames(source)))
+    assert TOP in Frames(source, None, "on", folder).store
+
+
+@pytest.fixture
+def unfinished(made, tmp_path, monkeypatch):
+    """(source, cache folder) of a store whose building was stopped before its last episode."""
+    real, source = Frames.decode_episode, open_dataset(str(made("images")))
+
+    def stopped(self, key, episode, *rest):
+        if episode == 2:
+            raise KeyboardInterrupt
+        real(self, key, episode, *rest)
+
+    monkeypatch.setattr(Frames, "decode_episode", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        Frames(source, None, "on", tmp_path / "cache")
+    monkeypatch.undo()
+    return source, tmp_path / "cache"
+
+
+def test_what_is_written_already_needs_no_room(unfinished, monkeypatch):
+    source, folder = unfinished
+    written = next(folder.glob("*/frames.u8")).stat().st_blocks * 512
+    needed = source.rows * 3 * 64 * 96 - written
+    assert written > source.rows * 3 * 64 * 96 / 2
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(UserError, match="no room for"):
+        Frames(source, None, "on", folder)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    assert torch.equal(all_frames(Frames(source, None, "on", folder)), all_frames(Frames(source)))
 
 
 def test_video_cut_short_after_it_was_checked(copy_of, tmp_path):
@@ -250,3 +311,15 @@ def test_list_and_prune(made, tmp_path, capsys):
     assert main(["prune", "--cache_dir", str(tmp_path)]) == 0
     assert "0.00 GB freed" in capsys.readouterr().out
     assert stores(tmp_path) == []
+
+
+def test_list_and_prune_an_unfinished_store(unfinished, capsys):
+    source, folder = unfinished
+    Frames(source, [30, 40], "on", folder)
+    for command in ("list", "prune"):
+        assert main([command, "--cache_dir", str(folder)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split(": ")[0].split()[-1] for line in lines[:-1]] == ["unfinished", "ago"]
+    assert stores(folder) == []
+    assert main(["list", "--cache_dir", str(folder)]) == 0
+    assert capsys.readouterr().out == f"    0.00 GB in {folder}\n"

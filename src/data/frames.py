@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -80,7 +81,7 @@ class Frames:
         if source.videos and missing:
             for line in self.decoder.loaded[1]:
                 say(line)
-        if mode == "off" or (missing and not self.fits(folder, sum(self.bytes_of(key) for key in missing), mode)):
+        if mode == "off" or (missing and not self.fits(folder, missing, mode)):
             self.on_device = False
             return
         places |= {key: self.place(key, folder, self.decoder.library) for key in missing}
@@ -94,10 +95,19 @@ class Frames:
     def bytes_of(self, key: str) -> int:
         return self.source.rows * int(np.prod(self.decoder.shape(key)))
 
-    def fits(self, folder: Path, size: int, mode: str) -> bool:
-        """Whether `size` more bytes go on the cache's disk; `auto` says what it does about it."""
+    def begun(self, key: str, folder: Path) -> int:
+        """Bytes of a camera's store that are on the disk already: a building that was stopped goes on."""
+        place = self.place(key, folder, self.decoder.library)
+        path = place.with_name(f".{place.name}") / "frames.u8"
+        return on_disk(path) if os.path.exists(path) else 0
+
+    def fits(self, folder: Path, keys: list[str], mode: str) -> bool:
+        """Whether what is missing of the stores of `keys` goes on the cache's disk; `auto` says what it does about it."""
+        size = sum(self.bytes_of(key) - self.begun(key, folder) for key in keys)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):  # a folder that is there may be another's, or read-only
+                pass
             disk = shutil.disk_usage(folder)
             room = disk.free - (max(SPARE, disk.total // 10) if mode == "auto" else 0)
             told = f"{size / 1e9:.1f} GB of decoded frames in {folder}, {disk.free / 1e9:.1f} GB free"
@@ -117,7 +127,8 @@ class Frames:
 
     def finished(self, key: str, folder: Path) -> Path | None:
         """A store of this very content, decoded by either library."""
-        return next((place for library in LIBRARIES if (place := self.place(key, folder, library)).is_dir()), None)
+        places = [self.place(key, folder, library) for library in LIBRARIES]
+        return next((place for place in places if os.path.isdir(place)), None)  # also if it may not be looked into
 
     def place(self, key: str, folder: Path, library: str) -> Path:
         """Where a camera's store is, or will be: its name holds a hash of all that decides the content."""
@@ -140,7 +151,7 @@ class Frames:
         shape, path = (self.source.rows, *self.decoder.shape(key)), place / "frames.u8"
         if path.stat().st_size != self.bytes_of(key):
             raise UserError(f"{path} has {path.stat().st_size} bytes, expected {self.bytes_of(key)}: delete {place}")
-        with contextlib.suppress(PermissionError):  # a cache that others keep
+        with contextlib.suppress(OSError):  # a cache that others keep, or that is read-only
             os.utime(place)  # when it was last used, for prune
         return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))  # private: never written
 
@@ -148,18 +159,20 @@ class Frames:
         """Decode a camera's frames into `place`, unless another process has done so by the time it lets us."""
         from filelock import FileLock, Timeout
 
-        lock = FileLock(place.with_name(f".{place.name}.lock"))
+        lock, hidden = FileLock(place.with_name(f".{place.name}.lock")), place.with_name(f".{place.name}")
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"another process is decoding {key} into {place.parent}: waiting for it", file=sys.stderr, flush=True)
-            lock.acquire()
-        try:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                told = f"another process is decoding {key} into {place.parent}: waiting for it"
+                print(told, file=sys.stderr, flush=True)
+                lock.acquire()
             if not place.is_dir():
-                self.decode_all(key, place.with_name(f".{place.name}"), quiet)
-                os.rename(place.with_name(f".{place.name}"), place)
+                self.decode_all(key, hidden, quiet)
+                os.rename(hidden, place)
         except OSError as error:
-            shutil.rmtree(place.with_name(f".{place.name}"), ignore_errors=True)
+            if lock.is_locked:
+                shutil.rmtree(hidden, ignore_errors=True)
             told = f"the frames of {key} cannot be written to {place.parent}: {error.strerror or one_line(error)}"
             raise UserError(f"{told}: nothing is left behind; free some space, or pass --frame_cache off") from error
         finally:
@@ -258,6 +271,11 @@ class Frames:
         self.decoder.idle.clear()
 
 
+def on_disk(path: Path) -> int:
+    """Bytes that a file takes there: less than its size where nothing was written yet."""
+    return path.stat().st_blocks * 512 if os.name != "nt" else path.stat().st_size
+
+
 def main(argv: list[str]) -> int:
     import argparse
 
@@ -271,9 +289,9 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     total = 0
-    for about in sorted([*args.cache_dir.glob("*/about.json"), *args.cache_dir.glob(".*/about.json")]):
+    for about in sorted(args.cache_dir.glob("*/about.json")):  # of hidden folders as well, which are unfinished
         place, facts = about.parent, json.loads(about.read_text())
-        size = sum(path.stat().st_blocks * 512 if os.name != "nt" else path.stat().st_size for path in place.iterdir())
+        size = sum(map(on_disk, place.iterdir()))
         age = (time.time() - place.stat().st_mtime) / 86400
         if args.command == "prune" and (age < args.days or not delete(place)):
             continue
