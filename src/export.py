@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import OWN_WEIGHTS, load_optimizer, read_json, step_of
+from checkpoint import OWN_WEIGHTS, TrainState, load_optimizer, read_json, step_of
 from config import FIELDS, TrainConfig, UserError, one_line
 
 TOLERANCE = 1e-4  # of the largest difference from the policy, in normalised actions
@@ -45,8 +45,8 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
             f"note: {checkpoint.name} has averaged weights (--ema_decay): LeRobot goes on from the average",
             file=sys.stderr,
         )
-    known = {name: value for name, value in read_json(checkpoint / "train_config.json").items() if name in FIELDS}
-    config, standing = TrainConfig(**known), read_json(checkpoint / "trainer_state.json")
+    state = TrainState(*(read_json(checkpoint / f"{name}.json") for name in ("trainer_state", "train_config")), {})
+    config = TrainConfig(**{name: value for name, value in state.train_config.items() if name in FIELDS})
     policy_config = load_policy_config(checkpoint, None, "cpu")
     for refused, why in (
         (len(config.dataset_id) > 1, "several datasets"),
@@ -56,7 +56,10 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
         if refused:
             raise UserError(f"{checkpoint.name} was trained with {why}, which lerobot-train cannot resume")
     policy = build_policy(policy_config, None, checkpoint)
-    step, theirs = step_of(checkpoint) or standing["step"], their_config(config, policy_config, output)
+    step, theirs = (
+        step_of(checkpoint) or state.trainer_state["step"],
+        their_config(config, state, policy_config, output),
+    )
     optimizer = theirs.optimizer.build(policy.get_optim_params())
     load_optimizer(checkpoint, World("cpu"), policy, optimizer)
     scheduler = theirs.scheduler.build(optimizer, config.steps) if theirs.scheduler else None
@@ -76,7 +79,7 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
     return folder
 
 
-def their_config(config: TrainConfig, policy_config, output: Path):
+def their_config(config: TrainConfig, state: TrainState, policy_config, output: Path):
     """LeRobot's TrainPipelineConfig for a run of ours."""
     from lerobot.configs.default import DatasetConfig
     from lerobot.configs.train import TrainPipelineConfig
@@ -88,7 +91,7 @@ def their_config(config: TrainConfig, policy_config, output: Path):
 
     name, source = config.dataset_id[0], build_source(config)
     root = str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else config.dataset_root
-    kept = [source.episodes[i] for i in split(source, config)[0]]  # LeRobot holds out the last ones, if any
+    kept = [source.episodes[i] for i in split(source, config, state)[0]]  # LeRobot holds out the last ones, if any
     return TrainPipelineConfig(
         dataset=DatasetConfig(
             repo_id="/".join(Path(name).parts[-2:]) if root else name,

@@ -104,6 +104,19 @@ def test_episodes_and_names_go_both_ways(made, tmp_path):
     assert settings["val_episodes"] == str(total - 1)
 
 
+def test_what_was_held_out_stays_so_there_when_the_dataset_has_grown(made, tmp_path):
+    settings = small("act", dataset_id=[str(made("no_camera"))], steps=1, val_fraction=0.3)
+    checkpoint = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
+    state = read_json(checkpoint / "trainer_state.json")
+    drawn = state["data"]["held_out"]
+    other = [episode for episode in range(3) if episode not in drawn][:1]
+    (checkpoint / "trainer_state.json").write_text(json.dumps({**state, "data": {**state["data"], "held_out": other}}))
+    folder = to_lerobot(checkpoint, tmp_path / "lerobot")
+    assert set(read_json(folder / "pretrained_model" / "train_config.json")["dataset"]["episodes"]) == {0, 1, 2} - set(
+        other
+    )
+
+
 @pytest.mark.parametrize(("policy", "settings", "name", "warmup"), [
     ("diffusion", {"grad_clip_norm": 5.0}, "cosine", 500), ("diffusion", {"warmup_steps": 7}, "cosine", 7),
     ("act", {"warmup_steps": 7}, "constant_with_warmup", 7), ("act", {"lr_schedule": "linear"}, "linear", 0)])  # fmt: skip
