@@ -31,6 +31,8 @@ class Ahead:
         if getattr(config, "temporal_ensemble_coeff", None) is not None:
             raise UserError("temporal ensembling asks for a chunk at every tick: --ahead does not go with it")
         given = [name for name in ("chunk_size", "action_chunk_size", "n_action_steps") if hasattr(config, name)]
+        if not given:
+            raise UserError(f"policy {loaded.kind} predicts no chunks: --ahead does not go with it")
         length = getattr(config, given[0])  # T; a policy without a chunk size of its own gives what it carries out
         if 2 * lead > length:
             raise UserError(

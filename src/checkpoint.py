@@ -187,10 +187,10 @@ def verify(path: Path) -> None:
         raise UserError(f"{path} is damaged: {MANIFEST} does not match its sha256")
     for name, wanted in files.items():
         file = path / name
-        if not file.is_file():
-            damage.append(f"{name} is missing")
-            continue
         try:
+            if not file.is_file():
+                damage.append(f"{name} is missing")
+                continue
             there = file.stat()
             if there.st_size != wanted["size"]:
                 damage.append(f"{name} has {there.st_size} bytes, expected {wanted['size']}")

@@ -333,11 +333,13 @@ def typed(f, value):
                 raise ValueError
             return [f.metadata["type"](item) for item in value]
         if kind is bool and not isinstance(value, bool):
-            value = {"on": True, "off": False}[value]
+            raise ValueError
+        if kind is str and isinstance(value, bool):  # YAML's on and off
+            value = "on" if value else "off"
         if kind is int and (isinstance(value, bool) or int(value) != float(value)):
             raise ValueError
         value = kind(value)
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError):
         wanted = {"+": "a list of values", 2: "two numbers, height and width"}.get(
             f.metadata.get("nargs"), kind.__name__
         )
@@ -365,7 +367,7 @@ def read_config_file(path: str) -> dict:
 
 
 def read_yaml(text: str):
-    """YAML in which 1:50, off and 010 are text, as in YAML 1.2; by 1.1, which is PyYAML's, they are 110, False and 8.
+    """YAML in which 1:50 and 010 are text, as in YAML 1.2; by 1.1, which is PyYAML's, they are 110 and 8.
 
     Raises:
         ValueError: it is none.
@@ -375,7 +377,7 @@ def read_yaml(text: str):
     class Loader(yaml.SafeLoader):
         def resolve(self, kind, value, implicit):
             plain = kind is yaml.ScalarNode and implicit[0]
-            if plain and re.fullmatch(r"on|off|yes|no|.*:.*|[-+]?0[\d_]+", value, re.IGNORECASE):
+            if plain and re.fullmatch(r".*:.*|[-+]?0[\d_]+", value):
                 return self.DEFAULT_SCALAR_TAG
             return super().resolve(kind, value, implicit)
 

@@ -73,7 +73,7 @@ class LoadedPolicy:
     def ahead(self, fps: float, task: str = ""):
         """This policy with chunks that are predicted ahead, so that an arm that asks `fps` times a second never waits for one.
 
-        How far ahead is measured here. A policy that blends a chunk into the next (flow) blends over the time that it takes.
+        How far ahead is measured here. A policy that blends a chunk into the next (flow) keeps what is settled by then and blends after.
 
         Returns:
             An ahead.Ahead, which acts and resets in this one's place.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from config import UserError
+from config import UserError, one_line
 from page import curves_figure
 from runtime import describe_machine
 from summary import last, model_card, read_history, runs_page
@@ -175,7 +175,10 @@ class Report:
     def save_curve(self) -> None:
         if self.history:
             figure = self.figure()
-            figure.savefig(self.output_dir / CURVE, dpi=110)
+            try:
+                figure.savefig(self.output_dir / CURVE, dpi=110)
+            except OSError as error:
+                self.warn(f"{self.output_dir / CURVE} cannot be written: {one_line(error)}")
             self.trackers.picture("curves", figure, self.history[-1]["step"])
 
     def save_card(self, checkpoint: Path) -> None:

@@ -126,7 +126,7 @@ def compare(config: TrainConfig, state, resumed: Path, processes: int) -> list[s
                 "a resumed run keeps its policy, leave the flag out or train afresh"
             )
     for name in COURSE_FIELDS:
-        if now[name] != was[name]:
+        if now[name] != was[name] and was[name] != "auto":  # --precision of a run by lerobot-train
             changes.append(
                 f"--{name}: {was[name]} -> {now[name]}; from here on this is another run than the one that wrote {resumed.name}"
             )

@@ -211,9 +211,9 @@ class Run:
         )  # fmt: skip
         if self.world.is_main:
             self.whole.eval()
-            with finishing(result.checkpoint, self.output_dir):
-                self.report.save_curve()
-                if not stopped:
+            self.report.save_curve()
+            if not stopped:
+                with finishing(result.checkpoint, self.output_dir):
                     publish(result.checkpoint, self.output_dir)
                     self.report.save_card(result.checkpoint)
             repo = None if stopped else self.config.push_to_hub

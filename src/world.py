@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from config import UserError
 from policy import load_weights
 from policy.adapters import adapters_of, is_adapted, put_adapters
-from runtime import pick_device
+from runtime import StopSignals, pick_device
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -80,7 +80,8 @@ class World:
 
     def __exit__(self, kind, error, trace):
         if self.accelerator is not None and kind is None:
-            self.wait()  # for what the main process writes: of one that leaves with a signal's status the launcher kills the others
+            with StopSignals():  # which come again when a job is cancelled
+                self.wait()  # for what the main process writes: of one that leaves with a signal's status a launcher kills the others
             self.accelerator.end_training()
 
     @property

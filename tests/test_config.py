@@ -39,7 +39,7 @@ def test_yaml_takes_what_the_command_line_takes(tmp_path, episodes):
     flags = f"--dataset_id x --episodes {episodes} --val_episodes 36:40 --frame_cache off --save_async off --seed 010"
     flags += " --augment off --compile --lr 1e-4 --image_size 12 16"
     lines = [f"episodes: {episodes}", "val_episodes: 36:40", "frame_cache: off", "save_async: off", "seed: 010"]
-    lines += ["dataset_id: x", "augment: off", "compile: true", "lr: 1e-4", "image_size: [12, 16]"]
+    lines += ["dataset_id: x", "augment: off", "compile: yes", "lr: 1e-4", "image_size: [12, 16]"]
     (tmp_path / "c.yaml").write_text("\n".join(lines))
     assert merge(read_config_file(str(tmp_path / "c.yaml"))) == parse(flags)
 

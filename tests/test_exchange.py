@@ -50,7 +50,7 @@ def ours(made, tmp_path_factory):
     return train(**settings, output_dir=str(output)).checkpoint.parent / "checkpoint-4"
 
 
-def test_out_and_in_again(ours, tmp_path):
+def test_out_and_in_again(ours, tmp_path, capsys):
     """Our checkpoint as LeRobot's and back: weights, optimizer, step, settings and position are what they were."""
     folder = to_lerobot(ours, tmp_path / "lerobot")
     assert folder == tmp_path / "lerobot" / "checkpoints" / "000004"
@@ -73,6 +73,7 @@ def test_out_and_in_again(ours, tmp_path):
         for name, path in (("straight", ours), ("round", folder))
     ]
     assert same_tensors(*(end / "policy.safetensors" for end in ends))  # the course is the same, to the bit
+    assert "another run" not in capsys.readouterr().out
 
 
 def test_out_refuses_what_is_there(ours, tmp_path, capsys):

@@ -134,10 +134,11 @@ def test_a_task_that_the_metadata_does_not_have(copy_of, number):
     assert refusal(root) == f"dataset {root}: info.json has no feature task_index"
 
 
-@pytest.mark.parametrize("kind", ["video", "images"])
-def test_a_camera_whose_axes_have_no_names(copy_of, kind):
+@pytest.mark.parametrize(("kind", "shape"), [("video", [64, 96, 3]), ("video", [3, 64, 96]), ("images", [64, 96, 3])])
+def test_a_camera_whose_axes_have_no_names(copy_of, kind, shape):
     root = copy_of(kind)
-    edit(root / "meta" / "info.json", lambda info: info["features"]["observation.images.top"].update(names=None))
+    unnamed = {"names": None, "shape": shape}
+    edit(root / "meta" / "info.json", lambda info: info["features"]["observation.images.top"].update(unnamed))
     assert train(**small(dataset_id=str(root), output_dir=str(root / "run"), steps=1)).steps == 1
 
 

@@ -291,15 +291,17 @@ def test_command_line(checkpoint, tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path} is no checkpoint and holds none\n"
 
 
-def test_latest_passes_over_one_that_the_disk_does_not_give_back(settings, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("what", ["data", "inode"])
+def test_latest_passes_over_one_that_the_disk_does_not_give_back(settings, tmp_path, monkeypatch, capsys, what):
     train(**settings)
+    read = {"data": sha256, "inode": Path.is_file}[what]
 
     def worn(path):
-        if path.parent.name == "checkpoint-4":
+        if path.parent.name == "checkpoint-4" and path.name == "config.json":
             raise OSError(5, "Input/output error")
-        return sha256(path)
+        return read(path)
 
-    monkeypatch.setattr(checkpoint_module, "sha256", worn)
+    monkeypatch.setattr(*{"data": (checkpoint_module, "sha256"), "inode": (Path, "is_file")}[what], worn)
     assert train(**{**settings, "steps": 3}, resume_from_checkpoint="latest").steps == 3
     assert "cannot be read ([Errno 5] Input/output error)" in capsys.readouterr().out
 

@@ -20,6 +20,8 @@ from config import UserError, one_line
 from data import v21
 from data.videos import Videos, find_videos, video_problems
 
+AXES = "height", "width"
+
 
 @dataclass
 class Source:
@@ -109,8 +111,9 @@ def open_dataset(
             download(dataset_id, dataset_root, revision, selected if episodes else None)
     tables = sorted((meta.root / "data").glob("*/*.parquet"))
     table, problems = read_table(tables, meta.root, selected if episodes else None)
-    for key in meta.camera_keys:
-        meta.features[key]["names"] = meta.features[key].get("names") or ["height", "width", "channels"]
+    for feature in (meta.features[key] for key in meta.camera_keys):
+        first = feature["shape"][0] == 3 != feature["shape"][2]
+        feature["names"] = feature.get("names") or (["channels", *AXES] if first else [*AXES, "channels"])
     place = episode_rows(table, selected, meta, problems)
     parts = [len(place[0])]
     source = Source(dataset_id, meta, meta.root, *place, columns={}, tables=tables, parts=parts, problems=problems)
