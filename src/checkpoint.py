@@ -5,7 +5,6 @@ python src/checkpoint.py verify outputs/my_run
 python src/checkpoint.py show outputs/my_run/checkpoint-5000
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -17,6 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from command_line import OneLineParser
 from config import UserError, nearest, one_line
 from hub import newest_checkpoint
 
@@ -141,14 +141,18 @@ def find_resume(asked: str, output_dir: Path) -> tuple[Path | None, list[str]]:
     path = Path(asked).expanduser()
     if path.is_dir():
         if not (path / MANIFEST).is_file():
-            inside = find_checkpoints(path)
-            hint = f": it holds {inside[-1].name}, pass {inside[-1]}" if inside else ": pass a checkpoint-<step> folder"
+            newest = max(find_checkpoints(path), key=place_of, default=None)
+            hint = f": it holds {newest.name}, pass {newest}" if newest else ": pass a checkpoint-<step> folder"
             raise UserError(f"--resume_from_checkpoint {asked} is no complete checkpoint (it has no {MANIFEST}){hint}")
     elif asked.count("/") == 1 and not path.parent.exists() and not asked.startswith((".", "~")):
         path = newest_checkpoint(asked, "--resume_from_checkpoint")
     else:
         names = [p.name for p in find_checkpoints(path.parent)]
-        there = f"{nearest(path.name, names)}: {path.parent} has {', '.join(names)}" if names else ""
+        there = (
+            f"{nearest(path.name, names)}: {path.parent} has {', '.join(names)}"
+            if names
+            else ": latest and auto find one by themselves"
+        )
         raise UserError(f"--resume_from_checkpoint {asked}: there is no such folder{there}")
     try:
         verify(path)
@@ -281,11 +285,11 @@ def show(path: Path) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="checkpoint.py", description="Look at checkpoints.")
+    parser = OneLineParser(prog="checkpoint.py", description="Look at checkpoints.")
     parser.add_argument("what", choices=("list", "verify", "show"), help="list or verify a run's, or show one")
     parser.add_argument("path", type=Path, help="a run's folder or a checkpoint-<step> folder")
     args = parser.parse_args(argv)
-    found = [args.path] if (args.path / MANIFEST).is_file() else find_checkpoints(args.path)
+    found = [args.path] if (args.path / MANIFEST).is_file() else sorted(find_checkpoints(args.path), key=place_of)
     if not found:
         print(f"error: {args.path} is no checkpoint and holds none", file=sys.stderr)
         return 2
@@ -298,7 +302,7 @@ def main(argv: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
             damaged = 2
     if args.what == "list":
-        print("\n".join(describe(path) for path in found))
+        print("\n".join(describe(path) + ("  newest" if path == found[-1] else "") for path in found))
     return damaged
 
 

@@ -1,6 +1,7 @@
 """The command line of TrainConfig: flags, help, the README's table of them. Imports nothing heavy: `--help` answers at once."""
 
 import argparse
+import re
 import sys
 from dataclasses import MISSING
 from typing import List, Optional
@@ -8,6 +9,36 @@ from typing import List, Optional
 import argparse_dataclass
 
 from config import FIELDS, TrainConfig, UserError, nearest
+
+OF_LEROBOT = {  # flags of lerobot-train: what to pass here
+    "--dataset.repo_id": "--dataset_id REPO_OR_FOLDER",
+    "--dataset.root": "--dataset_id FOLDER",
+    "--dataset.episodes": "--episodes 0:40",
+    "--policy.type": "--policy NAME",
+    "--policy.path": "--policy_path FOLDER_OR_HUB_ID",
+    "--policy.push_to_hub": "--push_to_hub REPO",
+    "--policy.repo_id": "--push_to_hub REPO",
+    "--policy.device": "--device NAME",
+    "--policy.": "--policy_args NAME=VALUE",
+    "--resume": "--resume_from_checkpoint CHECKPOINT, latest or auto",
+    "--wandb.": "--tracker wandb",
+    "--env.type": "--eval_env NAME",
+    "--num_workers": "--num_threads N",
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A command line whose mistakes are one line."""
+
+    def error(self, message):
+        print(f"error: {told(message)} (--help lists what there is)", file=sys.stderr)
+        sys.exit(2)
+
+
+def told(message: str) -> str:
+    """argparse's words for a mistake, in ours."""
+    message = re.sub(r"^argument (--\w+): expected 2 arguments", r"\1 must be two numbers, height and width", message)
+    return re.sub(r"^argument (--\w+): invalid (int|float) value: (.*)", r"\1 must be \2, got \3", message)
 
 
 class Parser(argparse_dataclass.ArgumentParser):
@@ -35,13 +66,16 @@ class Parser(argparse_dataclass.ArgumentParser):
             group._group_actions.append(action)
 
     def error(self, message):
-        raise UserError(message)
+        raise UserError(told(message))
 
     def given(self, argv: List[str]) -> dict:
         """The settings that `argv` names, and no defaults."""
         argv = [spelt_as_field(word) for word in argv]
         namespace, unknown = argparse.ArgumentParser.parse_known_args(self, argv)
         for word in unknown:
+            theirs = next((flag for flag in OF_LEROBOT if word.split("=")[0].startswith(flag)), None)
+            if theirs:
+                raise UserError(f"{word} is lerobot-train's: pass {OF_LEROBOT[theirs]}")
             if word.startswith("-"):
                 raise UserError(f"unknown flag {word}{nearest(word.split('=')[0], ['--' + n for n in FIELDS])}")
             raise UserError(f"{word!r} belongs to no flag: settings are passed as --name value")

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import List, Optional, get_args
 
 SCHEDULES = ("constant", "linear", "cosine")
-FRESH = ("config_path", "resume_from_checkpoint", "resume_step", "output_dir")  # never taken from a checkpoint
+FRESH = ("config_path", "resume_from_checkpoint", "resume_step", "output_dir", "quiet")  # never taken from a checkpoint
 
 
 class UserError(ValueError):
@@ -173,11 +173,13 @@ class TrainConfig:
         "of the computation, the weights being fp32: auto (bf16 on GPUs that have it, else fp32), fp32, bf16 or fp16",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    compile: bool = setting("training", False, "torch.compile the policy: slow to start, then faster on a GPU")
-    gradient_checkpointing: bool = setting(
+    compile: Optional[bool] = setting(
+        "training", False, "torch.compile the policy: slow to start, then faster on a GPU"
+    )
+    gradient_checkpointing: Optional[bool] = setting(
         "training", False, "compute activations twice instead of keeping them, where the policy can"
     )
-    deterministic: bool = setting(
+    deterministic: Optional[bool] = setting(
         "training", False, "on a GPU: no TF32 and no kernels that give other bits each time, for an exact resume"
     )
     num_threads: Optional[int] = setting("training", None, "threads that read data ahead (else one a core, at most 8)")
@@ -219,10 +221,10 @@ class TrainConfig:
         "output", "none", "tensorboard, wandb, trackio, or several with commas; metrics.jsonl always"
     )
     push_to_hub: Optional[str] = setting("output", None, "Hub repo to upload the finished policy to, such as me/my_act")
-    push_checkpoints: bool = setting(
+    push_checkpoints: Optional[bool] = setting(
         "output", False, "upload each checkpoint to --push_to_hub as it is made, in the background"
     )
-    quiet: bool = setting("output", False, "print only warnings and the closing line")
+    quiet: Optional[bool] = setting("output", False, "print only warnings and the closing line")
 
     resume_from_checkpoint: Optional[str] = setting(
         "resume",
@@ -334,8 +336,7 @@ def typed(f, value):
             return [f.metadata["type"](item) for item in value]
         if kind is bool and not isinstance(value, bool):
             raise ValueError
-        if kind is str and isinstance(value, bool):  # YAML's on and off
-            value = "on" if value else "off"
+        value = ("off", "on")[value] if kind is str and isinstance(value, bool) else value  # YAML's on and off
         if kind is int and (isinstance(value, bool) or int(value) != float(value)):
             raise ValueError
         value = kind(value)

@@ -7,13 +7,13 @@
 N frames of an episode, A joints, T steps of a chunk.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from command_line import OneLineParser
 from config import UserError
 
 SHOWN = 6  # episodes whose curves a page shows, and worst moments
@@ -251,9 +251,7 @@ def evaluate(args) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py", description="Say how good a policy is. In brackets: the default."
-    )
+    parser = OneLineParser(prog="evaluate.py", description="Say how good a policy is. In brackets: the default.")
     flag = parser.add_argument
     flag("checkpoint", help="a checkpoint-<step> folder, a run's folder, or a Hub id; expert for the simulation's own")
     flag("--dataset_id", metavar="PATH_OR_ID", help="compare with recorded episodes of this dataset")

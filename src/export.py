@@ -7,7 +7,6 @@ The exported network maps the preprocessed observations to the normalised chunk 
 shapes of its inputs, and the numbers that normalise before and after it. It is run and compared with the policy before it counts.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import OWN_WEIGHTS, TrainState, load_optimizer, read_json, step_of
+from command_line import OneLineParser
 from config import FIELDS, TrainConfig, UserError, one_line
 
 TOLERANCE = 1e-4  # of the largest difference from the policy, in normalised actions
@@ -278,7 +278,7 @@ def describe(loaded, form: str, names, example, worst: float) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="export.py", description="Take a checkpoint elsewhere.")
+    parser = OneLineParser(prog="export.py", description="Take a checkpoint elsewhere.")
     parser.add_argument("checkpoint", help="a checkpoint-<step> folder, or any LeRobot policy folder or Hub id")
     parser.add_argument("output", type=Path, help="a new folder for lerobot, else the file to write")
     parser.add_argument("--format", choices=FORMATS, required=True)

@@ -1,6 +1,5 @@
 """Run a trained policy: `load_policy(checkpoint).act(observation)`, and a CLI that compares it with recorded episodes."""
 
-import argparse
 import math
 import sys
 import time
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from command_line import OneLineParser
 from config import UserError, nearest
 
 
@@ -238,9 +238,7 @@ def compare(policy, source, episode: int, fps: float | None = None) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="infer.py", description="Compare a policy with a recorded episode, action by action."
-    )
+    parser = OneLineParser(prog="infer.py", description="Compare a policy with a recorded episode, action by action.")
     parser.add_argument("checkpoint", help="a checkpoint-<step> folder, a run's folder, or a Hub id")
     parser.add_argument("--dataset_id", required=True, help="a folder or a Hub id")
     parser.add_argument("--episode", type=int, default=0, help="episode to run over [0]")

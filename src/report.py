@@ -3,7 +3,6 @@
 python src/report.py outputs/a outputs/b        # compare runs: a page, and a picture
 """
 
-import argparse
 import json
 import shlex
 import sys
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from command_line import OneLineParser
 from config import UserError, one_line
 from page import curves_figure
 from runtime import describe_machine
@@ -310,7 +310,7 @@ class Stopwatch:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="report.py", description="Compare runs by their metrics.jsonl.")
+    parser = OneLineParser(prog="report.py", description="Compare runs by their metrics.jsonl.")
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--output", default="outputs/runs", help="where .html and .png go [outputs/runs]")
     args = parser.parse_args(argv)

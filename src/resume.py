@@ -10,6 +10,7 @@ import checkpoint as checkpoints
 import hub
 from config import FIELDS, TrainConfig, UserError, check_names, merge, read_config_file
 from convert import from_lerobot, lerobot_checkpoint, policy_folder
+from optim import make_schedule
 from runtime import pick_precision
 from world import World, make_world
 from writer import sole_writer
@@ -74,13 +75,12 @@ def settle_one(given: dict, held: ExitStack, world: World):
         if world.is_main:
             held.enter_context(sole_writer(output_dir))
     output_dir = Path(output_dir)
-    inside = checkpoints.find_checkpoints(output_dir)
-    if inside and (resumed is None or resumed.resolve().parent != output_dir.resolve()):
+    newest = max(checkpoints.find_checkpoints(output_dir), key=checkpoints.place_of, default=None)
+    if newest is not None and (resumed is None or resumed.resolve().parent != output_dir.resolve()):
         raise UserError(
-            f"--output_dir {output_dir} already holds {inside[-1].name}: pass --resume_from_checkpoint latest to go on "
+            f"--output_dir {output_dir} already holds {newest.name}: pass --resume_from_checkpoint latest to go on "
             "from it, or another --output_dir"
         )
-    newest = max(inside, key=checkpoints.place_of, default=None)
     if newest is not None and newest.resolve() != resumed.resolve():
         state.trainer_state["course"] = 1 + checkpoints.place_of(newest)[0]
         changes.append(
@@ -126,7 +126,8 @@ def compare(config: TrainConfig, state, resumed: Path, processes: int) -> list[s
                 "a resumed run keeps its policy, leave the flag out or train afresh"
             )
     for name in COURSE_FIELDS:
-        if now[name] != was[name] and was[name] != "auto":  # --precision of a run by lerobot-train
+        told_by_data = name == "dataset_id" and "data" in state.trainer_state  # which may have been moved
+        if now[name] != was[name] and was[name] != "auto" and not told_by_data:  # auto: lerobot-train's --precision
             changes.append(
                 f"--{name}: {was[name]} -> {now[name]}; from here on this is another run than the one that wrote {resumed.name}"
             )
@@ -147,6 +148,19 @@ def data_of(source, held_out) -> dict:
         digest.update(json.dumps(values).encode() if isinstance(values, list) else values.numpy())
     counts = {"episodes": len(source.episodes), "frames": source.rows, "sha256": digest.hexdigest()}
     return {**counts, "held_out": [source.episodes[i] for i in held_out.tolist()]}
+
+
+def compare_rates(state, learner) -> list[str]:
+    """A line where other --steps move a learning rate that ends with the run."""
+    was = learner.config.steps if state is None else state.train_config["steps"]
+    if was == learner.config.steps:
+        return []
+    last, before = state.trainer_state["step"] - 1, make_schedule(learner.policy, replace(learner.config, steps=was))
+    if abs(before(last) - learner.factor(last)) < 0.01 * before(last):
+        return []
+    rates = [learner.peaks[0] * factor(step) for factor, step in ((before, last), (learner.factor, last + 1))]
+    told = "the learning rate ends with the run, {:.3g} -> {:.3g} from here on".format(*rates)
+    return [f"--steps: {was} -> {learner.config.steps}: {told}"]
 
 
 def compare_data(state, now: dict) -> list[str]:

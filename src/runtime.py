@@ -92,6 +92,24 @@ def without_collector():
         gc.enable()
 
 
+@contextlib.contextmanager
+def enough_memory(batch_size: int):
+    """Within this, memory that runs out is a line.
+
+    Raises:
+        UserError: it did.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"out of memory with --batch_size {batch_size}: pass a smaller one, or a smaller --image_size, or cut it in parts with "
+            "--grad_accumulation_steps"
+        ) from error
+
+
 class StopSignals:
     """Within this, SIGINT, SIGTERM and SIGUSR1 are kept in `asked` for the loop to see; a second SIGINT interrupts at once.
 
@@ -106,6 +124,8 @@ class StopSignals:
     def _ask(self, number, frame):
         if self.asked == signal.SIGINT == number:
             raise KeyboardInterrupt
+        if self.asked is None and number == signal.SIGINT:
+            os.write(2, b"\nfinishing this step and saving; Ctrl-C again leaves at once\n")  # print may be under way
         self.asked = self.asked or signal.Signals(number)
 
     def __enter__(self):

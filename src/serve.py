@@ -12,7 +12,6 @@ LeRobot's own server (python -m lerobot.async_inference.policy_server) runs chec
 unpickles what it is sent, and does not know flow.
 """
 
-import argparse
 import sys
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 
+from command_line import OneLineParser
 from config import UserError, one_line
 
 KINDS = ("uint8", "float32", "float64", "int64", "int32")
@@ -160,7 +160,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="serve.py", description="Serve a policy over HTTP.")
+    parser = OneLineParser(prog="serve.py", description="Serve a policy over HTTP.")
     parser.add_argument("checkpoint", help="a checkpoint-<step> folder, a run's folder, or a Hub id")
     parser.add_argument(
         "--host", default="127.0.0.1", help="0.0.0.0 for every computer that reaches this one [%(default)s]"

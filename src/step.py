@@ -10,7 +10,7 @@ from config import TrainConfig
 from optim import Average, make_optimizer, make_schedule
 from policy import counts_valid_actions, set_phase
 from processors import pixels_to_float
-from runtime import STEP, NoHostSync, autocast, make_scaler, seed_all
+from runtime import STEP, NoHostSync, autocast, enough_memory, make_scaler, seed_all
 from world import World
 
 
@@ -94,13 +94,14 @@ class Learner:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.factor(step)
         count, total = self.config.grad_accumulation_steps, torch.zeros((), device=self.world.device)
-        for number, part in enumerate(parts_of(batch, count)):
-            set_phase(self.policy, step)
-            with self.world.last_of_step(self.model, number == count - 1):
-                loss, parts = self.forward(part)
-                self.world.backward(self.model, self.scaler.scale(loss / count))
-            total = total + loss.detach() / count
-        grad_norm = self.world.move(self.policy, self.optimizer, self.scaler, self.clip_norm)
+        with enough_memory(self.config.batch_size):
+            for number, part in enumerate(parts_of(batch, count)):
+                set_phase(self.policy, step)
+                with self.world.last_of_step(self.model, number == count - 1):
+                    loss, parts = self.forward(part)
+                    self.world.backward(self.model, self.scaler.scale(loss / count))
+                total = total + loss.detach() / count
+            grad_norm = self.world.move(self.policy, self.optimizer, self.scaler, self.clip_norm)
         self.average.update(step + 1)
         if hasattr(self.policy, "update"):
             self.policy.update()  # tdmpc's moving average, as lerobot-train calls it

@@ -26,7 +26,7 @@ from build import build_loader, build_parts, build_source, with_preset
 from exam import Exam, said
 from policy.adapters import adapters_config
 from report import Report, Stopwatch, TrainResult, closing_words, header, numbers, training_info
-from resume import compare_data, data_of, settle
+from resume import compare_data, compare_rates, data_of, settle
 from step import Learner
 from summary import last
 from validation import split
@@ -95,7 +95,8 @@ class Run:
             Report(output_dir, self.step, config, before.get("tracker_run_id"), world.is_main)
         )
         self.report.say(header(source, held_out, self.policy, config, world, self.step, output_dir, resumed))
-        self.report.warn(*changes, *compare_data(state, self.data), *source.warnings)
+        changes += compare_data(state, self.data) + compare_rates(state, self.learner)
+        self.report.warn(*changes, *source.warnings)
         with world.main_first():  # it decodes the frames, the others find them
             self.loader = build_loader(
                 config, source, kept, self.policy, self.preprocess, self.samples_seen, world, self.report.say

@@ -9,7 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from command_line import Parser, flags_table
+import export
+from command_line import Parser, flags_table, parse_command_line
 from config import FIELDS, UserError, merge, read_config_file
 from train import train
 
@@ -51,6 +52,19 @@ def test_flags_override_the_file_and_the_checkpoint(tmp_path):
     )
 
 
+def test_a_switch_of_a_file_is_turned_off_by_a_flag(tmp_path):
+    (tmp_path / "c.json").write_text('{"dataset_id": "x", "compile": true, "quiet": true}')
+    config = merge({**read_config_file(str(tmp_path / "c.json")), **parse_command_line(["--compile", "off"])})
+    assert (config.compile, config.quiet) == (False, True)
+
+
+def test_the_other_commands_answer_in_a_line(capsys):
+    with pytest.raises(SystemExit) as left:
+        export.main(["checkpoint", "net.onnx", "--format", "onxx"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("error: argument --format: invalid choice: 'onxx'")
+
+
 def test_hyphens_are_underscores():
     assert parse("--dataset-id x-y --batch-size=4").dataset_id == ["x-y"]
 
@@ -59,7 +73,12 @@ def test_hyphens_are_underscores():
     ("line", "told"),
     [
         ("--dataset_id x --bach_size 3", "unknown flag --bach_size, did you mean '--batch_size'?"),
-        ("--dataset_id x --batch_size three", "argument --batch_size: invalid int value: 'three'"),
+        ("--dataset.root=x", "--dataset.root=x is lerobot-train's: pass --dataset_id FOLDER"),
+        ("--policy.chunk_size=8", "--policy.chunk_size=8 is lerobot-train's: pass --policy_args NAME=VALUE"),
+        ("--resume=true", "--resume=true is lerobot-train's: pass --resume_from_checkpoint CHECKPOINT, latest or auto"),
+        ("--image_size 64", "--image_size must be two numbers, height and width"),
+        ("--steps 10k", "--steps must be int, got '10k'"),
+        ("--dataset_id x --batch_size three", "--batch_size must be int, got 'three'"),
         ("--dataset_id x --batch_size 0", "--batch_size must be at least 1, got 0"),
         ("--dataset_id x --lr -1", "--lr must be above 0, got -1.0"),
         ("--dataset_id x --lr nan", "--lr must be above 0, got nan"),

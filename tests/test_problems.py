@@ -7,8 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import small
 
+import step
 from config import UserError
 from train import train
 
@@ -174,6 +176,18 @@ def test_all_at_once(copy_of):
     assert "top/chunk-000/file-000.mp4 is missing" in told
     assert "wrist/chunk-000/file-000.mp4 is missing" in told
     assert "no mean and std of observation.state" in told
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[...] can't allocate memory")]
+)
+def test_out_of_memory_is_told(made, tmp_path, monkeypatch, error):
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr(step.Learner, "forward", full)
+    with pytest.raises(UserError, match="out of memory with --batch_size 4: pass a smaller one"):
+        train(**small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path)))
 
 
 def test_loss_not_finite_names_step_and_frames(made, tmp_path, monkeypatch):

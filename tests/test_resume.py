@@ -96,6 +96,30 @@ def test_changed_settings_are_told_and_a_finished_run_is_left_alone(made, tmp_pa
     assert state["param_groups"][0]["lr"] == 2e-3
 
 
+def test_a_learning_rate_that_ends_with_the_run_is_told(made, tmp_path, capsys):
+    for policy, told in (("flow", "warning: --steps: 4 -> 8: the learning rate ends with the run, "), ("act", "")):
+        run = tmp_path / policy
+        train(**small(policy, dataset_id=str(made("no_camera")), output_dir=str(run)))
+        train(resume_from_checkpoint=str(run / "checkpoint-4"), steps=8)
+        shown = capsys.readouterr().out
+        assert told in shown
+        assert ("warning" in shown) == bool(told)
+
+
+def test_a_dataset_that_was_moved_is_the_same_and_quiet_is_not_kept(made, copy_of, tmp_path, capsys):
+    train(**small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path / "run")))
+    moved = str(copy_of("no_camera"))
+    train(
+        resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"),
+        dataset_id=moved,
+        steps=3,
+        output_dir=str(tmp_path / "on"),
+    )
+    shown = capsys.readouterr().out
+    assert "another run" not in shown
+    assert f"dataset   {moved}" in shown
+
+
 def test_going_back_to_an_earlier_checkpoint_is_told(made, tmp_path, capsys):
     settings = small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path))
     train(**settings)

@@ -144,7 +144,7 @@ def test_the_command_of_a_card_gives_the_same_settings(settings):
         config |= changed
         words = as_command(config).replace("\\\n", "").split()[2:]
         again = merge(parse_command_line(words)).asdict()
-        assert {**again, "output_dir": None} == {**config, "output_dir": None, "minutes": None}
+        assert {**again, "output_dir": None, "quiet": True} == {**config, "output_dir": None, "minutes": None}
 
 
 def test_notebook_draws_in_one_place(settings, monkeypatch):

@@ -103,7 +103,7 @@ def test_save_minutes(settings, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
-def test_signals_finish_the_step_and_save(settings, tmp_path, monkeypatch, capsys, name):
+def test_signals_finish_the_step_and_save(settings, tmp_path, monkeypatch, capfd, name):
     before = signal.getsignal(getattr(signal, name))
     at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), getattr(signal, name)))
     result = train(**settings)
@@ -111,7 +111,9 @@ def test_signals_finish_the_step_and_save(settings, tmp_path, monkeypatch, capsy
     assert result.checkpoint == tmp_path / "run" / "checkpoint-3"
     verify(result.checkpoint)
     assert signal.getsignal(getattr(signal, name)) is before
-    assert f"stopped by {name} at step 3 of 4; go on with:\n" in capsys.readouterr().out
+    shown = capfd.readouterr()
+    assert f"stopped by {name} at step 3 of 4; go on with:\n" in shown.out
+    assert ("finishing this step and saving; Ctrl-C again leaves at once" in shown.err) == (name == "SIGINT")
     assert not (tmp_path / "run" / "model.safetensors").exists()  # it is not the finished policy
     assert train(resume_from_checkpoint=str(result.checkpoint)).stopped_by is None
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from command_line import OneLineParser
 from config import UserError, one_line
 from data.decode import CHUNK, LIBRARIES, Decoder
 from data.source import Source
@@ -277,11 +278,8 @@ def on_disk(path: Path) -> int:
 
 
 def main(argv: list[str]) -> int:
-    import argparse
 
-    parser = argparse.ArgumentParser(
-        prog="python -m data.frames", description="Show or clear the cache of decoded frames."
-    )
+    parser = OneLineParser(prog="python -m data.frames", description="Show or clear the cache of decoded frames.")
     parser.add_argument("command", choices=("list", "prune"))
     parser.add_argument("--cache_dir", type=Path, default=default_cache_dir(), help="[%(default)s]")
     parser.add_argument(

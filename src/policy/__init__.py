@@ -137,8 +137,10 @@ def load_weights(policy, path: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}: take another checkpoint") from None
     except RuntimeError as error:  # torch's list of keys and shapes that differ
+        differs = str(error).splitlines()
+        first = " ".join(differs[1 if len(differs) > 1 else 0].split())[:200]
         raise UserError(
-            f"{path} does not fit policy {policy.name}: {one_line(error)[:300]}: pass the settings it was trained with"
+            f"{path} does not fit policy {policy.name}: {first}: pass the settings it was trained with"
         ) from None
 
 
@@ -173,7 +175,7 @@ def told_as_user_errors(name: str):
             f"policy {name}: pretrained weights cannot be fetched ({one_line(error)}): "
             "go online once, or pass --policy_args pretrained_backbone_weights=none"
         ) from error
-    except (ValueError, NotImplementedError, AssertionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError) as error:
         raise UserError(f"policy {name}: {one_line(error)}") from error
 
 

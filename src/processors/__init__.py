@@ -124,6 +124,8 @@ def parse_rename(pairs: list[str] | None) -> dict[str, str]:
     for pair in pairs or []:
         if pair.count("=") != 1 or pair.startswith("=") or pair.endswith("="):
             raise UserError(f"--rename {pair}: expected OLD=NEW, such as observation.image=observation.images.top")
+        if not pair.split("=")[1].startswith("observation."):
+            raise UserError(f"--rename {pair}: the new name has to begin with observation., as those of LeRobot do")
     return dict(pair.split("=") for pair in pairs or [])
 
 
