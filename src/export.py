@@ -303,6 +303,7 @@ def main(argv: list[str]) -> int:
 
 def write(args) -> int:
     from infer import load_policy
+    from policy import quiet_lerobot
 
     about = args.output.with_name(f"{args.output.name}.json")
     for path in (args.output, about):
@@ -314,11 +315,14 @@ def write(args) -> int:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     fresh = args.output.with_name(f".{args.output.name}.tmp")
     try:
-        run, core, names, example = export(loaded.policy, fresh, args.format)
+        with quiet_lerobot():  # and onnx's own remarks
+            run, core, names, example = export(loaded.policy, fresh, args.format)
         worst, mine, theirs = check(run, core, example)
         require(worst, TOLERANCE, args.format)
         if args.int8:
-            worst, mine, theirs = check(quantised(fresh), core, example)
+            with quiet_lerobot():
+                run = quantised(fresh)
+            worst, mine, theirs = check(run, core, example)
             require(worst, INT8_TOLERANCE, "--int8")
         fresh.replace(args.output)
     except (RuntimeError, OSError) as error:
@@ -340,6 +344,24 @@ def require(worst: float, allowed: float, what: str) -> None:
         )
 
 
+def turn_weights(graph) -> None:
+    """Turn the weights of linear layers round, once for all their uses: the quantiser turns them at each, and flow's head has two."""
+    from onnx import numpy_helper
+
+    weights, turned = {tensor.name: tensor for tensor in graph.initializer}, {}
+    for node in graph.node:
+        how = next((entry for entry in node.attribute if entry.name == "transB"), None)
+        if node.op_type == "Gemm" and how is not None and how.i and node.input[1] in weights:
+            how.i, turned[node.input[1]] = 0, weights[node.input[1]]
+    for name, weight in turned.items():
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).T.copy(), name))
+    same = {node.output[0]: node for node in graph.node if node.op_type == "Transpose" and node.input[0] in turned}
+    for node in graph.node:
+        node.input[:] = [same[name].input[0] if name in same else name for name in node.input]
+    for node in same.values():
+        graph.node.remove(node)
+
+
 def quantised(path: Path):
     """The ONNX file with its weights in 8 bits, in its place; a runner of it."""
     import onnx
@@ -347,8 +369,14 @@ def quantised(path: Path):
 
     smaller = path.with_name(f"{path.name}.int8")
     model = onnx.load(str(path))
+    turn_weights(model.graph)
     del model.graph.value_info[:]  # the exporter's shapes, of weights that are turned round on the way
-    quantize_dynamic(model, str(smaller), weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    # left as they are: what is no weight, such as flow's coordinates, and the last layer, which is small
+    flat = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) < 2}
+    layers = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
+    left = [node.name for node in layers if node.input[1] in flat or "action" in node.input[1]]
+    kinds = {"op_types_to_quantize": ["MatMul", "Gemm"], "extra_options": {"DefaultTensorType": onnx.TensorProto.FLOAT}}
+    quantize_dynamic(model, str(smaller), weight_type=QuantType.QInt8, per_channel=True, nodes_to_exclude=left, **kinds)
     smaller.replace(path)
     return onnx_runner(path)
 

@@ -250,7 +250,12 @@ def test_export(ours, made, tmp_path, policy, kind, capsys):
 
 
 @pytest.mark.slow
-def test_int8_is_written_if_it_is_close(ours, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("policy", ["act", "flow"])
+def test_int8_is_written_if_it_is_close(ours, made, tmp_path, capsys, monkeypatch, policy):
+    if policy == "flow":  # which chunk it draws may change with the last bit: the plain one
+        settings = small("flow", dataset_id=[str(made("video"))], steps=1)
+        settings["policy_args"] = [*settings["policy_args"], "head=regression"]
+        ours = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
     sizes = {}
     for name, flags in (("whole", []), ("small", ["--int8"])):
         path = tmp_path / f"{name}.onnx"
