@@ -80,7 +80,7 @@ class Report:
         self.trackers = Trackers(
             config.tracker if is_main else "none", output_dir, run_id, config.asdict(), start, self.warn
         )
-        self.live = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self.live = sys.stderr.isatty() or in_notebook()
 
     def __enter__(self):
         if not self.is_main:
@@ -161,7 +161,7 @@ class Report:
 
     def _draw(self) -> None:
         """In a notebook, the curve so far, in one place, every few seconds."""
-        if "ipykernel" not in sys.modules or time.monotonic() < self.draw_next:
+        if not in_notebook() or time.monotonic() < self.draw_next:
             return
         from IPython.display import display
 
@@ -184,6 +184,11 @@ class Report:
     def save_card(self, checkpoint: Path) -> None:
         """README.md of the finished policy, for the Hub."""
         (self.output_dir / "README.md").write_text(model_card(checkpoint))
+
+
+def in_notebook() -> bool:
+    """Whether a notebook's kernel runs this, and no script that has merely imported one."""
+    return "ipykernel" in sys.modules and sys.modules["IPython"].get_ipython() is not None
 
 
 def closing_words(result: TrainResult, config, start: int, processes: int) -> str:

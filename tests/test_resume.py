@@ -34,7 +34,7 @@ def logged(run):
     return [{name: line[name] for name in ("step", "epoch", "loss", "lr", "grad_norm")} for line in lines]
 
 
-@pytest.fixture(scope="module", params=["act", "diffusion", "vqbet"])
+@pytest.fixture(scope="module", params=["act", "diffusion", pytest.param("vqbet", marks=pytest.mark.slow)])
 def whole(request, made, tmp_path_factory):
     """Settings and folder of a run that was never interrupted, with dropout, noise and augmentation; vqbet's first phase has 7 steps."""
     settings = small(

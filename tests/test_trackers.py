@@ -147,11 +147,19 @@ def test_the_command_of_a_card_gives_the_same_settings(settings):
         assert {**again, "output_dir": None, "quiet": True} == {**config, "output_dir": None, "minutes": None}
 
 
+def test_a_script_that_has_imported_a_kernel_is_no_notebook(settings, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
+    train(**{**settings, "quiet": False})
+    assert "step 4/4" in capsys.readouterr().out
+
+
 def test_notebook_draws_in_one_place(settings, monkeypatch):
     shown = []
     handle = SimpleNamespace(update=shown.append)
     ipython = SimpleNamespace(display=lambda display_id: handle)
     monkeypatch.setitem(sys.modules, "IPython.display", ipython)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: "the kernel"))
     monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
     monkeypatch.setattr(report, "DRAW_EVERY", 0.0)
     train(**{**settings, "quiet": False})
