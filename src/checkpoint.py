@@ -239,6 +239,10 @@ def load_optimizer(path: Path, world, policy, optimizer) -> None:
 
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
+    def with_settings(groups) -> None:
+        for group, mine in zip(groups, settings, strict=False):  # their number is checked when they are loaded
+            group.update(mine)
+
     try:
         state = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -246,9 +250,9 @@ def load_optimizer(path: Path, world, policy, optimizer) -> None:
         why = f"it would run {code[1]}, and may hold tensors and numbers alone" if code else one_line(error)[:160]
         raise UserError(f"{path / OPTIMIZER} is refused: {why}") from error
     try:
-        for group, mine in zip(state["param_groups"], settings, strict=False):
-            group.update(mine)
+        with_settings(state["param_groups"])  # by which torch chooses the state's device
         world.load_optimizer_state(policy, optimizer, state)
+        with_settings(optimizer.param_groups)  # FSDP's way changes them
     except (ValueError, KeyError) as error:
         raise UserError(f"{path / OPTIMIZER} does not fit this policy's optimizer: {one_line(error)[:160]}") from error
 
