@@ -37,10 +37,8 @@ class Client:
     def __init__(self, address: str, timeout: float = 10.0):
         place = urlsplit(address)
         self.connection = http.client.HTTPConnection(place.hostname, place.port or 8000, timeout=timeout)
-        self.last, self.idle = (
-            0.0,
-            30.0,
-        )  # when it was asked, and seconds after which it connects anew: the server keeps 60
+        self.last = 0.0  # when it was asked
+        self.idle = 30.0  # seconds after which it connects anew: the server keeps a silent connection for 60
 
     def act(self, observation: dict) -> np.ndarray:
         """(A,) float32 in robot units."""

@@ -148,11 +148,9 @@ def find_resume(asked: str, output_dir: Path) -> tuple[Path | None, list[str]]:
         path = newest_checkpoint(asked, "--resume_from_checkpoint")
     else:
         names = [p.name for p in find_checkpoints(path.parent)]
-        there = (
-            f"{nearest(path.name, names)}: {path.parent} has {', '.join(names)}"
-            if names
-            else ": latest and auto find one by themselves"
-        )
+        there = ": latest and auto find one by themselves"
+        if names:
+            there = f"{nearest(path.name, names)}: {path.parent} has {', '.join(names)}"
         raise UserError(f"--resume_from_checkpoint {asked}: there is no such folder{there}")
     try:
         verify(path)

@@ -107,9 +107,8 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 60  # seconds that a silent connection is kept
-    disable_nagle_algorithm = (
-        True  # an answer is two writes, and the second would wait 40 ms for the first to be acknowledged
-    )
+    # an answer is two writes, and the second would wait 40 ms for the first to be acknowledged
+    disable_nagle_algorithm = True
 
     def log_message(self, *args):
         pass

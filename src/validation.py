@@ -18,7 +18,7 @@ from runtime import VALIDATE, seed_all
 
 
 def split(source, config: TrainConfig, state=None) -> tuple[Tensor, Tensor]:
-    """Positions in `source.episodes` to train on and to hold out, ascending; a function of the settings alone.
+    """Positions in `source.episodes` to train on and to hold out, ascending; a function of the settings and of `state`.
 
     Args:
         state: of the checkpoint that a run goes on from, whose choice is kept where its settings are.

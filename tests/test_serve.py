@@ -77,6 +77,10 @@ def test_a_connection_that_the_server_has_closed_is_made_again(client, monkeypat
     client.connection.close()
     client.reset()
     time.sleep(0.5)
+    with pytest.raises(ConnectionError):  # what it would meet
+        client.reset()
+    client.reset()
+    time.sleep(0.5)
     monkeypatch.setattr(client, "idle", 0.2)
     client.reset()
 
