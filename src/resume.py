@@ -156,7 +156,7 @@ def compare_rates(state, learner) -> list[str]:
     if was == learner.config.steps:
         return []
     last, before = state.trainer_state["step"] - 1, make_schedule(learner.policy, replace(learner.config, steps=was))
-    if abs(before(last) - learner.factor(last)) < 0.01 * before(last):
+    if abs(before(last) - learner.factor(last)) <= 0.01 * before(last):
         return []
     rates = [learner.peaks[0] * factor(step) for factor, step in ((before, last), (learner.factor, last + 1))]
     told = "the learning rate ends with the run, {:.3g} -> {:.3g} from here on".format(*rates)
