@@ -34,6 +34,11 @@ def build_source(config: TrainConfig):
     """The dataset, or several as one, with the episodes to train on and those held out."""
     chosen = ",".join(text for text in (config.episodes, config.val_episodes) if text) if config.episodes else None
     root, several = config.dataset_root, len(config.dataset_id) > 1
+    if root and all(Path(name).expanduser().is_dir() for name in config.dataset_id):
+        raise UserError(
+            f"--dataset_root {root} is where a dataset of the Hub is downloaded into, and {config.dataset_id[0]} is a folder here: "
+            "leave the flag out, or pass the folder meant as --dataset_id"
+        )
     roots = [str(Path(root) / name) if root and several else root for name in config.dataset_id]
     named = zip(config.dataset_id, roots, strict=True)
     return unite([open_dataset(name, root, config.revision, chosen) for name, root in named])
@@ -109,7 +114,7 @@ def build_loader(config: TrainConfig, source, episodes, policy, preprocess, samp
     workers = threads(config.num_threads)
     cache = (config.frame_cache, config.cache_dir)
     frames = Frames(source, resize_of(preprocess), *cache, workers, world.device, config.quiet, say)
-    return Loader(
+    loader = Loader(
         source,
         frames,
         window_deltas(policy.config, source.meta),
@@ -123,3 +128,8 @@ def build_loader(config: TrainConfig, source, episodes, policy, preprocess, samp
         world.rank,
         world.size,
     )
+    if loader.samples_per_epoch < config.batch_size:
+        say(
+            f"a batch of {config.batch_size} is more than the {loader.samples_per_epoch} frames there are to train on: it holds some twice"
+        )
+    return loader

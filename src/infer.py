@@ -249,7 +249,7 @@ def main(argv: list[str]) -> int:
     try:
         from data.source import open_dataset
 
-        source = open_dataset(args.dataset_id, episodes=str(args.episode))
+        source = open_dataset(args.dataset_id, episodes=str(args.episode), flag="--episode")
         source.require()
         policy = load_policy(args.checkpoint, args.device, args.n_action_steps)
         for key in policy.expected:

@@ -138,7 +138,7 @@ def compare(config: TrainConfig, state, resumed: Path, processes: int) -> list[s
 
 
 def data_of(source, held_out) -> dict:
-    """What a checkpoint keeps of its run's data: how much there was, a hash of all but the pixels, and the held-out episodes.
+    """What a checkpoint keeps of its run's data: how much, a hash of all but the pixels, bytes of those, held-out episodes.
 
     Args:
         held_out: (E,) positions in `source.episodes`.
@@ -146,8 +146,10 @@ def data_of(source, held_out) -> dict:
     digest = hashlib.sha256(json.dumps([source.starts.tolist(), source.tasks]).encode())
     for _, values in sorted(source.columns.items()):
         digest.update(json.dumps(values).encode() if isinstance(values, list) else values.numpy())
-    counts = {"episodes": len(source.episodes), "frames": source.rows, "sha256": digest.hexdigest()}
-    return {**counts, "held_out": [source.episodes[i] for i in held_out.tolist()]}
+    files = {path for videos in source.videos.values() for path in videos.files}
+    pictures = sum(path.stat().st_size for path in files) + sum(column.nbytes for column in source.images.values())
+    counts = {"episodes": len(source.episodes), "frames": source.rows, "picture_bytes": pictures}
+    return {**counts, "sha256": digest.hexdigest(), "held_out": [source.episodes[i] for i in held_out.tolist()]}
 
 
 def compare_rates(state, learner) -> list[str]:
@@ -173,6 +175,9 @@ def compare_data(state, now: dict) -> list[str]:
     if was["sha256"] != now["sha256"]:
         told = f"{before} -> {after}" if before != after else f"{after}, but with other values"
         changes.append(f"dataset: {told}; from here on this is another run")
+    elif was.get("picture_bytes", now["picture_bytes"]) != now["picture_bytes"]:
+        told = f"{was['picture_bytes']} -> {now['picture_bytes']} bytes"
+        changes.append(f"dataset: its videos or pictures are others ({told}); from here on this is another run")
     if not set(now["held_out"]) <= set(was["held_out"]):
         told = f"held-out episodes: {was['held_out']} -> {now['held_out']}"
         changes.append(f"{told}; those that were trained on are not unseen")

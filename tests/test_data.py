@@ -368,3 +368,17 @@ def test_several_datasets_are_kept_apart_in_dataset_root(monkeypatch):
     for names in (["a/x", "b/y"], ["a/x"]):
         build.build_source(TrainConfig(dataset_id=names, dataset_root="here"))
     assert asked == [("a/x", "here/a/x"), ("b/y", "here/b/y"), ("a/x", "here")]
+
+
+def test_dataset_root_of_a_folder_is_refused(made, tmp_path):
+    with pytest.raises(
+        UserError, match=f"--dataset_root {tmp_path} is where a dataset of the Hub .*leave the flag out"
+    ):
+        build.build_source(TrainConfig(dataset_id=[str(made("video"))], dataset_root=str(tmp_path)))
+
+
+def test_a_batch_larger_than_the_dataset_is_told(made, tmp_path, capsys):
+    train(**small(dataset_id=str(made("no_camera")), batch_size=40, quiet=False), output_dir=str(tmp_path))
+    assert (
+        "a batch of 40 is more than the 33 frames there are to train on: it holds some twice" in capsys.readouterr().out
+    )

@@ -165,6 +165,8 @@ def test_infer_command(run, made, capsys):
     assert "p99" in shown
     assert main([str(run.checkpoint), "--dataset_id", str(made("no_camera"))]) == 2
     assert "has no observation.images.top, which the policy takes" in capsys.readouterr().err
+    assert main([str(run.checkpoint), "--dataset_id", str(made("two_cameras")), "--episode", "99"]) == 2
+    assert capsys.readouterr().err == "error: --episode 99: 99 is out of range, the dataset has episodes 0 to 2\n"
     assert main([str(run.output_dir / "none"), "--dataset_id", str(made("two_cameras"))]) == 2
     assert (
         capsys.readouterr().err

@@ -159,6 +159,19 @@ def test_a_dataset_that_changed_in_its_place_is_told_and_what_was_held_out_stays
     assert resume(7) == ([told], draws(3))
 
 
+def test_videos_that_were_encoded_anew_are_told(copy_of, tmp_path, capsys):
+    root, run = copy_of("video"), tmp_path / "run"
+    train(**small(dataset_id=str(root)), output_dir=str(run))
+    train(resume_from_checkpoint="latest", output_dir=str(run), steps=5)
+    assert warnings_of(capsys) == []
+    video = next(root.glob("videos/**/*.mp4"))
+    size = video.stat().st_size
+    video.write_bytes(video.read_bytes() + b"\0\0\0\x10free12345678")  # a box that players skip
+    train(resume_from_checkpoint="latest", output_dir=str(run), steps=6)
+    told = f"dataset: its videos or pictures are others ({size} -> {size + 16} bytes); from here on this is another run"
+    assert warnings_of(capsys) == [f"warning: {told}"]
+
+
 def test_a_checkpoint_that_does_not_know_its_data_resumes_as_ever(made, tmp_path, capsys):
     settings = small(dataset_id=str(made("no_camera")), val_fraction=0.4, output_dir=str(tmp_path / "run"))
     train(**settings)

@@ -85,7 +85,11 @@ class Source:
 
 
 def open_dataset(
-    dataset_id: str, dataset_root: str | None = None, revision: str | None = None, episodes: str | None = None
+    dataset_id: str,
+    dataset_root: str | None = None,
+    revision: str | None = None,
+    episodes: str | None = None,
+    flag: str = "--episodes",
 ) -> Source:
     """Open a folder or a Hub dataset (downloaded first) and check it.
 
@@ -94,6 +98,7 @@ def open_dataset(
         dataset_root: folder that a Hub dataset is downloaded into.
         revision: branch, tag or commit of a Hub dataset.
         episodes: which episodes, such as "0:40,45"; None for all.
+        flag: what they were passed as.
 
     Raises:
         UserError: there is no such dataset, it is in another format, or an episode is out of range.
@@ -103,10 +108,10 @@ def open_dataset(
         raise UserError(f"no dataset {dataset_id}: there is no such folder, and a Hub id is written user/name")
     if folder.is_dir():
         meta = open_folder(dataset_id, folder)
-        selected = parse_episodes(episodes, meta.total_episodes)
+        selected = parse_episodes(episodes, meta.total_episodes, flag)
     else:
         meta = open_hub(dataset_id, dataset_root, revision)
-        selected = parse_episodes(episodes, meta.total_episodes)
+        selected = parse_episodes(episodes, meta.total_episodes, flag)
         if meta.revision != "v2.1":  # of those, all is there already
             download(dataset_id, dataset_root, revision, selected if episodes else None)
     tables = sorted((meta.root / "data").glob("*/*.parquet"))

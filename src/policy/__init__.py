@@ -112,7 +112,9 @@ def build_policy(config, meta, folder: Path | None = None):
 
 def counts_valid_actions(config) -> bool:
     """Whether the policy's loss is a mean over the actions within their episodes, rather than over samples."""
-    return config.type in ("act", "flow", "smolvla") or getattr(config, "do_mask_loss_for_padding", False)
+    of_diffusion, of_eo1 = ("do_mask_loss_for_padding", False), ("supervise_padding_actions", True)
+    masked = getattr(config, *of_diffusion) or not getattr(config, *of_eo1)
+    return masked or config.type in ("act", "flow", "smolvla", "vla_jepa")
 
 
 def set_phase(policy, step: int) -> None:
