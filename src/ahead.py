@@ -72,10 +72,10 @@ class Ahead:
                 self.seen.append(moment)
             if self.chunk is None:
                 self._take(self._ask(None).result(), 0)
-            elif self.pending is None and self.end - self.at <= self.lead:
-                self.pending, self.asked_at = self._ask(self.chunk[:, self.at :]), self.at
-            if self.at == self.end:
+            elif self.at == self.end:
                 self._take(self.pending.result(), self.at - self.asked_at)
+            if self.pending is None and self.end - self.at <= self.lead:
+                self.pending, self.asked_at = self._ask(self.chunk[:, self.at :]), self.at
             self.at += 1
             return self.loaded.postprocess(self.chunk[:, self.at - 1])
 
@@ -88,11 +88,11 @@ class Ahead:
         if config.observation_delta_indices is not None:  # history has an axis of its own
             now |= {key: torch.stack([moment[key] for moment in seen], dim=1) for key in config.input_features}
         with torch.inference_mode(), torch.cuda.stream(self.stream):
-            if self.stream is None:
-                return predict_chunk(self.policy, now, rest, self.lead)
-            self.stream.wait_stream(torch.cuda.default_stream(self.device))  # for the observations
+            if self.stream:
+                self.stream.wait_stream(torch.cuda.default_stream(self.device))  # for the observations
             chunk = predict_chunk(self.policy, now, rest, self.lead)
-            self.stream.synchronize()
+            if self.stream:
+                self.stream.synchronize()
             return chunk
 
     def _take(self, chunk: torch.Tensor, passed: int) -> None:

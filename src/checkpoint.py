@@ -304,7 +304,7 @@ def main(argv: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
             damaged = 2
     if args.what == "list":
-        print("\n".join(describe(path) + ("  newest" if path == found[-1] else "") for path in found))
+        print("\n".join(describe(path) + ("  newest" if path == found[-1] != args.path else "") for path in found))
     return damaged
 
 

@@ -73,11 +73,12 @@ class Parser(argparse_dataclass.ArgumentParser):
         argv = [spelt_as_field(word) for word in argv]
         namespace, unknown = argparse.ArgumentParser.parse_known_args(self, argv)
         for word in unknown:
-            theirs = next((flag for flag in OF_LEROBOT if word.split("=")[0].startswith(flag)), None)
+            name = word.split("=")[0]
+            theirs = next((f for f in OF_LEROBOT if name == f or (f.endswith(".") and name.startswith(f))), None)
             if theirs:
                 raise UserError(f"{word} is lerobot-train's: pass {OF_LEROBOT[theirs]}")
             if word.startswith("-"):
-                raise UserError(f"unknown flag {word}{nearest(word.split('=')[0], ['--' + n for n in FIELDS])}")
+                raise UserError(f"unknown flag {word}{nearest(name, ['--' + n for n in FIELDS])}")
             raise UserError(f"{word!r} belongs to no flag: settings are passed as --name value")
         return {name: value for name, value in vars(namespace).items() if value is not MISSING}
 

@@ -305,7 +305,7 @@ def write(args) -> int:
     from infer import load_policy
     from policy import quiet_lerobot
 
-    about = args.output.with_name(f"{args.output.name}.json")
+    about = args.output.parent / f"{args.output.name}.json"
     for path in (args.output, about):
         if path.exists():
             raise UserError(f"{path} is there already: choose another name or remove it")

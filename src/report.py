@@ -14,7 +14,8 @@ from pathlib import Path
 from command_line import OneLineParser
 from config import UserError, one_line
 from page import curves_figure
-from runtime import describe_machine
+from processors import policy_features
+from runtime import describe_machine, in_notebook
 from summary import last, model_card, read_history, runs_page
 from trackers import Trackers
 
@@ -186,11 +187,6 @@ class Report:
         (self.output_dir / "README.md").write_text(model_card(checkpoint))
 
 
-def in_notebook() -> bool:
-    """Whether a notebook's kernel runs this, and no script that has merely imported one."""
-    return "ipykernel" in sys.modules and sys.modules["IPython"].get_ipython() is not None
-
-
 def closing_words(result: TrainResult, config, start: int, processes: int) -> str:
     """How the run ended, and what to run next."""
     saved, steps = shlex.quote(str(result.checkpoint)), result.steps
@@ -233,9 +229,9 @@ def header(source, held_out, policy, config, world, start: int, output_dir: Path
     """What is about to be trained, on what, from where, to where."""
     meta = source.meta
     size = " -> {}x{}".format(*config.image_size) if config.image_size else ""
+    recorded = policy_features(meta, None)[0]
     cameras = ", ".join(
-        "{} {}x{}".format(key.removeprefix("observation.images."), *meta.features[key]["shape"][:2])
-        for key in meta.camera_keys
+        "{} {}x{}".format(key.removeprefix("observation.images."), *recorded[key].shape[1:]) for key in meta.camera_keys
     )
     dims = ", ".join(
         f"{key.removeprefix('observation.')} {meta.features[key]['shape'][0]}"

@@ -1,5 +1,6 @@
 """Which run is meant: settings, output folder and checkpoint, settled before anything heavy is loaded."""
 
+import copy
 import hashlib
 import json
 from contextlib import ExitStack
@@ -149,7 +150,7 @@ def data_of(source, held_out) -> dict:
     files = {path for videos in source.videos.values() for path in videos.files}
     pictures = sum(path.stat().st_size for path in files) + sum(column.nbytes for column in source.images.values())
     counts = {"episodes": len(source.episodes), "frames": source.rows, "picture_bytes": pictures}
-    return {**counts, "sha256": digest.hexdigest(), "held_out": [source.episodes[i] for i in held_out.tolist()]}
+    return {**counts, "sha256": digest.hexdigest(), "held_out": [source.places[i] for i in held_out.tolist()]}
 
 
 def compare_rates(state, learner) -> list[str]:
@@ -157,12 +158,16 @@ def compare_rates(state, learner) -> list[str]:
     was = learner.config.steps if state is None else state.train_config["steps"]
     if was == learner.config.steps:
         return []
-    last, before = state.trainer_state["step"] - 1, make_schedule(learner.policy, replace(learner.config, steps=was))
-    if abs(before(last) - learner.factor(last)) <= 0.01 * before(last):
+    old = copy.copy(learner.config)
+    old.steps = was
+    end = min(was, learner.config.steps)
+    before, now = (factor(end - 1) for factor in (make_schedule(learner.policy, old), learner.factor))
+    if abs(before - now) <= 0.01 * before:
         return []
-    rates = [learner.peaks[0] * factor(step) for factor, step in ((before, last), (learner.factor, last + 1))]
-    told = "the learning rate ends with the run, {:.3g} -> {:.3g} from here on".format(*rates)
-    return [f"--steps: {was} -> {learner.config.steps}: {told}"]
+    rates = f"{learner.peaks[0] * before:.3g} -> {learner.peaks[0] * now:.3g}"
+    return [
+        f"--steps: {was} -> {learner.config.steps}: the learning rate ends with the run, at step {end} it is {rates}"
+    ]
 
 
 def compare_data(state, now: dict) -> list[str]:

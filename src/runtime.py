@@ -6,6 +6,7 @@ import os
 import platform
 import random
 import signal
+import sys
 import threading
 from importlib.metadata import version
 
@@ -124,9 +125,12 @@ class StopSignals:
     def _ask(self, number, frame):
         if self.asked == signal.SIGINT == number:
             raise KeyboardInterrupt
-        if self.asked is None and number == signal.SIGINT:
-            os.write(2, b"\nfinishing this step and saving; Ctrl-C again leaves at once\n")  # print may be under way
-        self.asked = self.asked or signal.Signals(number)
+        first, self.asked = self.asked is None, self.asked or signal.Signals(number)
+        if first and number == signal.SIGINT:
+            with contextlib.suppress(OSError):  # whoever read it may be gone by the same Ctrl-C
+                os.write(
+                    2, b"\nfinishing this step and saving; Ctrl-C again leaves at once\n"
+                )  # print may be under way
 
     def __enter__(self):
         mine = threading.current_thread() is threading.main_thread()  # Python gives signals to that thread alone
@@ -154,6 +158,11 @@ class NoHostSync(TorchFunctionMode):
         if func is torch.Tensor.item:
             return args[0].detach()
         return func(*args, **(kwargs or {}))
+
+
+def in_notebook() -> bool:
+    """Whether a notebook's kernel runs this, and no script that has merely imported one."""
+    return {"ipykernel", "IPython"} <= set(sys.modules) and sys.modules["IPython"].get_ipython() is not None
 
 
 def describe_machine(device: torch.device) -> dict:

@@ -113,10 +113,10 @@ class Trackers:
                     f"--tracker {name} needs a package ({one_line(error)[:100]}): uv pip install {name}"
                 ) from None
             except Exception as error:  # its own kinds: no login, no network
-                offline = ", or WANDB_MODE=offline" if name == "wandb" else ""
-                raise UserError(
-                    f"--tracker {name} does not start ({one_line(error)[:160]}): log in{offline}, or leave the flag out"
-                ) from error
+                remedy = (
+                    "log in, or WANDB_MODE=offline, or leave the flag out" if name == "wandb" else "leave the flag out"
+                )
+                raise UserError(f"--tracker {name} does not start ({one_line(error)[:160]}): {remedy}") from error
 
     def _each(self, act) -> None:
         for name, tracker in list(self.open.items()):

@@ -143,7 +143,7 @@ class Run:
         where = self.loader.describe(self.samples_seen - (self.step - first) * self.config.batch_size)
         raise UserError(
             f"the loss is not finite at step {first + 1}, whose batch holds episode:frame {where}; last good "
-            f"checkpoint: {kept[-1] if kept else 'none yet'}; lower --lr, or look at those frames"
+            f"checkpoint: {max(kept, key=checkpoints.place_of, default='none yet')}; lower --lr, or look at those frames"
         )
 
     def log(self, parts: dict | None, grad_norm) -> None:

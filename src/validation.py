@@ -48,9 +48,9 @@ def held_out_before(source, config: TrainConfig, state) -> set[int]:
     """Positions of what the resumed run's --val_fraction held out: another draw, from a dataset that grew, would call
     unseen what was trained on."""
     was = state and state.trainer_state.get("data")
-    if not was or any(getattr(config, name) != state.train_config[name] for name in ("dataset_id", "val_fraction")):
+    if not was or config.val_fraction != state.train_config["val_fraction"]:
         return set()
-    return {i for i, episode in enumerate(source.episodes) if episode in was["held_out"]}
+    return {i for i, place in enumerate(source.places) if place in was["held_out"]}
 
 
 def spread(starts: Tensor, ends: Tensor, count: int) -> Tensor:

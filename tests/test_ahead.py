@@ -73,6 +73,17 @@ def test_a_tick_does_not_wait_for_a_prediction_under_way():
     assert clock.may_answer.is_set()
 
 
+@pytest.mark.parametrize(("n_action_steps", "lead"), [(1, 1), (4, 4), (5, 4)])
+def test_a_chunk_has_all_the_ticks_that_were_asked_for(n_action_steps, lead):
+    clock = Clock(10, n_action_steps)
+    policy = Ahead(clock, lead)
+    for t in range(12):
+        policy.act({"t": t})
+    policy.reset()  # waits for the last one
+    taken = range(n_action_steps, 12 + lead, n_action_steps)
+    assert clock.asked == [0, *(t - lead for t in taken)][: len(clock.asked)]
+
+
 def test_what_fails_in_the_thread_is_raised_and_reset_goes_on():
     clock = Clock()
     policy = Ahead(clock, 2)

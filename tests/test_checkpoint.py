@@ -1,12 +1,14 @@
 """Checkpoint folders on disk: found only when complete, pruned, put back; final model files."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, SHIPPED, small
 
+import runtime
 from checkpoint import MANIFEST, find_checkpoints, make_ready, prune, seal, verify
 from config import UserError
 from train import train
@@ -28,6 +30,17 @@ def test_only_complete_folders_are_found_in_order_of_steps(tmp_path):
     (tmp_path / "checkpoint-5000").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-900", "checkpoint-1000"]
+
+
+def test_stopped_while_nobody_reads_what_is_said(monkeypatch):
+    def broken(*args):
+        raise BrokenPipeError
+
+    with runtime.StopSignals() as signals:
+        monkeypatch.setattr(os, "write", broken)  # `train.py ... | tee log`: tee has gone by the same Ctrl-C
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.undo()
+    assert signals.asked == signal.SIGINT
 
 
 def test_prune_keeps_the_newest_the_multiples_and_those_named(tmp_path):

@@ -63,6 +63,8 @@ def test_the_other_commands_answer_in_a_line(capsys):
         export.main(["checkpoint", "net.onnx", "--format", "onxx"])
     assert left.value.code == 2
     assert capsys.readouterr().err.startswith("error: argument --format: invalid choice: 'onxx'")
+    assert export.main(["checkpoint", ".", "--format", "onnx"]) == 2
+    assert capsys.readouterr().err == "error: . is there already: choose another name or remove it\n"
 
 
 def test_hyphens_are_underscores():
@@ -76,6 +78,7 @@ def test_hyphens_are_underscores():
         ("--dataset.root=x", "--dataset.root=x is lerobot-train's: pass --dataset_id FOLDER"),
         ("--policy.chunk_size=8", "--policy.chunk_size=8 is lerobot-train's: pass --policy_args NAME=VALUE"),
         ("--resume=true", "--resume=true is lerobot-train's: pass --resume_from_checkpoint CHECKPOINT, latest or auto"),
+        ("--resume_from_checkpont x", "unknown flag --resume_from_checkpont, did you mean '--resume_from_checkpoint'?"),
         ("--image_size 64", "--image_size must be two numbers, height and width"),
         ("--steps 10k", "--steps must be int, got '10k'"),
         ("--dataset_id x --batch_size three", "--batch_size must be int, got 'three'"),

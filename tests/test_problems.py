@@ -144,6 +144,19 @@ def test_a_camera_whose_axes_have_no_names(copy_of, kind, shape):
     assert train(**small(dataset_id=str(root), output_dir=str(root / "run"), steps=1)).steps == 1
 
 
+def test_a_camera_that_meta_episodes_does_not_know(copy_of):
+    root = copy_of("video")
+    edit(
+        root / "meta" / "info.json",
+        lambda info: info["features"].update(front=info["features"]["observation.images.top"]),
+    )
+    edit(root / "meta" / "info.json", lambda info: info["features"].pop("observation.images.top"))
+    assert (
+        refusal(root)
+        == f"dataset {root}: info.json has a camera front, meta/episodes does not say where its videos are"
+    )
+
+
 def test_missing_metadata_files(copy_of):
     root = copy_of("no_camera")
     shutil.rmtree(root / "meta" / "episodes")

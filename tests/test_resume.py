@@ -104,6 +104,14 @@ def test_a_learning_rate_that_ends_with_the_run_is_told(made, tmp_path, capsys):
         shown = capsys.readouterr().out
         assert told in shown
         assert ("warning" in shown) == bool(told)
+        train(resume_from_checkpoint=str(run / "checkpoint-2"), output_dir=str(tmp_path / f"{policy}-early"), steps=8)
+        assert told in capsys.readouterr().out
+
+
+def test_more_steps_with_a_warmup_longer_than_the_old_ones(made, tmp_path, capsys):
+    train(**small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path)))
+    assert train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"), steps=8, warmup_steps=6).steps == 8
+    assert "warning: --warmup_steps: None -> 6" in capsys.readouterr().out
 
 
 def test_a_dataset_that_was_moved_is_the_same_and_quiet_is_not_kept(made, copy_of, tmp_path, capsys):
@@ -157,6 +165,21 @@ def test_a_dataset_that_changed_in_its_place_is_told_and_what_was_held_out_stays
     rewrite(root, "action", lambda actions: [action + 1 for action in actions])
     told = "warning: dataset: 5 episodes of 46 frames, but with other values; from here on this is another run"
     assert resume(7) == ([told], draws(3))
+
+
+def test_several_datasets_that_were_moved_hold_out_the_same_episodes(copy_of, tmp_path, capsys):
+    here, there = [[str(tmp_path / where / name) for name in ("no_camera", "other")] for where in ("", "moved")]
+    for folder in here[1], *there:
+        shutil.copytree(copy_of("no_camera") if folder == here[1] else here[0], folder)
+    settings = small(val_fraction=0.4, dataset_id=here)
+    train(**settings, output_dir=str(tmp_path / "run"))
+    held = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())["data"]["held_out"]
+    assert {place[:2] for place in held} <= {"0#", "1#"}
+    train(
+        resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"), dataset_id=there, output_dir=str(tmp_path / "on")
+    )
+    assert warnings_of(capsys) == []
+    assert_same_run(tmp_path / "run", tmp_path / "on", 4)
 
 
 def test_videos_that_were_encoded_anew_are_told(copy_of, tmp_path, capsys):

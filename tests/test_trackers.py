@@ -12,6 +12,7 @@ import trackers
 from command_line import parse_command_line
 from config import UserError
 from report import main
+from runtime import in_notebook
 from summary import as_command, model_card
 from trackers import Trackers
 from train import train
@@ -149,6 +150,8 @@ def test_the_command_of_a_card_gives_the_same_settings(settings):
 
 def test_a_script_that_has_imported_a_kernel_is_no_notebook(settings, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    monkeypatch.delitem(sys.modules, "IPython", raising=False)
+    assert not in_notebook()
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
     train(**{**settings, "quiet": False})
     assert "step 4/4" in capsys.readouterr().out

@@ -29,6 +29,7 @@ from command_line import OneLineParser
 from config import UserError, one_line
 from data.decode import CHUNK, LIBRARIES, Decoder
 from data.source import Source
+from runtime import in_notebook
 
 LAYOUT = 1  # another arrangement of the file is another store
 SPARE = 2 * 2**30  # bytes that `auto` leaves free on the disk, and a tenth of it
@@ -196,7 +197,7 @@ class Frames:
         }
         (folder / "about.json").write_text(json.dumps(facts))
         lengths = (self.source.ends - self.source.starts).tolist()
-        every = 1 if sys.stderr.isatty() or "ipykernel" in sys.modules else 30  # seconds; a log file keeps each update
+        every = 1 if sys.stderr.isatty() or in_notebook() else 30  # seconds; a log file keeps each update
         bar = tqdm(total=self.source.rows, unit="frame", desc=f"decoding {key}", disable=quiet, mininterval=every)
         with bar, open(journal, "a") as log, ThreadPoolExecutor(self.num_threads, thread_name_prefix="decode") as pool:
             jobs = {

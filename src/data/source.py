@@ -61,6 +61,14 @@ class Source:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     @property
+    def places(self) -> list:
+        """`episodes` for a resumed run, which may find its datasets in other folders: of several "position#index"."""
+        if len(self.parts) == 1:
+            return self.episodes
+        positions = [i for i, episodes in enumerate(self.parts) for _ in range(episodes)]
+        return [f"{i}#{name.rsplit('#', 1)[1]}" for i, name in zip(positions, self.episodes, strict=True)]
+
+    @property
     def tasks(self) -> list[str]:
         """Task texts by task_index."""
         return [] if self.meta.tasks is None else self.meta.tasks.sort_values("task_index").index.tolist()
@@ -123,6 +131,9 @@ def open_dataset(
     parts = [len(place[0])]
     source = Source(dataset_id, meta, meta.root, *place, columns={}, tables=tables, parts=parts, problems=problems)
     read_columns(source, table)
+    for key in meta.video_keys:
+        if f"videos/{key}/from_timestamp" not in meta.episodes.column_names:
+            problems.append(f"info.json has a camera {key}, meta/episodes does not say where its videos are")
     if not problems:  # what is below indexes by what the checks above have found sound
         source.videos = {key: find_videos(meta, key, source.episodes) for key in meta.video_keys}
         check_values(source)
