@@ -214,3 +214,37 @@ def test_pi0_as_it_is_published_loads(tmp_path, monkeypatch):
     save_file(published, tmp_path / "ours" / "model.safetensors")
     with pytest.raises(UserError, match=r"does not fit policy pi0: missing \['model\."):
         build_policy(config, None, tmp_path / "ours")
+
+
+def test_xvla_as_it_is_published_loads(tmp_path):
+    """Weights in the layout of Florence-2's own code, of which each tensor that has two names is there once."""
+    pytest.importorskip("transformers", reason="LeRobot's extra for xvla is not installed ('lerobot[xvla]==0.6.1')")
+    from lerobot.configs import FeatureType, PolicyFeature
+    from safetensors.torch import save_file
+
+    config = policy_config(
+        "xvla", ["action_mode=auto", "hidden_size=32", "depth=1", "num_heads=2", "num_domains=2"], "cpu"
+    )
+    text = {"d_model": 32, "vocab_size": 100}
+    for part in ("encoder", "decoder"):
+        text |= {f"{part}_layers": 1, f"{part}_ffn_dim": 32, f"{part}_attention_heads": 2}
+    vision = {
+        "embed_dim": [16, 16, 32, 32],
+        "depths": [1] * 4,
+        "num_heads": [2] * 4,
+        "num_groups": [2] * 4,
+        "projection_dim": 32,
+    }
+    config.florence_config = {"vision_config": vision, "text_config": text, "projection_dim": 32}
+    config.input_features = {"observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 64, 96)),
+                             "observation.state": PolicyFeature(FeatureType.STATE, (3,))}  # fmt: skip
+    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (3,))}
+    before = build_policy(config, None).state_dict()
+    inner, projection = "model.vlm.language_model.", "model.vlm.multi_modal_projector.image_projection.weight"
+    published = {name.replace(inner, f"{inner}model."): tensor.clone() for name, tensor in before.items()}
+    published["model.vlm.image_projection"] = published.pop(projection).T.contiguous()
+    del published[f"{inner}model.encoder.embed_tokens.weight"]  # the same as shared.weight
+    save_file(published, tmp_path / "model.safetensors")
+    after = build_policy(config, None, tmp_path).state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -129,13 +130,12 @@ def set_phase(policy, step: int) -> None:
 
 def load_weights(policy, path: Path) -> None:
     from safetensors import SafetensorError
-    from safetensors.torch import load_model
 
     try:
-        if hasattr(policy, "_fix_pytorch_state_dict_keys"):
+        if hasattr(policy, "_fix_pytorch_state_dict_keys") or policy.config.type == "xvla":
             load_renamed(policy, path)
         else:
-            load_model(policy, path)
+            policy._load_as_safetensor(policy, str(path), "cpu", True)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}: take another checkpoint") from None
     except RuntimeError as error:  # torch's list of keys and shapes that differ
@@ -147,16 +147,22 @@ def load_weights(policy, path: Path) -> None:
 
 
 def load_renamed(policy, path: Path) -> None:
-    """Load weights of pi0's family, which are published under openpi's names, as LeRobot's from_pretrained renames them.
+    """Load weights that are published under older names, of pi0's family and xvla, as LeRobot's from_pretrained renames them.
 
     Raises:
         RuntimeError: the policy has other tensors.
     """
     from safetensors.torch import load_file
 
-    with quiet_lerobot():
-        state = policy._fix_pytorch_state_dict_keys(load_file(path), policy.config)
-    state = {f"model.{name.removeprefix('model.')}": tensor for name, tensor in state.items()}
+    state = load_file(path)
+    if policy.config.type == "xvla":
+        lerobot = sys.modules[type(policy).__module__]
+        if lerobot._is_vendored_florence_state_dict(state):
+            state = lerobot._remap_vendored_florence_state_dict(state)
+    else:
+        with quiet_lerobot():
+            state = policy._fix_pytorch_state_dict_keys(state, policy.config)
+        state = {f"model.{name.removeprefix('model.')}": tensor for name, tensor in state.items()}
     missing, unexpected = policy.load_state_dict(state, strict=False)
     own = policy.state_dict()
     there = {own[name].data_ptr() for name in state if name in own}  # a tensor of two names is saved under one
