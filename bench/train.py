@@ -12,6 +12,7 @@ mean utilisation, as nvidia-smi has it, are told as well.
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import re
@@ -98,9 +99,18 @@ def in_turns(args, variant: str, turns: int, steps: int) -> dict:
         return time.perf_counter() - begun
 
     with tempfile.TemporaryDirectory(prefix="armature-bench-") as output, contextlib.ExitStack() as held:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # each variant's own
         run = Run(*settle({**settings(args, variant, 10**6, output), "quiet": True}, held), held)
         batch = run.watch.wait(run.loader)
         kept = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        if run.device.type == "cuda":  # as the loader's are
+            kept |= {
+                key: value.pin_memory()
+                for key, value in kept.items()
+                if key in run.learner.cameras and not value.is_cuda
+            }
         turn(True)  # to warm up
         turn(False)
         run.watch.waited = 0.0
@@ -125,7 +135,10 @@ def watched(device):
     if device.type != "cuda":
         yield use
         return
-    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "500"]
+    import torch
+
+    here = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # of several, this one
+    command = ["nvidia-smi", "-i", here, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "500"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         yield use
         process.terminate()

@@ -4,6 +4,7 @@ What is carried out until the prediction is there is settled already, and the ne
 Source: Black et al. "Real-Time Execution of Action Chunking Flow Policies" (2025).
 """
 
+import contextlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -87,7 +88,7 @@ class Ahead:
         config, now = self.policy.config, dict(seen[-1])
         if config.observation_delta_indices is not None:  # history has an axis of its own
             now |= {key: torch.stack([moment[key] for moment in seen], dim=1) for key in config.input_features}
-        with torch.inference_mode(), torch.cuda.stream(self.stream):
+        with torch.inference_mode(), torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             if self.stream:
                 self.stream.wait_stream(torch.cuda.default_stream(self.device))  # for the observations
             chunk = predict_chunk(self.policy, now, rest, self.lead)

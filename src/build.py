@@ -45,9 +45,9 @@ def build_source(config: TrainConfig):
 
 
 def with_preset(config: TrainConfig, meta, device, fresh: bool) -> TrainConfig:
-    """The settings, those that were not given filled in: as a fresh policy's own preset has them, else as lerobot-train has."""
+    """The settings, those that were not given filled in: as a new policy's own preset has them, else as lerobot-train has."""
     preset = {"batch_size": 8, "ema_decay": 0.0, "augment": False}
-    if fresh and hasattr(kind := policy_class(config.policy), "training_preset"):
+    if fresh and config.policy_path is None and hasattr(kind := policy_class(config.policy), "training_preset"):
         preset |= kind.training_preset(
             device.type, [f.shape[1:] for f in policy_features(meta, None)[0].values() if f.type.value == "VISUAL"]
         )

@@ -5,6 +5,7 @@ import gc
 import os
 import platform
 import random
+import re
 import signal
 import sys
 import threading
@@ -47,12 +48,18 @@ def pick_precision(name: str, device: torch.device) -> str:
     Raises:
         UserError: the device cannot compute in it.
     """
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
         return "bf16" if has_bf16 else "fp32"
     if name == "bf16" and device.type == "cuda" and not has_bf16:
         raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has none: pass fp16 or fp32")
     return name
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`, without waiting for the copy but on MPS, which would read the memory later than it may be used again."""
+    return tensor.to(device, non_blocking=torch.device(device).type != "mps")
 
 
 def autocast(precision: str, device: torch.device):
@@ -72,6 +79,8 @@ def set_numerics(deterministic: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.backends.cuda.enable_mem_efficient_sdp(not deterministic)  # whose backward is exact without warn_only alone
+    torch.backends.cuda.enable_cudnn_sdp(not deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
 
@@ -103,7 +112,8 @@ def enough_memory(batch_size: int):
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        told = re.search("can't allocate memory|ALLOC_FAILED|out of memory", str(error))
+        if not told and not isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(
             f"out of memory with --batch_size {batch_size}: pass a smaller one, or a smaller --image_size, or cut it in parts with "

@@ -10,7 +10,7 @@ from config import TrainConfig
 from optim import Average, make_optimizer, make_schedule
 from policy import counts_valid_actions, set_phase
 from processors import pixels_to_float
-from runtime import STEP, NoHostSync, autocast, enough_memory, make_scaler, seed_all
+from runtime import STEP, NoHostSync, make_scaler, seed_all
 from world import World
 
 
@@ -37,7 +37,7 @@ class Learner:
             torch._dynamo.config.capture_scalar_outputs = True  # a policy's .item() breaks no graph
             policy.compile()
         share = world.share(config.batch_size, config.grad_accumulation_steps) // config.grad_accumulation_steps
-        self.model, self.optimizer = world.wrap(policy, optimizer, self.clip_norm, share)
+        self.model, self.optimizer = world.wrap(policy, optimizer, self.clip_norm, share, config.precision)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self._begin(config)
 
@@ -94,14 +94,13 @@ class Learner:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.factor(step)
         count, total = self.config.grad_accumulation_steps, torch.zeros((), device=self.world.device)
-        with enough_memory(self.config.batch_size):
-            for number, part in enumerate(parts_of(batch, count)):
-                set_phase(self.policy, step)
-                with self.world.last_of_step(self.model, number == count - 1):
-                    loss, parts = self.forward(part)
-                    self.world.backward(self.model, self.scaler.scale(loss / count))
-                total = total + loss.detach() / count
-            grad_norm = self.world.move(self.policy, self.optimizer, self.scaler, self.clip_norm)
+        for number, part in enumerate(parts_of(batch, count)):
+            set_phase(self.policy, step)
+            with self.world.last_of_step(self.model, number == count - 1):
+                loss, parts = self.forward(part)
+                self.world.backward(self.model, self.scaler.scale(loss / count))
+            total = total + loss.detach() / count
+        grad_norm = self.world.move(self.policy, self.optimizer, self.scaler, self.clip_norm)
         self.average.update(step + 1)
         if hasattr(self.policy, "update"):
             self.policy.update()  # tdmpc's moving average, as lerobot-train calls it
@@ -118,7 +117,7 @@ class Learner:
         no_wait = (
             contextlib.nullcontext() if self.config.compile else NoHostSync()
         )  # which compiled kernels do not survive
-        with no_wait, autocast(self.config.precision, self.world.device):
+        with no_wait, self.world.autocast(self.config.precision):
             loss, parts = self.model(self.preprocess(batch))
         shared = self.world.size * self.config.grad_accumulation_steps > 1
         if shared and counts_valid_actions(self.policy.config):

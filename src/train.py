@@ -69,8 +69,8 @@ class Run:
         runtime.set_numerics(config.deterministic)
         with world.main_first():
             source = build_source(config)
-        fresh = resumed is None and config.policy_path is None
-        self.config = config = with_preset(config, source.meta, self.device, fresh)
+        self.config = config = with_preset(config, source.meta, self.device, resumed is None)
+        held.enter_context(runtime.enough_memory(config.batch_size))
         world.check(config)
         kept, held_out = split(source, config, state)
         self.data = data_of(source, held_out)

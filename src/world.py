@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from config import UserError
 from policy import load_weights
 from policy.adapters import adapters_of, is_adapted, put_adapters
-from runtime import StopSignals, pick_device
+from runtime import StopSignals, autocast, pick_device
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -126,12 +126,17 @@ class World:
     def check(self, config) -> None:
         """Raise what these processes cannot do."""
 
-    def wrap(self, policy, optimizer, clip_norm: float | None, share: int):
+    def autocast(self, precision: str):
+        """A context for calls of the model, in which it computes in `precision`."""
+        return autocast(precision, self.device)
+
+    def wrap(self, policy, optimizer, clip_norm: float | None, share: int, precision: str):
         """(model, optimizer) to train with: `model(batch)` is `policy.forward(batch)`, with gradients of the whole batch.
 
         Args:
             clip_norm: what gradients are clipped to.
             share: samples in one call of the model.
+            precision: what it computes in.
         """
         if self.kind == "DDP":
             return self.accelerator.prepare_model(policy), optimizer
@@ -232,16 +237,16 @@ def names_of(policy, optimizer) -> list[str]:
 
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether an error says that another process has gone."""
-    return dist.is_initialized() and (
-        isinstance(error, dist.DistError) or re.search("gloo|nccl|peer|Broken pipe", str(error), re.I) is not None
-    )
+    if not dist.is_initialized() or re.search("invalid ?usage|out of memory", str(error), re.I):
+        return False
+    return isinstance(error, dist.DistError) or re.search("gloo|nccl|peer|Broken pipe", str(error), re.I) is not None
 
 
 def make_accelerator(device: str, kind: str):
     """Accelerate's hold on the processes of this run.
 
     Raises:
-        UserError: the device is one process' own.
+        UserError: the device is one process' own, or there are fewer GPUs than processes.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -256,6 +261,13 @@ def make_accelerator(device: str, kind: str):
         raise UserError(
             f"--device {device} is one device, and several processes each take their own: pass cuda or auto"
         )
+    if device != "cpu" and torch.cuda.is_available():
+        here, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > count:
+            raise UserError(
+                f"{here} processes on a machine of {count} GPUs: launch one for each (accelerate launch --num_processes {count})"
+            )
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # what is tried below is this process' own
     cpu = pick_device(device).type == "cpu"
     # as lerobot-train: some policies have parameters that a batch does not use
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)

@@ -1,10 +1,25 @@
 """DeepSpeed ZeRO as a World: its engine steps by itself, and holds optimizer state (and in stage 3 the weights) in parts."""
 
+import contextlib
+import functools
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from config import UserError
+from runtime import autocast
 from world import World, names_of
+
+
+def in_autocast(forward, precision: str, device):
+    """The same function, computing in `precision`."""
+
+    @functools.wraps(forward)
+    def within(*args, **kwargs):
+        with autocast(precision, device):
+            return forward(*args, **kwargs)
+
+    return within
 
 
 class ZeroWorld(World):
@@ -13,7 +28,8 @@ class ZeroWorld(World):
     Its own parts come out as those of one process: weights and optimizer state by parameter.
     """
 
-    def wrap(self, policy, optimizer, clip_norm: float | None, share: int):
+    def wrap(self, policy, optimizer, clip_norm: float | None, share: int, precision: str):
+        policy.forward = in_autocast(policy.forward, precision, self.device)
         self.groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
         self.names = names_of(policy, optimizer)
         settings = self.accelerator.deepspeed_plugin.deepspeed_config
@@ -23,6 +39,10 @@ class ZeroWorld(World):
         model, optimizer = self.accelerator.prepare(policy, optimizer)
         self.engine = model
         return model, optimizer.optimizer
+
+    def autocast(self, precision: str):
+        """None: DeepSpeed turns off what is on around its engine, so that it is within the policy's forward."""
+        return contextlib.nullcontext()
 
     def check(self, config) -> None:
         """Raise what DeepSpeed cannot do here.
@@ -97,7 +117,7 @@ class ZeroWorld(World):
         flat = held.fp32_partitioned_groups_flat if self.stage == 3 else held.single_partition_of_fp32_groups
         for part in flat:
             moments = {key: torch.zeros_like(part) for key in ("exp_avg", "exp_avg_sq")}
-            held.optimizer.state[part] = {"step": steps.clone(), **moments}
+            held.optimizer.state[part] = {"step": steps.to(part.device, copy=True), **moments}
         self._link()
         for i, entry in state["state"].items():
             for key in ("exp_avg", "exp_avg_sq"):

@@ -60,6 +60,11 @@ def test_every_action_is_the_one_for_its_tick(lead, n_action_steps):
         assert max(np.diff(clock.asked)) <= 10 - lead  # no chunk is used past its end
 
 
+def test_without_cuda_nothing_is_asked_of_it(monkeypatch):
+    monkeypatch.delattr(torch.cuda, "stream")  # a Mac's fails, for the CPU as well
+    assert Ahead(Clock(), 3).act({"t": 5}) == 5
+
+
 def test_a_tick_does_not_wait_for_a_prediction_under_way():
     clock = Clock()
     policy = Ahead(clock, 3)

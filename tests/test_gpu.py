@@ -1,5 +1,6 @@
 """On a GPU: resume is exact there too, and what is only faster there changes no result."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -12,7 +13,8 @@ from test_world import ACT
 from ahead import Ahead
 from checkpoint import load_optimizer
 from infer import load_policy
-from train import train
+from resume import settle
+from train import Run, train
 from world import World
 
 pytestmark = [
@@ -58,6 +60,23 @@ def test_losses_are_those_of_the_cpu(run):
 def test_auto_is_bf16_where_the_gpu_has_it(run):
     saved = json.loads((run("run", "flow").checkpoint / "train_config.json").read_text())
     assert saved["precision"] == ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32")
+
+
+def test_a_step_that_logs_nothing_does_not_wait_for_the_gpu(made, tmp_path):
+    """Of flow, which is ours; LeRobot's ACT makes a tensor on the host and waits for it to be copied."""
+    with contextlib.ExitStack() as held:
+        settings = small(
+            "flow", dataset_id=[str(made("two_cameras"))], output_dir=str(tmp_path), device="cuda", augment=True
+        )
+        run = Run(*settle(settings, held), held)
+        for _ in range(2):  # kernels are loaded and chosen, the optimizer's state is made
+            run.train_step(next(run.loader))
+        batch = next(run.loader)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run.train_step(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_chunks_predicted_ahead_are_those_of_act(run):

@@ -12,6 +12,8 @@ from conftest import small
 
 import step
 from config import UserError
+from data.loader import Loader
+from exam import Exam
 from train import train
 
 
@@ -192,15 +194,22 @@ def test_all_at_once(copy_of):
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[...] can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA"),
+        RuntimeError("[...] can't allocate memory"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"),
+    ],
 )
 def test_out_of_memory_is_told(made, tmp_path, monkeypatch, error):
     def full(*args):
         raise error
 
-    monkeypatch.setattr(step.Learner, "forward", full)
-    with pytest.raises(UserError, match="out of memory with --batch_size 4: pass a smaller one"):
-        train(**small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path)))
+    for place, name in ((step.Learner, "forward"), (Loader, "__next__"), (Exam, "results")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, full)
+            with pytest.raises(UserError, match="out of memory with --batch_size 4: pass a smaller one"):
+                train(**small(dataset_id=str(made("no_camera")), val_fraction=0.4), output_dir=str(tmp_path / name))
 
 
 def test_loss_not_finite_names_step_and_frames(made, tmp_path, monkeypatch):

@@ -12,7 +12,9 @@ import torch
 from conftest import ROOT, small
 from safetensors.torch import load_file
 
+from config import UserError
 from train import train
+from world import is_lost_peer, make_accelerator
 
 WAYS = {
     "DDP": {},
@@ -164,6 +166,23 @@ def test_a_signal_to_one_process_stops_all_at_one_step(team, made, tmp_path):
     assert "stopped by SIGUSR1" in log
     assert f"process 1 left {saved.name}" in log  # a launcher kills the others once one has left with such a status
     assert json.loads((saved / "trainer_state.json").read_text())["world_size"] == 2
+
+
+def test_more_processes_than_gpus_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(
+        UserError, match=r"8 processes on a machine of 2 GPUs: launch one for each \(.*--num_processes 2\)"
+    ):
+        make_accelerator("auto", "DDP")
+
+
+def test_a_wrong_setup_is_no_lost_peer(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    error = torch.distributed.DistBackendError("NCCL error: invalid usage. Duplicate GPU detected")
+    assert not is_lost_peer(error)
+    assert is_lost_peer(torch.distributed.DistBackendError("NCCL error: remote process exited"))
 
 
 def test_a_mistake_is_told_once(team, made, tmp_path):

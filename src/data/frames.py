@@ -29,7 +29,7 @@ from command_line import OneLineParser
 from config import UserError, one_line
 from data.decode import CHUNK, LIBRARIES, Decoder
 from data.source import Source
-from runtime import in_notebook
+from runtime import in_notebook, sent
 
 LAYOUT = 1  # another arrangement of the file is another store
 SPARE = 2 * 2**30  # bytes that `auto` leaves free on the disk, and a tenth of it
@@ -247,7 +247,7 @@ class Frames:
         if key in self.store:
             store = self.store[key]
             if self.on_device:
-                return store.index_select(0, rows.to(store.device, non_blocking=True))
+                return store.index_select(0, sent(rows, store.device))
             out = torch.empty(len(rows), *store.shape[1:], dtype=torch.uint8) if out is None else out
             parts = zip(rows.chunk(self.num_threads), out.chunk(self.num_threads), strict=True)
             # torch's own threads do not take part in a call from the loader's thread: half the bandwidth on two cores

@@ -95,7 +95,7 @@ class Loader:
         if self._held is not None:
             copied = None
             if self.device.type == "cuda":  # copies out of the buffer may still be under way
-                copied = torch.cuda.Event()
+                copied = torch.cuda.Event(blocking=True)  # to sleep until then
                 copied.record(torch.cuda.current_stream(self.device))
             self._free.put((self._held, copied))
         batch, self._held = self._ahead.get()

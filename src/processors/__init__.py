@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from config import UserError, one_line
+from runtime import sent
 
 FILES = ("policy_preprocessor.json", "policy_postprocessor.json")  # LeRobot's names
 STATS_OF_MODE = {
@@ -255,5 +256,5 @@ def pixels_to_float(batch: dict, cameras: list[str], device) -> dict:
 
 def on_device(pixels: torch.Tensor, device) -> torch.Tensor:
     """uint8 pictures as float32 in [0, 1] there; on a GPU with channels last, which its convolutions are faster with."""
-    pixels = pixels.to(device, non_blocking=True) / 255.0
+    pixels = sent(pixels, device) / 255.0
     return pixels.contiguous(memory_format=torch.channels_last) if pixels.is_cuda and pixels.ndim == 4 else pixels

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime import sent
+
 # The ranges that LeRobot's ImageTransformsConfig has by default; all six act on every picture here.
 RANGES = {
     "brightness": (0.8, 1.2),
@@ -49,10 +51,12 @@ def draws(seed: int, samples: np.ndarray, camera: int) -> dict[str, Tensor]:
 def vary(pixels: Tensor, drawn: dict[str, Tensor]) -> Tensor:
     """(B, [T,] C, H, W) pictures under each sample's draw."""
     steps = math.prod(pixels.shape[1:-3])
-    drawn = {name: values.to(pixels.device).repeat_interleave(steps) for name, values in drawn.items()}  # (B * T,)
+    together = torch.stack(list(drawn.values()))  # one copy that nobody waits for
+    together = sent(together.pin_memory() if pixels.is_cuda else together, pixels.device)
+    drawn = dict(zip(drawn, together.repeat_interleave(steps, dim=1), strict=True))  # (B * T,) each
     flat = pixels.flatten(0, -4)  # (B * T, C, H, W)
     height, width = flat.shape[-2:]
-    middle = torch.tensor([(width - 1) / 2, (height - 1) / 2], device=flat.device).expand(len(flat), 2)
+    middle = torch.stack([torch.full_like(drawn["rotation"], (size - 1) / 2) for size in (width, height)], dim=1)
     shift = torch.stack([drawn["shift_x"] * width, drawn["shift_y"] * height], dim=1)
     affine = kornia.geometry.get_affine_matrix2d(shift, middle, torch.ones_like(shift), drawn["rotation"])[:, :2]
     flat = kornia.geometry.warp_affine(flat, affine, (height, width))
