@@ -176,10 +176,12 @@ def simulate(policy, args, folder: Path, name: str) -> dict:
     try:
         seeds = list(range(args.seed, args.seed + args.num_episodes))
         limit = min(env.call("_max_episode_steps")[0], args.max_steps or 10**9)
-        episodes = run_episodes(env, config, policy, seeds, dict(pair.split("=") for pair in args.rename or []), limit)
+        rename = dict(pair.split("=") for pair in args.rename or [])
+        episodes = run_episodes(env, config, policy, seeds, rename, limit, args.num_videos)
     finally:
         env.close()
     result = {"env": args.env, "task": config.task, "max_steps": limit, **summary(episodes)}
+    (folder / "numbers.json").write_text(json.dumps(result, indent=2) + "\n")
     sheet = contact_sheet(episodes, f"{name}, {config.task}: {result['successes']} of {len(episodes)} (seed: steps)")
     sheet.savefig(folder / "episodes.png", dpi=110)
     videos = []
@@ -189,7 +191,6 @@ def simulate(policy, args, folder: Path, name: str) -> dict:
             write_video(path, episode.frames, config.fps)
             videos.append((path, path.stem.replace("_", ", seed ")))
     (folder / "report.html").write_text(closed_loop_page(result, sheet, videos, name))
-    (folder / "numbers.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -1,10 +1,10 @@
 """What a policy is examined on while it trains: episodes it has not seen, and a simulation. Changes nothing of the run."""
 
 import sim
-from config import TrainConfig
+from config import TrainConfig, UserError, one_line
 from infer import LoadedPolicy
 from page import horizon_figure
-from sim.rollout import run_episodes, summary
+from sim.rollout import check_fits, first_observation, run_episodes, summary
 from validation import measure, spread
 
 FIRST_SEED = 1000  # of a simulation's episodes, as lerobot-eval's; the shipped demonstrations are of 0 to 39
@@ -15,23 +15,31 @@ class Exam:
 
     Args:
         config: val_freq, val_samples, eval_env, eval_task, eval_args, eval_freq, eval_episodes.
-        loader: of the run; validation batches are made by it.
-        held_out: (E,) positions in the source's episodes to validate on, possibly none.
-        policy, preprocess, postprocess: the run's own.
+        source: the run's dataset.
+        held_out: (E,) positions in its episodes to validate on, possibly none.
+        policy, preprocess, postprocess: the run's own; the policy None in a process that examines nothing.
+        warn: called with a line for people.
 
     Raises:
-        UserError: there is no such simulation.
+        UserError: there is no such simulation, or it does not give what the policy takes.
     """
 
-    def __init__(self, config: TrainConfig, loader, held_out, policy, preprocess, postprocess):
-        self.config, self.loader = config, loader
+    def __init__(self, config: TrainConfig, source, held_out, policy, preprocess, postprocess, warn):
+        self.config, self.source, self.warn = config, source, warn
         self.parts = policy, preprocess, postprocess
-        source = loader.source
         self.rows = (
             spread(source.starts[held_out], source.ends[held_out], config.val_samples) if len(held_out) else None
         )
-        self.env = sim.make_env(config.eval_env, config.eval_task, config.eval_args) if config.eval_env else None
-        self.errors, self.validates, self.simulates = None, False, False
+        self.errors, self.env, self.validates, self.simulates = None, None, False, False
+        if config.eval_env:
+            try:
+                self.env = sim.make_env(config.eval_env, config.eval_task, config.eval_args)
+                if policy is not None:
+                    loaded = LoadedPolicy(*self.parts)
+                    check_fits(loaded.expected, first_observation(*self.env, loaded))
+            except UserError as error:
+                self.close()
+                raise UserError(in_training(str(error))) from error
 
     def is_due(self, step: int, saving: bool) -> bool:
         """Whether to examine at this step, at which a checkpoint is saved or not."""
@@ -43,32 +51,53 @@ class Exam:
         self.simulates = self.env is not None and at(self.config.eval_freq)
         return self.validates or self.simulates
 
-    def results(self) -> dict:
-        """Figures of what is due for a line of metrics.jsonl; the policy is in training mode again afterwards."""
-        line, self.errors, (policy, preprocess, postprocess) = {}, None, self.parts
+    def results(self, loader) -> dict:
+        """Figures of what is due for a line of metrics.jsonl; the policy is in training mode again afterwards.
+
+        A simulation that fails is told, and the run goes on.
+
+        Args:
+            loader: of the run; validation batches are made by it.
+        """
+        line, self.errors = {}, None
         if self.validates:
-            most = self.loader.share // self.config.grad_accumulation_steps  # as many as fit in training
-            self.errors = measure(policy, preprocess, postprocess, self.loader, self.rows, self.config.seed, most=most)
+            fits = loader.share // self.config.grad_accumulation_steps  # in memory: it does in training
+            self.errors = measure(*self.parts, loader, self.rows, self.config.seed, most=fits)
             line |= self.errors.line()
         if self.simulates:
-            loaded = LoadedPolicy(policy, preprocess, postprocess)
+            loaded = LoadedPolicy(*self.parts)
             seeds = range(FIRST_SEED, FIRST_SEED + self.config.eval_episodes)
-            result = summary(run_episodes(*self.env, loaded, list(seeds), quiet=self.config.quiet))
+            try:
+                result = summary(run_episodes(*self.env, loaded, list(seeds), quiet=self.config.quiet))
+                line |= {f"eval_{name}": result[name] for name in ("success_rate", "success_low", "success_high")}
+            except Exception as error:  # whatever a simulator meets, the run does not end for it
+                self.warn(f"--eval_env {self.config.eval_env} failed, no success rate: {one_line(error)[:200]}")
             loaded.reset()
-            line |= {f"eval_{name}": result[name] for name in ("success_rate", "success_low", "success_high")}
-        policy.train()
+        self.parts[0].train()
         return line
 
     def picture(self):
         """Of the last validation, how the error grows along the chunk; None if there was none."""
         if self.errors is None or self.errors.grid is None:
             return None
-        meta = self.loader.source.meta
+        meta = self.source.meta
         return horizon_figure(self.errors.grid, self.errors.spread, self.errors.names, meta.fps)
 
     def close(self) -> None:
         if self.env is not None:
             self.env[0].close()
+
+
+def in_training(text: str) -> str:
+    """What evaluate.py says, by the flags of train.py."""
+    for theirs, ours in (
+        ("--env_args", "--eval_args"),
+        ("--env ", "--eval_env "),
+        ("--task ", "--eval_task "),
+        ("pass --rename", "set it with --eval_args, or leave --eval_env out and pass evaluate.py --rename"),
+    ):
+        text = text.replace(theirs, ours)
+    return text
 
 
 def said(line: dict) -> str:

@@ -35,7 +35,7 @@ def told_as_user_errors(what: str):
 
 
 def fetch(repo: str, what: str) -> Path:
-    """The folder itself if `repo` is one, else a snapshot of that Hub repo (user/name or user/name@revision)."""
+    """The folder itself if `repo` is one, else a snapshot of that Hub repo (user/name or user/name@revision), its final files alone."""
     folder = Path(repo).expanduser()
     if folder.is_dir():
         return folder
@@ -45,13 +45,16 @@ def fetch(repo: str, what: str) -> Path:
 
     repo_id, _, revision = repo.partition("@")
     with told_as_user_errors(f"{what} {repo}"):
-        return Path(snapshot_download(repo_id, revision=revision or None))
+        not_needed = ["checkpoint-*/*", "tensorboard/*"]
+        return Path(snapshot_download(repo_id, revision=revision or None, ignore_patterns=not_needed))
 
 
 def create_repo(repo: str) -> None:
     """Have the repo on the Hub before hours of training, not after."""
     from huggingface_hub import HfApi
 
+    if "@" in repo or not re.fullmatch(HUB_ID, repo):
+        raise UserError(f"--push_to_hub {repo}: a Hub id is written user/name")
     with told_as_user_errors(f"--push_to_hub {repo}"):
         HfApi().create_repo(repo, exist_ok=True)
 
@@ -64,20 +67,21 @@ def newest_checkpoint(repo: str, what: str) -> Path:
     """
     from huggingface_hub import HfApi, snapshot_download
 
+    from checkpoint import place_of
+
     if not re.fullmatch(HUB_ID, repo):
         raise UserError(f"{what} {repo}: there is no such folder, and a Hub id is written user/name")
     repo_id, _, revision = repo.partition("@")
     with told_as_user_errors(f"{what} {repo}"):
         files = HfApi().list_repo_files(repo_id, revision=revision or None)
-        steps = [
-            int(match[1])
-            for match in (re.fullmatch(r"checkpoint-(\d+)/manifest\.json", file) for file in files)
-            if match
-        ]
-        if not steps:
+        whole = [file.split("/")[0] for file in files if re.fullmatch(r"checkpoint-\d+/manifest\.json", file)]
+        if not whole:
             raise UserError(f"{what} {repo}: that Hub repo holds no checkpoint-<step> folder")
-        name = f"checkpoint-{max(steps)}"
-        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=[f"{name}/*"])) / name
+        states = [f"{name}/trainer_state.json" for name in whole]
+        folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=states))
+        newest = max((folder / name for name in whole), key=place_of)
+        snapshot_download(repo_id, revision=revision or None, allow_patterns=[f"{newest.name}/*"])
+        return newest
 
 
 def push(repo: str, output_dir: Path, checkpoint: Path, warn) -> str | None:

@@ -215,8 +215,8 @@ def compare(policy, source, episode: int, fps: float | None = None) -> dict:
     from runtime import EVAL, seed_all
     from validation import action_names
 
-    seed_all(EVAL, source.episodes.index(episode))  # for policies that draw noise: the same numbers each time
-    policy.reset()
+    policy.reset()  # which may wait for a chunk that draws still
+    seed_all(EVAL, episode)  # for policies that draw noise: the same numbers each time
     predicted, recorded, times, due = [], [], [], 0.0
     pairs = recorded_observations(source, episode, policy.expected)
     for observation, action in tqdm(pairs, desc=f"episode {episode}", disable=not sys.stderr.isatty()):
@@ -272,13 +272,9 @@ def main(argv: list[str]) -> int:
     )
     for name, error, spread in zip(result["names"], result["error"], result["spread"], strict=True):
         print(f"{name:<{width}}  {error:12.4g}  {spread:12.4g}")
-    p50, p99 = np.percentile(result["milliseconds"], [50, 99])
-    told = (
-        "the episode's first frame waits for its chunk"
-        if args.ahead
-        else "p99 is a frame at which a chunk is predicted"
-    )
-    print(f"latency of act() on {policy.device}: p50 {p50:.1f} ms, p99 {p99:.1f} ms ({told})")
+    first, *times = result["milliseconds"]
+    later = f", then {np.median(times):.1f} ms (median) and {max(times):.1f} ms at most" if times else ""
+    print(f"latency of act() on {policy.device}: first frame {first:.1f} ms{later}")
     return 0
 
 

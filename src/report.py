@@ -84,12 +84,6 @@ class Report:
         self.live = sys.stderr.isatty() or in_notebook()
 
     def __enter__(self):
-        if not self.is_main:
-            return self
-        fresh = self.path.with_name(".metrics.jsonl.tmp")
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in self.history))
-        fresh.replace(self.path)  # steps after the checkpoint are about to be done again
-        self.file = open(self.path, "a")
         if self.live and not self.quiet:
             from tqdm.auto import tqdm
 
@@ -151,9 +145,14 @@ class Report:
 
     def _keep(self, line: dict) -> None:
         self.history.append(line)
-        if self.file is None:
+        if not self.is_main:
             return
         try:
+            if self.file is None:  # lines after the checkpoint stay until there are others
+                fresh = self.path.with_name(".metrics.jsonl.tmp")
+                fresh.write_text("".join(json.dumps(line) + "\n" for line in self.history[:-1]))
+                fresh.replace(self.path)
+                self.file = open(self.path, "a")  # noqa: SIM115  (__exit__ closes it)
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
         except OSError as error:

@@ -97,15 +97,15 @@ class Run:
         self.report.say(header(source, held_out, self.policy, config, world, self.step, output_dir, resumed))
         changes += compare_data(state, self.data) + compare_rates(state, self.learner)
         self.report.warn(*changes, *source.warnings)
+        self.exam = Exam(config, source, held_out, self.whole, self.preprocess, self.postprocess, self.report.warn)
+        held.callback(self.exam.close)
         with world.main_first():  # it decodes the frames, the others find them
             self.loader = build_loader(
                 config, source, kept, self.policy, self.preprocess, self.samples_seen, world, self.report.say
             )
         held.callback(self.loader.close)
         if config.minutes and resumed is None:
-            self.config = config = fix_steps(self)
-        self.exam = Exam(config, self.loader, held_out, self.whole, self.preprocess, self.postprocess)
-        held.callback(self.exam.close)
+            self.config = self.exam.config = config = fix_steps(self)
         self.writer = held.enter_context(Writer(output_dir, config, self.report.warn, resumed))
         self.policy.train()
         self.watch = Stopwatch()
@@ -164,8 +164,7 @@ class Run:
         """Held-out episodes and simulation, to a line of metrics; other processes wait for the main one."""
         begun = time.perf_counter()
         with self.learner.acting(self.whole):
-            if self.world.is_main:
-                results = self.exam.results()
+            if self.world.is_main and (results := self.exam.results(self.loader)):
                 self.report.examined({"step": self.step, **results}, said(results), self.exam.picture)
             self.world.wait()
         self.watch.leave_out(time.perf_counter() - begun)

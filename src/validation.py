@@ -11,9 +11,9 @@ from torch import Tensor
 
 from config import TrainConfig, UserError
 from data.source import parse_episodes
-from policy import set_phase
+from policy import counts_valid_actions, in_first_phase, set_phase
 from policy.chunk import predict_chunk
-from processors import pixels_to_float
+from processors import is_still, pixels_to_float
 from runtime import VALIDATE, seed_all
 
 
@@ -62,9 +62,10 @@ def spread(starts: Tensor, ends: Tensor, count: int) -> Tensor:
 
 
 def action_names(meta) -> list[str]:
-    """(A,) names of the joints, numbered where the dataset has none."""
+    """(A,) names of the joints, numbered where the dataset has none, or not one for each."""
     size, names = meta.features["action"]["shape"][0], meta.features["action"].get("names")
-    return names if isinstance(names, list) and len(names) == size else [f"action {i}" for i in range(size)]
+    told = isinstance(names, list) and len(names) == size == len(set(map(str, names)))
+    return list(map(str, names)) if told else [f"action {i}" for i in range(size)]
 
 
 @dataclass
@@ -73,8 +74,9 @@ class Errors:
 
     Attributes:
         loss: mean of the policy's own loss, None if it was not asked for.
-        grid: (T, A) mean absolute action error in robot units, of each step of the chunk and joint; None without chunks.
-        spread: (A,) standard deviation of the recorded actions, to measure errors by.
+        grid: (T, A) mean absolute action error in robot units, of each joint and step of the chunk, as far as the recording goes;
+            None without chunks.
+        spread: (A,) standard deviation of the recorded actions, to measure errors by; 0 of a joint that is still.
         names: (A,) joints.
     """
 
@@ -106,20 +108,22 @@ def measure(
     Args:
         loader: the batches' maker, a data.loader.Loader.
         rows: (N,) rows of its source.
-        most: samples in a batch, else as many as the loader's have.
+        most: samples in a batch, if 8 are too many: another number draws other noise.
     """
     policy.eval()
     device, source = next(policy.parameters()).device, loader.source
     now = loader.deltas["action"].tolist().index(0) if "action" in loader.deltas else 0
-    loss, total, count = torch.zeros((), device=device), 0.0, 0.0
-    chunks = True
-    for number, part in enumerate(rows.split(most or loader.batch_size)):
+    loss, weights, total, count = torch.zeros((), device=device), 0, 0.0, 0.0
+    chunks, with_loss = True, with_loss and not in_first_phase(policy)
+    for number, part in enumerate(rows.split(min(8, most or 8))):
         seed_all(seed, VALIDATE, number)
         batch = loader.batch_of(part)
         ready = preprocess(pixels_to_float(batch, source.meta.camera_keys, device))
         if with_loss:
             set_phase(policy, -1)  # it does not count
-            loss = loss + policy.forward(ready)[0] * len(part)
+            masked = counts_valid_actions(policy.config) and "action_is_pad" in batch
+            weight = int((~batch["action_is_pad"]).sum()) if masked else len(part)  # what its loss is a mean over
+            loss, weights = loss + policy.forward(ready)[0] * weight, weights + weight
         try:
             predicted = postprocess(predict_chunk(policy, ready)).float().cpu() if chunks else None  # (B, T, A)
         except NotImplementedError:
@@ -131,10 +135,10 @@ def measure(
             error = (predicted[:, :steps] - recorded[:, :steps]).abs() * there
             total, count = total + error.double().sum(0), count + there.double().expand_as(error).sum(0)
     policy.reset()
-    actions = source.columns["action"]
+    actions = source.columns["action"].double()
     return Errors(
-        loss.item() / len(rows) if with_loss else None,
-        (total / count.clamp_min(1)).numpy() if chunks else None,  # (T, A)
-        actions.double().std(0).reshape(-1).numpy(),
+        loss.item() / weights if with_loss else None,
+        (total / count)[count[:, 0] > 0].numpy() if chunks else None,  # (T, A)
+        torch.where(is_still(actions), 0.0, actions.std(0)).reshape(-1).numpy(),
         action_names(source.meta),
     )

@@ -162,7 +162,7 @@ def test_infer_command(run, made, capsys):
     assert "shoulder" in shown
     assert "gripper" in shown
     assert "episode 1, 9 frames" in shown
-    assert "p99" in shown
+    assert "latency of act() on cpu: first frame" in shown
     assert main([str(run.checkpoint), "--dataset_id", str(made("no_camera"))]) == 2
     assert "has no observation.images.top, which the policy takes" in capsys.readouterr().err
     assert main([str(run.checkpoint), "--dataset_id", str(made("two_cameras")), "--episode", "99"]) == 2

@@ -128,6 +128,11 @@ def set_phase(policy, step: int) -> None:
             quantiser.vq_layer.requires_grad_(False)
 
 
+def in_first_phase(policy) -> bool:
+    """Whether this is vqbet before its quantiser is trained, whose loss is another one than afterwards."""
+    return policy.config.type == "vqbet" and not policy.vqbet.action_head.vqvae_model.discretized
+
+
 def load_weights(policy, path: Path) -> None:
     from safetensors import SafetensorError
 

@@ -70,7 +70,7 @@ def usable_stats(meta, imagenet: bool) -> dict:
         if meta.features.get(key, {}).get("dtype") in ("video", "image", "string") or "mean" not in of_key:
             continue
         of_key.update({name: torch.as_tensor(value, dtype=torch.float64) for name, value in of_key.items()})
-        scale = of_key["mean"].abs() * 1e-6 + 1e-12
+        scale = rounding(of_key["mean"])
         still = (of_key["std"] <= scale) | (of_key["max"] - of_key["min"] <= scale)
         of_key["std"] = torch.where(still, 1.0, of_key["std"])
         for low, high in (("min", "max"), ("q01", "q99"), ("q10", "q90")):
@@ -84,6 +84,17 @@ def usable_stats(meta, imagenet: bool) -> dict:
             for name, value in IMAGENET_STATS.items():
                 stats.setdefault(key, {})[name] = torch.tensor(value, dtype=torch.float32)
     return stats
+
+
+def rounding(values: torch.Tensor) -> torch.Tensor:
+    """How far values may differ from these, or from their mean, by rounding alone."""
+    return values.abs() * 1e-6 + 1e-12
+
+
+def is_still(values: torch.Tensor) -> torch.Tensor:
+    """(A,) which of (N, A) columns do not move: those that usable_stats gives unit width."""
+    scale = rounding(values.mean(0))
+    return (values.std(0) <= scale) | (values.amax(0) - values.amin(0) <= scale)
 
 
 def feature_problems(config, inputs: dict, outputs: dict, holder: str) -> list[str]:

@@ -38,6 +38,7 @@ def make_env(name: str, task: str | None, pairs: list[str] | None = None):
     Raises:
         UserError: there is no such type, task or setting, or its package is not installed.
     """
+    import gymnasium
     from lerobot.envs import EnvConfig
     from lerobot.envs.factory import make_env as lerobot_make_env
 
@@ -52,6 +53,10 @@ def make_env(name: str, task: str | None, pairs: list[str] | None = None):
         suites = lerobot_make_env(config, n_envs=1)
     except ImportError as error:
         raise UserError(f"--env {name} needs a package that is not installed: {one_line(error)[:200]}") from None
+    except UserError:
+        raise
+    except (gymnasium.error.Error, ValueError, TypeError, LookupError) as error:
+        raise UserError(f"--env {name} cannot be made of these settings: {one_line(error)[:200]}") from error
     tasks = [(suite, place) for suite, places in suites.items() for place in places]
     if len(tasks) != 1:
         raise UserError(f"--task {task} of {name} is {len(tasks)} tasks, expected one: {tasks[:5]}")

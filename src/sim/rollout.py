@@ -68,7 +68,30 @@ def check_fits(expected: dict, batch: dict) -> None:
             )
 
 
-def run_episode(env, processors, policy, seed: int, rename: dict, cap: int | None = None) -> Episode:
+def first_observation(env, config, policy) -> dict:
+    """What a policy would be given first."""
+    raw, _ = env.reset(seed=[0])
+    return observed(env, raw, processors_of(config, policy), {})
+
+
+def observed(env, raw: dict, processors, rename: dict) -> dict:
+    """LeRobot's batch of a raw observation, under the policy's names."""
+    from lerobot.envs import preprocess_observation
+
+    batch = {**preprocess_observation(raw), "task": words(env)}
+    return {rename.get(key, key): value for key, value in processors[0](batch).items()}
+
+
+def processors_of(config, policy):
+    """The environment type's own (pre, post) pipelines."""
+    from lerobot.envs.factory import make_env_pre_post_processors
+
+    return make_env_pre_post_processors(config, policy.policy.config if policy is not None else None)
+
+
+def run_episode(
+    env, processors, policy, seed: int, rename: dict, cap: int | None = None, filmed: bool = True
+) -> Episode:
     """One episode of `env`, a vector environment of one, from a seed; the policy's own randomness is a function of it too.
 
     Args:
@@ -76,24 +99,22 @@ def run_episode(env, processors, policy, seed: int, rename: dict, cap: int | Non
         policy: an object with reset(), expected and select(batch) as infer.LoadedPolicy; None for the environment's expert.
         rename: environment's key -> policy's.
         cap: steps after which it has failed (else the environment's own).
+        filmed: keep every picture, else the last one.
     """
-    from lerobot.envs import preprocess_observation
     from lerobot.envs.utils import NEW_ROLLOUT_OPTION
 
-    seed_all(seed, EVAL)
     if policy is not None:
-        policy.reset()
+        policy.reset()  # which may wait for a chunk that draws still
+    seed_all(seed, EVAL)
     raw, _ = env.reset(seed=[seed], options={NEW_ROLLOUT_OPTION: True})
     frames, reward, limit = [], 0.0, env.call("_max_episode_steps")[0]
     limit = min(limit, cap or limit)
     for step in range(1, limit + 1):
-        frames.append(first_picture(raw))
+        frames = [*(frames if filmed else []), first_picture(env, raw)]
         if policy is None:
             action = np.stack(env.call("expert_action"))
         else:
-            batch = preprocess_observation(raw)
-            batch["task"] = words(env)
-            batch = {rename.get(key, key): value for key, value in processors[0](batch).items()}
+            batch = observed(env, raw, processors, rename)
             if step == 1:
                 check_fits(policy.expected, batch)
             batch = {key: value for key, value in batch.items() if key in policy.expected or key == "task"}
@@ -111,8 +132,9 @@ def succeeded(info: dict) -> bool:
     return bool(np.asarray(place.get("is_success", [False])).reshape(-1)[0])
 
 
-def first_picture(raw: dict) -> np.ndarray:
-    pixels = raw["pixels"]
+def first_picture(env, raw: dict) -> np.ndarray:
+    """(H, W, 3) uint8: the first camera's, or the environment's own view where a policy gets no pictures."""
+    pixels = raw["pixels"] if "pixels" in raw else env.call("render")
     return (next(iter(pixels.values())) if isinstance(pixels, dict) else pixels)[0]
 
 
@@ -127,17 +149,27 @@ def words(env) -> list[str]:
 
 
 def run_episodes(
-    env, config, policy, seeds: list[int], rename: dict | None = None, cap: int | None = None, quiet: bool = False
+    env,
+    config,
+    policy,
+    seeds: list[int],
+    rename: dict | None = None,
+    cap: int | None = None,
+    num_videos: int = 0,
+    quiet: bool = False,
 ) -> list[Episode]:
-    """An episode for each seed, with a bar."""
-    from lerobot.envs.factory import make_env_pre_post_processors
+    """An episode for each seed, with a bar; every picture of the first `num_videos` successes and failures is kept."""
     from tqdm.auto import tqdm
 
-    processors = make_env_pre_post_processors(config, policy.policy.config if policy is not None else None)
-    episodes = []
+    processors, episodes = processors_of(config, policy), []
     with tqdm(seeds, unit="episode", disable=quiet or not sys.stderr.isatty()) as bar:
         for seed in bar:
-            episodes.append(run_episode(env, processors, policy, seed, rename or {}, cap))
+            seen = [episode.success for episode in episodes]
+            filmed = min(sum(seen), len(seen) - sum(seen)) < num_videos
+            episode = run_episode(env, processors, policy, seed, rename or {}, cap, filmed)
+            if seen.count(episode.success) >= num_videos:
+                del episode.frames[:-1]
+            episodes.append(episode)
             bar.set_postfix(success=f"{np.mean([episode.success for episode in episodes]):.0%}", refresh=False)
     return episodes
 
