@@ -109,7 +109,7 @@ def in_turns(args, variant: str, turns: int, steps: int) -> dict:
             kept |= {
                 key: value.pin_memory()
                 for key, value in kept.items()
-                if key in run.learner.cameras and not value.is_cuda
+                if key in run.learner.meta.camera_keys and not value.is_cuda
             }
         turn(True)  # to warm up
         turn(False)

@@ -78,6 +78,10 @@ def build_parts(config: TrainConfig, resumed: Path | None, source, device):
     else:
         policy_cfg = load_policy_config(folder, None if resumed else config.policy_args, str(device))
         source.require(feature_problems(policy_cfg, inputs, outputs, folder.name))
+        known, used = getattr(policy_cfg, "tasks", None), source.columns["task_index"].unique().tolist()
+        if new := [source.tasks[i] for i in used if known and source.tasks[i] not in known]:
+            told = f"task {new[0]!r} is none that {folder.name} was trained on: {known}"
+            source.require([f"{told}: pass --episodes of those, or train afresh"])
         if not resumed:  # pictures may have another size than those it was trained on
             policy_cfg.input_features = {key: inputs[key] for key in policy_cfg.input_features}
     apply_flags(policy_cfg, config)

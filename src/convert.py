@@ -97,6 +97,11 @@ def from_lerobot(folder: Path) -> Path:
 def settings_of(theirs: dict, folder: Path) -> dict:
     """Our settings for LeRobot's train_config.json."""
     dataset = theirs["dataset"]
+    for what, asked in (("sample_weighting", theirs), ("use_rabc", theirs), ("streaming", dataset)):
+        if asked.get(what):
+            raise UserError(
+                f"{folder}: its {what} has no counterpart here: pass --policy_path to start from its weights"
+            )
     name, episodes = dataset.get("root") or dataset["repo_id"], as_text(dataset.get("episodes"))
     settings = {
         "dataset_id": [name],
@@ -106,9 +111,10 @@ def settings_of(theirs: dict, folder: Path) -> dict:
         "rename": [f"{old}={new}" for old, new in (theirs.get("rename_map") or {}).items()] or None,
         "imagenet_stats": "on" if dataset.get("use_imagenet_stats", True) else "off",
         "augment": bool((dataset.get("image_transforms") or {}).get("enable")),
-        **{name: theirs[name] for name in ("batch_size", "steps", "seed", "log_freq", "save_freq") if name in theirs},
+        "deterministic": bool(theirs.get("cudnn_deterministic")),
+        **{name: theirs[name] for name in ("batch_size", "steps", "seed", "log_freq", "save_freq") if theirs.get(name)},
     }
-    settings["save_freq"] = max(0, settings["save_freq"])
+    settings = {"seed": 0, **settings, "save_freq": max(0, theirs.get("save_freq", 0))}
     if not theirs.get("use_policy_training_preset", True):
         optimizer, scheduler = theirs["optimizer"], theirs.get("scheduler") or {"type": "diffuser", "name": "constant"}
         if scheduler["type"] != "diffuser" or scheduler["name"] not in LEROBOT_SCHEDULES:
@@ -119,7 +125,7 @@ def settings_of(theirs: dict, folder: Path) -> dict:
         settings |= {name: optimizer[name] for name in ("lr", "weight_decay", "grad_clip_norm") if name in optimizer}
         settings |= {
             "lr_schedule": LEROBOT_SCHEDULES[scheduler["name"]],
-            "warmup_steps": scheduler.get("num_warmup_steps") or 0,
+            "warmup_steps": 0 if scheduler["name"] == "constant" else scheduler.get("num_warmup_steps") or 0,
         }
     return settings
 

@@ -9,7 +9,7 @@ from checkpoint import OWN_WEIGHTS, load_optimizer
 from config import TrainConfig
 from optim import Average, make_optimizer, make_schedule
 from policy import counts_valid_actions, set_phase
-from processors import pixels_to_float
+from processors import as_floats
 from runtime import STEP, NoHostSync, make_scaler, seed_all
 from world import World
 
@@ -22,15 +22,15 @@ class Learner:
         world: its processes.
         policy: to be trained, on its device.
         preprocess: LeRobot's pipeline from a batch to what the policy takes.
-        cameras: names of the pictures in a batch.
+        meta: LeRobot's metadata of the dataset.
 
     Attributes:
         model: the policy as it is called in training: compiled and wrapped for several processes as the settings say.
         optimizer, average, scaler: what a checkpoint holds besides the weights.
     """
 
-    def __init__(self, config: TrainConfig, world: World, policy, preprocess, cameras: list[str]):
-        self.config, self.world, self.policy, self.preprocess, self.cameras = config, world, policy, preprocess, cameras
+    def __init__(self, config: TrainConfig, world: World, policy, preprocess, meta):
+        self.config, self.world, self.policy, self.preprocess, self.meta = config, world, policy, preprocess, meta
         optimizer, self.clip_norm = make_optimizer(policy, config)
         if config.compile:
             torch._inductor.config.fallback_random = True  # noise and dropout as they are uncompiled
@@ -108,12 +108,12 @@ class Learner:
 
     def forward(self, batch: dict) -> tuple[Tensor, dict | None]:
         """The policy's loss of a part of a batch, and its sub-losses."""
-        batch = pixels_to_float(batch, self.cameras, self.world.device)
+        batch = as_floats(batch, self.meta, self.world.device)
         weight = batch.pop("weight").mean()  # 1 for a whole batch, up to rounding
-        if self.config.augment and self.cameras:
+        if self.config.augment and self.meta.camera_keys:
             from processors.augment import augment
 
-            batch = augment(batch, self.cameras, self.config.seed)
+            batch = augment(batch, self.meta.camera_keys, self.config.seed)
         no_wait = (
             contextlib.nullcontext() if self.config.compile else NoHostSync()
         )  # which compiled kernels do not survive

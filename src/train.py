@@ -77,7 +77,7 @@ class Run:
         runtime.seed_all(config.seed, runtime.INIT)
         self.policy, self.preprocess, self.postprocess = build_parts(config, resumed, source, self.device)
         self.whole = world.whole_copy(self.policy)
-        self.learner = Learner(config, world, self.policy, self.preprocess, source.meta.camera_keys)
+        self.learner = Learner(config, world, self.policy, self.preprocess, source.meta)
         if config.push_to_hub and world.is_main:
             hub.create_repo(config.push_to_hub)
 

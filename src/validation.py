@@ -13,7 +13,7 @@ from config import TrainConfig, UserError
 from data.source import parse_episodes
 from policy import counts_valid_actions, in_first_phase, set_phase
 from policy.chunk import predict_chunk
-from processors import is_still, pixels_to_float
+from processors import as_floats, is_still
 from runtime import VALIDATE, seed_all
 
 
@@ -118,7 +118,7 @@ def measure(
     for number, part in enumerate(rows.split(min(8, most or 8))):
         seed_all(seed, VALIDATE, number)
         batch = loader.batch_of(part)
-        ready = preprocess(pixels_to_float(batch, source.meta.camera_keys, device))
+        ready = preprocess(as_floats(batch, source.meta, device))
         if with_loss:
             set_phase(policy, -1)  # it does not count
             masked = counts_valid_actions(policy.config) and "action_is_pad" in batch

@@ -382,3 +382,23 @@ def test_a_batch_larger_than_the_dataset_is_told(made, tmp_path, capsys):
     assert (
         "a batch of 40 is more than the 33 frames there are to train on: it holds some twice" in capsys.readouterr().out
     )
+
+
+def test_rows_may_be_asked_for_by_two_threads(made):
+    """A batch of several epochs: the loop measures --minutes while the loader's thread prepares its first batch."""
+    source = open_dataset(str(made("no_camera")))
+    loader = Loader(source, Frames(source), {}, 200, seed=0)
+    expected = [loader.rows_at(start) for start in range(0, 20_000, 200)]
+    seen = [[], []]
+
+    def ask(into):
+        loader._orders = {}
+        into += [loader.rows_at(start) for start in range(0, 20_000, 200)]
+
+    threads = [threading.Thread(target=ask, args=(into,)) for into in seen]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    loader.close()
+    assert all(torch.equal(a, b) for into in seen for a, b in zip(into, expected, strict=True))

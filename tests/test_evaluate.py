@@ -19,9 +19,10 @@ from checkpoint import find_checkpoints, main
 from config import TrainConfig, UserError, merge
 from data.source import open_dataset
 from infer import load_policy
+from processors import is_still
 from sim.rollout import Episode, check_fits, run_episodes, summary, wilson
 from train import train
-from validation import Errors, measure, split, spread
+from validation import Errors, action_names, measure, split, spread
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,57 @@ def test_errors_of_a_known_policy(made):
     assert line["val_action_error"] == pytest.approx(
         np.mean([0.5 / std[0], 1.0 / std[1]]), rel=1e-5
     )  # the gripper never moves
+
+
+def test_steps_that_no_sample_reaches_are_left_out(made):
+    from data.frames import Frames
+    from data.loader import Loader
+
+    source = open_dataset(str(made("no_camera")))
+    loader = Loader(
+        source, Frames(source), {"action": list(range(20))}, batch_size=5, seed=0
+    )  # episodes have 13 at most
+    errors = measure(Offset(0.5), lambda b: b, lambda c: c, loader, torch.arange(source.rows), seed=0, with_loss=False)
+    loader.close()
+    np.testing.assert_allclose(errors.grid, np.full((13, 3), 0.5), rtol=1e-5)
+
+
+def test_a_joint_that_is_still_up_to_rounding_is_still():
+    moving, rounded = torch.linspace(0, 1, 9), 0.04 + 1e-9 * torch.arange(9)
+    assert is_still(torch.stack([moving, rounded], dim=1).double()).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("names", "told"), [(["a", "b"], ["a", "b"]), (["a", "a"], ["action 0", "action 1"]), ([1, 2], ["1", "2"])]
+)
+def test_names_of_joints(names, told):
+    meta = SimpleNamespace(features={"action": {"shape": (2,), "names": names}})
+    assert action_names(meta) == told
+
+
+def test_a_simulation_that_does_not_fit_is_told_before_training(made, tmp_path, renderer):
+    settings = small("flow", dataset_id=str(made("video")), eval_env="metaworld", output_dir=str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"the policy takes observation.images.top, the environment gives .*leave --eval_env out"
+    ):
+        train(**settings)
+    with pytest.raises(UserError, match="--eval_env metawrld: there is no such environment, did you mean 'metaworld'"):
+        train(**{**settings, "eval_env": "metawrld"})
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_simulation_that_fails_does_not_end_the_run(made, tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise RuntimeError("the simulator has gone")
+
+    monkeypatch.setattr(exam.sim, "make_env", lambda *args: (SimpleNamespace(close=lambda: None), None))
+    monkeypatch.setattr(exam, "first_observation", lambda *args: None)
+    monkeypatch.setattr(exam, "check_fits", lambda *args: None)
+    monkeypatch.setattr(exam, "run_episodes", fail)
+    result = train(**small("flow", dataset_id=str(made("no_camera")), eval_env="pusht", output_dir=str(tmp_path)))
+    assert result.steps == 4
+    told = "warning: --eval_env pusht failed, no success rate: the simulator has gone"
+    assert capsys.readouterr().out.count(told) == 2
 
 
 def test_measuring_changes_no_weight(made, tmp_path, renderer):
@@ -254,8 +306,9 @@ def test_simulation_is_a_function_of_the_seed_and_shows_its_own_beginning(traine
     """In whatever order the episodes come; the first picture is of this episode, not of the one before."""
     env, config = sim.make_env("metaworld", "drawer-open-v3", ["episode_length=20"])
     policy = load_policy(trained, "cpu")
-    there = run_episodes(env, config, policy, [1, 2, 3])
-    back = run_episodes(env, config, policy, [3, 2, 1])[::-1]
+    there = run_episodes(env, config, policy, [1, 2, 3], num_videos=3)
+    back = run_episodes(env, config, policy, [3, 2, 1], num_videos=3)[::-1]
+    assert [len(episode.frames) for episode in run_episodes(env, config, policy, [1, 2], num_videos=1)] == [20, 1]
     env.close()
     for one, other in zip(there, back, strict=True):
         assert (one.seed, one.success, one.steps, one.reward) == (other.seed, other.success, other.steps, other.reward)

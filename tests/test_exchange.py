@@ -18,6 +18,7 @@ from checkpoint import read_json
 from config import TrainConfig, UserError
 from convert import from_lerobot
 from export import own_optimizer, to_lerobot
+from hub import create_repo, newest_checkpoint
 from infer import load_policy
 from policy import policy_config
 from train import train
@@ -328,6 +329,15 @@ def test_hub_up_and_down(hub, made, tmp_path, capsys):
     ]
     assert same_tensors(*(end / "policy.safetensors" for end in ends))
     assert load_policy("me/arm", device="cpu").policy.config.type == "flow"
+    assert not list((tmp_path / "hub").glob("**/checkpoint-2/policy.safetensors"))  # nothing is fetched that is not needed
+    state = "checkpoint-2/trainer_state.json"
+    hub.repos["me/arm"].append({**files, state: json.dumps({**json.loads(files[state]), "course": 1}).encode()})
+    assert newest_checkpoint("me/arm", "").name == "checkpoint-2"  # the run went back to it
+
+
+def test_a_repo_without_its_user_is_refused_at_once(hub):
+    with pytest.raises(UserError, match="--push_to_hub arm: a Hub id is written user/name"):
+        create_repo("arm")
 
 
 def test_hub_that_refuses_does_not_fail_the_run(hub, made, tmp_path, capsys):

@@ -88,3 +88,36 @@ def test_adapters(made, tmp_path, trained):
     expected = theirs.predict_action_chunk(batch)
     torch.manual_seed(0)
     assert torch.equal(ours.predict_action_chunk(batch), expected)
+
+
+def test_a_frozen_batch_norm_stays_as_it_is(made, tmp_path):
+    args = [*SMALL["flow"].split(), "backbone=resnet18", "n_obs_steps=1"]
+    settings = small(
+        "flow", dataset_id=[str(made("video"))], policy_args=args, freeze=["backbone"], output_dir=str(tmp_path)
+    )
+    train(**settings)
+    first, last = (load_file(tmp_path / f"checkpoint-{step}" / "policy.safetensors") for step in (2, 4))
+    norms = [name for name in first if "running_" in name]
+    assert norms
+    assert all(torch.equal(first[name], last[name]) for name in norms)
+
+
+def test_a_task_that_the_policy_does_not_know_is_told_before_training(made, tmp_path):
+    settings = small("flow", dataset_id=[str(made("no_camera"))], steps=1)
+    args = [*SMALL["flow"].split(), "task_embedding=true"]
+    trained = train(**{**settings, "policy_args": args, "episodes": "0"}, output_dir=str(tmp_path / "one")).checkpoint
+    config = json.loads((trained / "config.json").read_text())
+    assert config["tasks"] == ["lift", "push"]
+    (trained / "config.json").unlink()
+    (trained / "config.json").write_text(json.dumps({**config, "tasks": ["lift", "pull"]}))
+    with pytest.raises(
+        UserError, match=r"task 'push' is none that checkpoint-1 was trained on: .*pass --episodes of those"
+    ):
+        train(**{**settings, "policy_args": None}, policy_path=str(trained), output_dir=str(tmp_path / "two"))
+    ended = train(
+        **{**settings, "policy_args": None},
+        episodes="0,2",
+        policy_path=str(trained),
+        output_dir=str(tmp_path / "three"),
+    )
+    assert ended.steps == 1

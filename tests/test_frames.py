@@ -323,3 +323,14 @@ def test_list_and_prune_an_unfinished_store(unfinished, capsys):
     assert stores(folder) == []
     assert main(["list", "--cache_dir", str(folder)]) == 0
     assert capsys.readouterr().out == f"    0.00 GB in {folder}\n"
+
+
+def test_two_cameras_whose_names_end_alike_have_stores_of_their_own(made, tmp_path):
+    """Pictures lie in one table, so that their files do not tell them apart; the dataset's name may be long."""
+    source = open_dataset(str(made("images")))
+    source.meta.repo_id = "+".join(["alice/so101_pick_cube_kitchen"] * 3)
+    frames = Frames(source)
+    frames.decoder.shape = lambda key: (3, 64, 96)
+    keys = ("observation.images.left.rgb", "observation.images.right.rgb", "observation.images.top")
+    assert len({frames.place(key, tmp_path, "pyav") for key in keys}) == 3
+    frames.close()

@@ -14,6 +14,8 @@ import step
 from config import UserError
 from data.loader import Loader
 from exam import Exam
+from infer import load_policy
+from summary import last
 from train import train
 
 
@@ -168,6 +170,43 @@ def test_missing_metadata_files(copy_of):
     assert refusal(root) == f"dataset {root} has no meta/tasks.parquet: {remedy}"
 
 
+def test_stats_that_do_not_fit(copy_of):
+    root = copy_of("no_camera")
+    edit(root / "meta" / "stats.json", lambda stats: stats["action"].update(mean=[0.0] * 4, std=[1.0] * 4))
+    assert "meta/stats.json has 4 numbers of action, which has shape (3,)" in refusal(root)
+
+
+def test_stats_of_which_the_policy_needs_a_part(copy_of):
+    root = copy_of("no_camera")
+    edit(root / "meta" / "stats.json", lambda stats: [stats["action"].pop(name) for name in ("min", "max")])
+    assert train(**small("flow", dataset_id=str(root), output_dir=str(root / "run"), steps=1)).steps == 1
+
+
+@pytest.mark.parametrize("policy", ["flow", "act"])
+def test_one_joint_and_whole_numbers(tmp_path, policy):
+    """An action and a state of one number, and observations that are whole numbers or yes and no."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    one, kinds = {"shape": (1,), "names": None}, {"grip": "int64", "touch": "bool"}
+    features = {name: {"dtype": "float32", **one} for name in ("observation.state", "action")}
+    features |= {f"observation.{name}": {"dtype": kind, **one} for name, kind in kinds.items()}
+    dataset = LeRobotDataset.create("test/one", fps=10, features=features, root=tmp_path / "data", use_videos=False)
+    for _ in range(2):
+        for frame in range(9):
+            number = np.array([frame / 9], np.float32)
+            own = {f"observation.{name}": np.array([frame % 2], kind) for name, kind in kinds.items()}
+            dataset.add_frame({"observation.state": number, "action": number, **own, "task": "move"})
+        dataset.save_episode()
+    dataset.finalize()
+    result = train(
+        **small(policy, dataset_id=str(tmp_path / "data"), val_fraction=0.5), output_dir=str(tmp_path / "run")
+    )
+    assert result.final_loss < 100
+    assert 0 < last(result.history, "val_action_error") < 10
+    observation = {"observation.grip": [1], "observation.touch": [1], "observation.state": [0.5]}
+    assert load_policy(result.checkpoint, "cpu").act(observation).shape == (1,)
+
+
 def test_missing_stats(copy_of):
     root = copy_of("video")
     edit(root / "meta" / "stats.json", lambda stats: stats.pop("action"))
@@ -215,7 +254,7 @@ def test_out_of_memory_is_told(made, tmp_path, monkeypatch, error):
 def test_loss_not_finite_names_step_and_frames(made, tmp_path, monkeypatch):
     import step as module
 
-    real = module.pixels_to_float
+    real = module.as_floats
 
     def poisoned(batch, *rest):
         batch = real(batch, *rest)
@@ -223,7 +262,7 @@ def test_loss_not_finite_names_step_and_frames(made, tmp_path, monkeypatch):
             batch["action"] = batch["action"] * float("nan")
         return batch
 
-    monkeypatch.setattr(module, "pixels_to_float", poisoned)
+    monkeypatch.setattr(module, "as_floats", poisoned)
     settings = small(dataset_id=str(made("no_camera")), steps=20, save_freq=4, log_freq=4)
     with pytest.raises(UserError) as caught:
         train(**settings, output_dir=str(tmp_path))

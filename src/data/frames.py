@@ -134,7 +134,7 @@ class Frames:
 
     def place(self, key: str, folder: Path, library: str) -> Path:
         """Where a camera's store is, or will be: its name holds a hash of all that decides the content."""
-        by = library if key in self.source.videos else "pillow, sizes checked"  # older stores may hold garbage
+        by = library if key in self.source.videos else f"pillow, {key}, sizes checked"  # older stores may hold garbage
         facts = [LAYOUT, by, self.decoder.shape(key)]
         facts += [self.source.episodes, self.source.starts.tolist(), self.source.ends.tolist()]
         files = self.source.tables
@@ -145,8 +145,8 @@ class Frames:
         for path in files:
             stat = path.stat()
             facts.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
-        name = f"{self.source.meta.repo_id.replace('/', '--')}-{key.split('.')[-1]}"
-        return folder / f"{name[:80]}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+        name = f"{self.source.meta.repo_id.replace('/', '--')[:50]}-{key.split('.')[-1][:30]}"
+        return folder / f"{name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
 
     def open(self, key: str, place: Path) -> Tensor:
         """(N, C, h, w) uint8 over the file, read by the system when touched."""

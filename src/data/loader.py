@@ -110,11 +110,12 @@ class Loader:
         epochs, positions = samples // len(self.rows), samples % len(self.rows)
         rows = torch.empty_like(samples)
         for epoch in torch.unique(epochs).tolist():
-            if epoch not in self._orders:
-                self._orders = {e: order for e, order in self._orders.items() if e >= epoch - 1}
-                self._orders[epoch] = self._order(epoch)
+            order = self._orders.get(epoch)
+            if order is None:  # put there at once: the loop asks as well, beside the loader's thread
+                order = self._order(epoch)
+                self._orders = {**{e: known for e, known in self._orders.items() if e >= epoch - 1}, epoch: order}
             mine = epochs == epoch
-            rows[mine] = self.rows[self._orders[epoch][positions[mine]]]
+            rows[mine] = self.rows[order[positions[mine]]]
         return rows
 
     def _order(self, epoch: int) -> Tensor:

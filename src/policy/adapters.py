@@ -2,6 +2,9 @@
 
 import re
 from pathlib import Path
+from types import MethodType
+
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from config import UserError, one_line
 
@@ -101,3 +104,7 @@ def freeze(policy, patterns: list[str]) -> None:
                 parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         raise UserError(f"--freeze {' '.join(patterns)} leaves nothing to train")
+    for module in policy.modules():  # a frozen batch norm normalises as it will later, and its statistics stay
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, _BatchNorm) and own and not any(p.requires_grad for p in own):
+            module.eval().train = MethodType(lambda self, mode=True: self, module)

@@ -265,7 +265,7 @@ class Encoder(nn.Module):
         features = sum(eye.features for eye in self.eyes)
         features += sum(config.input_features[key].shape[0] for key in self.vectors)
         self.mix = nn.Sequential(nn.Linear(features * config.n_obs_steps, width), nn.SiLU(), nn.Linear(width, width))
-        self.task = nn.Embedding(len(config.tasks), width) if config.tasks else None
+        self.task = nn.Embedding(len(config.tasks), width) if config.task_embedding and config.tasks else None
 
     def forward(self, batch: dict) -> Tensor:
         parts = []  # each (B, S * features)
@@ -335,9 +335,9 @@ def make_backbone(config: FlowConfig, channels: tuple[int, ...]) -> tuple[nn.Mod
 
         backbone = timm.create_model(config.backbone, pretrained=weights is not None, num_classes=0, global_pool="")
     with torch.no_grad():
-        seen = backbone.eval()(torch.zeros(1, 3, 64, 64))
-    if seen.ndim != 4:
-        raise ValueError(f"backbone {config.backbone} gives no feature maps, but a tensor of shape {tuple(seen.shape)}")
+        seen, larger = (backbone.eval()(torch.zeros(1, 3, pixels, pixels)) for pixels in (64, 96))
+    if seen.ndim != 4 or seen.shape[1] != larger.shape[1]:  # or channels last
+        raise ValueError(f"backbone {config.backbone} gives no (N, C, h, w) feature maps, but {tuple(seen.shape)}")
     return backbone, seen.shape[1]
 
 

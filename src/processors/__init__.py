@@ -4,6 +4,7 @@ B samples, T steps of history (the axis is absent without history), C channels, 
 """
 
 import json
+import math
 from copy import deepcopy
 from pathlib import Path
 
@@ -70,9 +71,14 @@ def usable_stats(meta, imagenet: bool) -> dict:
         if meta.features.get(key, {}).get("dtype") in ("video", "image", "string") or "mean" not in of_key:
             continue
         of_key.update({name: torch.as_tensor(value, dtype=torch.float64) for name, value in of_key.items()})
+        if len({value.shape for name, value in of_key.items() if name != "count"}) > 1:
+            continue  # stats_problems tells
         scale = rounding(of_key["mean"])
-        still = (of_key["std"] <= scale) | (of_key["max"] - of_key["min"] <= scale)
-        of_key["std"] = torch.where(still, 1.0, of_key["std"])
+        if "std" in of_key:
+            still = of_key["std"] <= scale
+            if "min" in of_key and "max" in of_key:
+                still |= of_key["max"] - of_key["min"] <= scale
+            of_key["std"] = torch.where(still, 1.0, of_key["std"])
         for low, high in (("min", "max"), ("q01", "q99"), ("q10", "q90")):
             if low in of_key and high in of_key:
                 still = of_key[high] - of_key[low] <= scale
@@ -117,8 +123,12 @@ def stats_problems(config, stats: dict) -> list[str]:
         missing = [
             name for name in STATS_OF_MODE.get(getattr(mode, "value", "IDENTITY"), ()) if name not in stats.get(key, {})
         ]
+        remedy = "lerobot-edit-dataset recomputes meta/stats.json"
+        of_key = {} if feature.type.value == "VISUAL" else stats.get(key, {})
+        sizes = {len(of_key[name].reshape(-1)) for name in ("mean", "std", "min", "max") if name in of_key}
+        if wrong := sizes - {math.prod(feature.shape)}:
+            problems.append(f"meta/stats.json has {max(wrong)} numbers of {key}, which has shape {feature.shape}: {remedy}")
         if missing:
-            remedy = "lerobot-edit-dataset recomputes meta/stats.json"
             if missing[0].startswith("q"):
                 remedy = "python -m lerobot.scripts.augment_dataset_quantile_stats adds them"
             problems.append(
@@ -256,13 +266,20 @@ def renamed_from(preprocessor, key: str) -> str:
     return key
 
 
-def pixels_to_float(batch: dict, cameras: list[str], device) -> dict:
-    """The batch with its uint8 cameras on `device` as float32 in [0, 1], (B, [T,] C, h, w).
+def as_floats(batch: dict, meta, device) -> dict:
+    """The batch as policies take it: cameras on `device` in [0, 1], (B, [T,] C, h, w), other features as float32 (B, [T,] D).
 
-    `observation.*_is_pad` is left out: no LeRobot policy reads it, and the pipeline would take a camera's mask for a picture.
+    LeRobot's batches have features of one number without their last axis. The cameras' `_is_pad` are left out: the pipeline would
+    take them for pictures.
     """
-    batch = {k: v for k, v in batch.items() if not (k.startswith("observation.") and k.endswith("_is_pad"))}
-    return {**batch, **{key: on_device(batch[key], device) for key in cameras}}
+    ready = {key: value for key, value in batch.items() if key not in {f"{key}_is_pad" for key in meta.camera_keys}}
+    for key, feature in meta.features.items():
+        if key in meta.camera_keys:
+            ready[key] = on_device(batch[key], device)
+        elif key.startswith(("observation.", "action")) and isinstance(batch.get(key), torch.Tensor):
+            value = batch[key].float()
+            ready[key] = value.unsqueeze(-1) if tuple(feature["shape"]) == (1,) else value
+    return ready
 
 
 def on_device(pixels: torch.Tensor, device) -> torch.Tensor:
