@@ -132,7 +132,7 @@ def open_dataset(
     source = Source(dataset_id, meta, meta.root, *place, columns={}, tables=tables, parts=parts, problems=problems)
     read_columns(source, table)
     for key in meta.video_keys:
-        if f"videos/{key}/from_timestamp" not in meta.episodes.column_names:
+        if meta.episodes is not None and f"videos/{key}/from_timestamp" not in meta.episodes.column_names:
             problems.append(f"info.json has a camera {key}, meta/episodes does not say where its videos are")
     if not problems:  # what is below indexes by what the checks above have found sound
         source.videos = {key: find_videos(meta, key, source.episodes) for key in meta.video_keys}

@@ -127,7 +127,9 @@ def stats_problems(config, stats: dict) -> list[str]:
         of_key = {} if feature.type.value == "VISUAL" else stats.get(key, {})
         sizes = {len(of_key[name].reshape(-1)) for name in ("mean", "std", "min", "max") if name in of_key}
         if wrong := sizes - {math.prod(feature.shape)}:
-            problems.append(f"meta/stats.json has {max(wrong)} numbers of {key}, which has shape {feature.shape}: {remedy}")
+            problems.append(
+                f"meta/stats.json has {max(wrong)} numbers of {key}, which has shape {feature.shape}: {remedy}"
+            )
         if missing:
             if missing[0].startswith("q"):
                 remedy = "python -m lerobot.scripts.augment_dataset_quantile_stats adds them"
