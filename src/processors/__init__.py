@@ -274,7 +274,8 @@ def as_floats(batch: dict, meta, device) -> dict:
     LeRobot's batches have features of one number without their last axis. The cameras' `_is_pad` are left out: the pipeline would
     take them for pictures.
     """
-    ready = {key: value for key, value in batch.items() if key not in {f"{key}_is_pad" for key in meta.camera_keys}}
+    masks = {f"{key}_is_pad" for key in meta.camera_keys}
+    ready = {key: value for key, value in batch.items() if key not in masks}
     for key, feature in meta.features.items():
         if key in meta.camera_keys:
             ready[key] = on_device(batch[key], device)
