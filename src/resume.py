@@ -147,10 +147,8 @@ def data_of(source, held_out) -> dict:
     digest = hashlib.sha256(json.dumps([source.starts.tolist(), source.tasks]).encode())
     for _, values in sorted(source.columns.items()):
         digest.update(json.dumps(values).encode() if isinstance(values, list) else values.numpy())
-    files = {path for videos in source.videos.values() for path in videos.files}
-    pictures = sum(path.stat().st_size for path in files if path.is_file()) + sum(
-        column.nbytes for column in source.images.values()
-    )
+    files = {path for videos in source.videos.values() for path in videos.files if path.is_file()}
+    pictures = sum(path.stat().st_size for path in files) + sum(column.nbytes for column in source.images.values())
     counts = {"episodes": len(source.episodes), "frames": source.rows, "picture_bytes": pictures}
     return {**counts, "sha256": digest.hexdigest(), "held_out": [source.places[i] for i in held_out.tolist()]}
 
