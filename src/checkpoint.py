@@ -145,7 +145,7 @@ def find_resume(asked: str, output_dir: Path) -> tuple[Path | None, list[str]]:
             hint = f": it holds {newest.name}, pass {newest}" if newest else ": pass a checkpoint-<step> folder"
             raise UserError(f"--resume_from_checkpoint {asked} is no complete checkpoint (it has no {MANIFEST}){hint}")
     elif asked.count("/") == 1 and not path.parent.exists() and not asked.startswith((".", "~")):
-        path = newest_checkpoint(asked, "--resume_from_checkpoint")
+        path = newest_checkpoint(asked, "--resume_from_checkpoint", place_of)
     else:
         names = [p.name for p in find_checkpoints(path.parent)]
         there = ": latest and auto find one by themselves"

@@ -59,15 +59,16 @@ def create_repo(repo: str) -> None:
         HfApi().create_repo(repo, exist_ok=True)
 
 
-def newest_checkpoint(repo: str, what: str) -> Path:
+def newest_checkpoint(repo: str, what: str, place_of) -> Path:
     """The newest complete checkpoint-<step> of a Hub repo (user/name or user/name@revision), that folder alone, on disk.
+
+    Args:
+        place_of: of a folder with its trainer_state.json, what is largest for the newest.
 
     Raises:
         UserError: the repo holds none, or cannot be reached.
     """
     from huggingface_hub import HfApi, snapshot_download
-
-    from checkpoint import place_of
 
     if not re.fullmatch(HUB_ID, repo):
         raise UserError(f"{what} {repo}: there is no such folder, and a Hub id is written user/name")

@@ -14,7 +14,7 @@ from conftest import SMALL, small
 from safetensors.torch import load_file, save_file
 
 import export
-from checkpoint import read_json
+from checkpoint import place_of, read_json
 from config import TrainConfig, UserError
 from convert import from_lerobot
 from export import own_optimizer, to_lerobot
@@ -329,10 +329,12 @@ def test_hub_up_and_down(hub, made, tmp_path, capsys):
     ]
     assert same_tensors(*(end / "policy.safetensors" for end in ends))
     assert load_policy("me/arm", device="cpu").policy.config.type == "flow"
-    assert not list((tmp_path / "hub").glob("**/checkpoint-2/policy.safetensors"))  # nothing is fetched that is not needed
+    assert not list(
+        (tmp_path / "hub").glob("**/checkpoint-2/policy.safetensors")
+    )  # nothing is fetched that is not needed
     state = "checkpoint-2/trainer_state.json"
     hub.repos["me/arm"].append({**files, state: json.dumps({**json.loads(files[state]), "course": 1}).encode()})
-    assert newest_checkpoint("me/arm", "").name == "checkpoint-2"  # the run went back to it
+    assert newest_checkpoint("me/arm", "", place_of).name == "checkpoint-2"  # the run went back to it
 
 
 def test_a_repo_without_its_user_is_refused_at_once(hub):
