@@ -73,7 +73,7 @@ class Errors:
     """What a policy got wrong over a set of samples.
 
     Attributes:
-        loss: mean of the policy's own loss, None if it was not asked for.
+        loss: mean of the policy's own loss, None if it was not asked for, or will be another one later (vqbet's first phase).
         grid: (T, A) mean absolute action error in robot units, of each joint and step of the chunk, as far as the recording goes;
             None without chunks.
         spread: (A,) standard deviation of the recorded actions, to measure errors by; 0 of a joint that is still.

@@ -1,7 +1,6 @@
 """DeepSpeed ZeRO as a World: its engine steps by itself, and holds optimizer state (and in stage 3 the weights) in parts."""
 
 import contextlib
-import functools
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -11,17 +10,6 @@ from runtime import autocast
 from world import World, names_of
 
 
-def in_autocast(forward, precision: str, device):
-    """The same function, computing in `precision`."""
-
-    @functools.wraps(forward)
-    def within(*args, **kwargs):
-        with autocast(precision, device):
-            return forward(*args, **kwargs)
-
-    return within
-
-
 class ZeroWorld(World):
     """The processes of a run that `accelerate launch --use_deepspeed` started.
 
@@ -29,7 +17,8 @@ class ZeroWorld(World):
     """
 
     def wrap(self, policy, optimizer, clip_norm: float | None, share: int, precision: str):
-        policy.forward = in_autocast(policy.forward, precision, self.device)
+        if precision != "fp32":
+            policy.forward = autocast(precision, self.device)(policy.forward)
         self.groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
         self.names = names_of(policy, optimizer)
         settings = self.accelerator.deepspeed_plugin.deepspeed_config

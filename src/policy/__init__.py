@@ -113,9 +113,9 @@ def build_policy(config, meta, folder: Path | None = None):
 
 def counts_valid_actions(config) -> bool:
     """Whether the policy's loss is a mean over the actions within their episodes, rather than over samples."""
-    of_diffusion, of_eo1 = ("do_mask_loss_for_padding", False), ("supervise_padding_actions", True)
-    masked = getattr(config, *of_diffusion) or not getattr(config, *of_eo1)
-    return masked or config.type in ("act", "flow", "smolvla", "vla_jepa")
+    masks = getattr(config, "do_mask_loss_for_padding", False)  # diffusion's
+    keeps = getattr(config, "supervise_padding_actions", True)  # eo1's
+    return masks or not keeps or config.type in ("act", "flow", "smolvla", "vla_jepa")
 
 
 def set_phase(policy, step: int) -> None:
