@@ -177,7 +177,7 @@ class TrainConfig:
         "training", False, "torch.compile the policy: slow to start, then faster on a GPU"
     )
     gradient_checkpointing: Optional[bool] = setting(
-        "training", False, "compute activations twice instead of keeping them, where the policy can"
+        "training", None, "compute activations twice to save memory, where the policy can (else as its config says)"
     )
     deterministic: Optional[bool] = setting(
         "training", False, "on a GPU: no TF32 and no kernels that give other bits each time, for an exact resume"

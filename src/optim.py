@@ -18,10 +18,10 @@ def apply_flags(policy_config, config: TrainConfig) -> None:
     for flag, name in (("lr", "optimizer_lr"), ("weight_decay", "optimizer_weight_decay")):
         if getattr(config, flag) is not None and hasattr(policy_config, name):
             setattr(policy_config, name, getattr(config, flag))
-    if config.gradient_checkpointing:
-        if not hasattr(policy_config, "gradient_checkpointing"):
-            raise UserError(f"--gradient_checkpointing: policy {policy_config.type} has none: leave the flag out")
-        policy_config.gradient_checkpointing = True
+    if hasattr(policy_config, "gradient_checkpointing") and config.gradient_checkpointing is not None:
+        policy_config.gradient_checkpointing = config.gradient_checkpointing
+    elif config.gradient_checkpointing:
+        raise UserError(f"--gradient_checkpointing: policy {policy_config.type} has none: leave the flag out")
 
 
 def make_optimizer(policy, config: TrainConfig):

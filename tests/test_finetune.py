@@ -58,6 +58,14 @@ def test_gradient_checkpointing_changes_no_loss(made, tmp_path):
     assert [line["loss"] for line in plain] == pytest.approx([line["loss"] for line in twice], rel=1e-6)
 
 
+def test_a_resume_may_turn_gradient_checkpointing_off(made, tmp_path):
+    settings = small("flow", dataset_id=[str(made("video"))], steps=2, save_freq=1, gradient_checkpointing=True)
+    first = train(**settings, output_dir=str(tmp_path / "run")).checkpoint.with_name("checkpoint-1")
+    for given, then in (({}, True), ({"gradient_checkpointing": False}, False)):
+        end = train(resume_from_checkpoint=str(first), quiet=True, **given)
+        assert end.policy.config.gradient_checkpointing is then
+
+
 def test_adapters(made, tmp_path, trained):
     """LoRA through LeRobot: only adapters are trained and saved, LeRobot loads them, and a resume is exact."""
     pytest.importorskip("peft", reason="peft is not installed (uv pip install peft)")
