@@ -29,12 +29,13 @@ def open_loop(policy, source, say=print) -> dict:
     Returns:
         episodes: dicts of episode, predicted and recorded (N, A) float32, milliseconds (N,) of each act().
         errors: validation.Errors over every frame of them, as predicted chunks.
+        reliance: of each observation how far the actions move without it, by validation.reliance at 64 frames.
     """
     from data.frames import Frames
     from data.loader import Loader
     from infer import compare
     from processors import resize_of, window_deltas
-    from validation import measure, spread
+    from validation import measure, reliance, spread
 
     for key in policy.expected:
         if key not in source.meta.features:
@@ -50,9 +51,11 @@ def open_loop(policy, source, say=print) -> dict:
     try:
         parts = policy.policy, policy.preprocess, policy.postprocess
         errors = measure(*parts, loader, spread(source.starts, source.ends, 0), seed=0)
+        some = spread(source.starts, source.ends, 64)
+        used = reliance(*parts, loader, list(policy.expected), some, errors.spread, seed=0)
     finally:
         loader.close()
-    return {"episodes": episodes, "errors": errors}
+    return {"episodes": episodes, "errors": errors, "reliance": used}
 
 
 def open_loop_numbers(result: dict) -> dict:
@@ -67,6 +70,7 @@ def open_loop_numbers(result: dict) -> dict:
         "recorded_std_by_joint": dict(zip(errors.names, errors.spread.tolist(), strict=True)),
         "error_by_step": None if errors.grid is None else errors.line()["val_error_by_step"],
         "error_by_step_and_joint": None if errors.grid is None else errors.grid.tolist(),
+        "reliance": result["reliance"],
         "latency_ms": {f"p{p}": float(np.percentile(milliseconds, p)) for p in (50, 95, 99)},
         "episodes": [
             {"episode": e["episode"], "frames": len(e["recorded"]), "error_by_joint": e["error"].tolist()}
@@ -132,6 +136,13 @@ def open_loop_page(result: dict, numbers: dict, source, name: str) -> str:
     if source.meta.camera_keys:
         moments = worst_moments(result, source)
         parts.append(section("Worst moments", "", embed(moments_figure(moments, errors.names), "worst moments")))
+    if result["reliance"]:
+        text = (
+            "How far the predicted actions move, in their standard deviations, when one observation is taken from another "
+            "moment of these episodes and the others stay. Of one that is near 0 the policy makes no use."
+        )
+        rows = [[key, f"{moved:.3g}"] for key, moved in result["reliance"].items()]
+        parts.append(section("What the actions depend on", text, table(["observation", "actions move by"], rows)))
     shown = result["episodes"][:SHOWN]
     for episode in shown:
         curves = joints_figure(episode["predicted"], episode["recorded"], errors.names, fps)
@@ -236,9 +247,11 @@ def evaluate(args) -> None:
         (folder / "report.html").write_text(open_loop_page(result, numbers, source, name))
         joints = ", ".join(f"{joint} {error:.4g}" for joint, error in numbers["error_by_joint"].items())
         latency = ", ".join(f"{p} {ms:.1f}" for p, ms in numbers["latency_ms"].items())
-        print(
-            f"mean |action error| in robot units: {joints}\nlatency of act(), ms: {latency}\nreport: {folder / 'report.html'}"
-        )
+        print(f"mean |action error| in robot units: {joints}")
+        if used := numbers["reliance"]:
+            moved = ", ".join(f"{key} {value:.2g}" for key, value in used.items())
+            print(f"actions move, when one observation is another moment's, by standard deviations: {moved}")
+        print(f"latency of act(), ms: {latency}\nreport: {folder / 'report.html'}")
     if args.env:
         folder = folder_for(args.checkpoint, args.output_dir, f"{args.env}_{args.task or 'default'}")
         if args.ahead and policy is not None:

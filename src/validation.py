@@ -142,3 +142,44 @@ def measure(
         torch.where(is_still(actions), 0.0, actions.std(0)).reshape(-1).numpy(),
         action_names(source.meta),
     )
+
+
+@torch.no_grad()
+def reliance(policy, preprocess, postprocess, loader, keys, rows: Tensor, scale, seed: int) -> dict[str, float] | None:
+    """How far the predicted actions move when one observation is another moment's and the others stay: 0 of one that is not used.
+
+    One input is permuted over the samples, as for permutation importance (Breiman, Random Forests, 2001).
+
+    Args:
+        keys: observations of the dataset.
+        rows: (N,) rows of the loader's source to try it at.
+        scale: (A,) standard deviations of the recorded actions, 0 of a joint that is still.
+
+    Returns:
+        Of each key the mean absolute change in standard deviations, over samples, steps of the chunk and joints that move;
+        None for a policy without chunks, of a single sample, or where nothing moves.
+    """
+    policy.eval()
+    device, moving = next(policy.parameters()).device, torch.from_numpy(scale > 0)
+    if len(rows) < 2 or not moving.any():
+        return None
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    total = dict.fromkeys(keys, 0.0)
+
+    def predicted(batch: dict, number: int) -> Tensor:
+        seed_all(seed, VALIDATE, number)
+        actions = postprocess(predict_chunk(policy, preprocess(batch))).double().cpu()  # (B, T, A)
+        return actions[..., moving] / torch.from_numpy(scale)[moving]
+
+    try:
+        for number, part in enumerate(rows.tensor_split(-(-len(rows) // 8))):  # a part has two samples at least
+            batch = as_floats(loader.batch_of(part), loader.source.meta, device)
+            plain = predicted(dict(batch), number)
+            for key in keys:
+                other = predicted({**batch, key: batch[key].roll(1, 0)}, number)
+                total[key] += (other - plain).abs().mean().item() * len(part) / len(rows)
+    except NotImplementedError:
+        return None
+    finally:
+        policy.reset()
+    return total

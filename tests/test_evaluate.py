@@ -22,7 +22,7 @@ from infer import load_policy
 from processors import is_still
 from sim.rollout import Episode, check_fits, run_episodes, summary, wilson
 from train import train
-from validation import Errors, action_names, measure, split, spread
+from validation import Errors, action_names, measure, reliance, split, spread
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,31 @@ def test_steps_that_no_sample_reaches_are_left_out(made):
     errors = measure(Offset(0.5), lambda b: b, lambda c: c, loader, torch.arange(source.rows), seed=0, with_loss=False)
     loader.close()
     np.testing.assert_allclose(errors.grid, np.full((13, 3), 0.5), rtol=1e-5)
+
+
+class Doubled(Offset):
+    """A policy that does not look: twice the state, for a chunk of four."""
+
+    def predict_action_chunk(self, batch):
+        return 2 * batch["observation.state"][:, None].expand(-1, 4, -1)
+
+
+def test_reliance_of_a_policy_that_does_not_look(made):
+    from data.frames import Frames
+    from data.loader import Loader
+
+    source = open_dataset(str(made("video")))
+    camera, scale = source.meta.camera_keys[0], np.array([0.5, 0.0, 4.0])  # the middle joint is still
+    loader = Loader(source, Frames(source), {"action": [0, 1, 2, 3]}, batch_size=5, seed=0)
+    same = [lambda x: x] * 2
+    keys, two = ["observation.state", camera], torch.tensor([3, 8])
+    used = reliance(Doubled(0), *same, loader, keys, two, scale, seed=0)
+    none = [reliance(Doubled(0), *same, loader, keys, two, 0 * scale, seed=0)]
+    none += [reliance(Offset(0), *same, loader, ["action"], torch.arange(1), scale, seed=0)]
+    loader.close()
+    a, b = source.columns["observation.state"][two].double().numpy()
+    assert used == {"observation.state": pytest.approx(np.mean(2 * np.abs(a - b)[[0, 2]] / scale[[0, 2]])), camera: 0.0}
+    assert none == [None, None]
 
 
 def test_a_joint_that_is_still_up_to_rounding_is_still():
@@ -225,6 +250,7 @@ def test_open_loop_report(trained, tmp_path, capsys):
     np.testing.assert_allclose(list(numbers["error_by_joint"].values()), np.mean(errors, 0), rtol=1e-4)
     assert len(numbers["error_by_step"]) == 6
     assert [episode["episode"] for episode in numbers["episodes"]] == [1, 4]
+    assert set(numbers["reliance"]) == set(policy.expected)
     assert numbers["latency_ms"]["p50"] <= numbers["latency_ms"]["p99"]
     report = (tmp_path / "open_loop" / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 4  # error along the chunk, worst moments, two episodes
