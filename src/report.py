@@ -3,6 +3,7 @@
 python src/report.py outputs/a outputs/b        # compare runs: a page, and a picture
 """
 
+import contextlib
 import json
 import shlex
 import sys
@@ -286,9 +287,12 @@ class Stopwatch:
         self.steps += 1
         return batch
 
-    def leave_out(self, seconds: float) -> None:
-        """Time that is not training's, such as a save's or a validation's."""
-        self.left_out += seconds
+    @contextlib.contextmanager
+    def paused(self):
+        """What is done within is not training, such as a save or a validation."""
+        begun = time.perf_counter()
+        yield
+        self.left_out += time.perf_counter() - begun
 
     def minutes_since_save(self) -> float:
         return (time.perf_counter() - self.last_save) / 60

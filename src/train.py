@@ -15,6 +15,7 @@ from config import TrainConfig, UserError, one_line
 
 if __name__ == "__main__":
     GIVEN = parse_command_line(sys.argv[1:])  # before the imports that take seconds: --help answers at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): Ctrl-C ends those without a traceback
 
 import torch
 
@@ -162,27 +163,24 @@ class Run:
 
     def examine(self) -> None:
         """Held-out episodes and simulation, to a line of metrics; other processes wait for the main one."""
-        begun = time.perf_counter()
-        with self.learner.acting(self.whole):
+        with self.watch.paused(), self.learner.acting(self.whole):
             if self.world.is_main and (results := self.exam.results(self.loader)):
                 self.report.examined({"step": self.step, **results}, said(results), self.exam.picture)
             self.world.wait()
-        self.watch.leave_out(time.perf_counter() - begun)
 
     def save(self) -> None:
         """Have checkpoint-<step> written; a run that went bad since the last log line is stopped instead."""
         self.stop_if_not_finite()
-        begun = time.perf_counter()
-        self.loss_sum.fill_(self.world.mean(self.loss_sum))  # as those that go on from here find it
-        trees = self.learner.state()  # of all processes
-        if self.world.is_main:
-            in_first_interval = self.resumed and self.step - self.start_step <= self.config.save_freq
-            never = [self.resumed] if in_first_interval else []
-            parts = self.policy.config, self.preprocess, self.postprocess, self.state()
-            self.writer.save(Snapshot(self.step, *trees, *parts, adapters_config(self.policy)), never)
-            self.report.trackers.note("checkpoint", f"checkpoint-{self.step}", self.step)
+        with self.watch.paused():
+            self.loss_sum.fill_(self.world.mean(self.loss_sum))  # as those that go on from here find it
+            trees = self.learner.state()  # of all processes
+            if self.world.is_main:
+                in_first_interval = self.resumed and self.step - self.start_step <= self.config.save_freq
+                never = [self.resumed] if in_first_interval else []
+                parts = self.policy.config, self.preprocess, self.postprocess, self.state()
+                self.writer.save(Snapshot(self.step, *trees, *parts, adapters_config(self.policy)), never)
+                self.report.trackers.note("checkpoint", f"checkpoint-{self.step}", self.step)
         self.saved_step = self.step
-        self.watch.leave_out(time.perf_counter() - begun)
         self.watch.last_save = time.perf_counter()
 
     def state(self) -> checkpoints.TrainState:
@@ -225,6 +223,7 @@ class Run:
 
 def main(given: dict) -> int:
     """Run the command line; a user's mistake is one line and exit status 2, a signal's stop 128 plus its number."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     rank = int(os.environ.get("RANK", "0"))
     try:
         result = train(**given)

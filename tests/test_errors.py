@@ -1,6 +1,8 @@
 """A user's mistake is one line, `error: ...`, and exit status 2; nothing is touched."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -248,3 +250,11 @@ def test_command_line_exits_with_2():
         assert shown.returncode == 2
         assert shown.stderr.startswith("error: ")
         assert shown.stderr.count("\n") == 1
+
+
+def test_interrupted_while_torch_is_imported(tmp_path):
+    """No traceback, and the shell sees that it was Ctrl-C."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
+    command = [sys.executable, "src/train.py", "--dataset_id", "x"]
+    shown = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert (shown.returncode, shown.stdout, shown.stderr) == (-signal.SIGINT, b"", b"")
