@@ -244,10 +244,10 @@ def test_real_arm_lowers_the_loss(real):
 @pytest.mark.parametrize(
     ("stopped", "asked"),
     [
-        (20, "folder"),
+        (40, "latest"),
         *(
             pytest.param(step, how, marks=pytest.mark.slow)
-            for step, how in ((40, "latest"), (20, "auto"), (40, "auto"))
+            for step, how in ((20, "folder"), (20, "auto"), (40, "auto"))
         ),
     ],
 )
