@@ -55,13 +55,15 @@ def live(settings: dict, operation: int | None) -> int:
         os._exit(status)
 
 
-def tell(settings: dict, died: int | None, status: int) -> None:
+def tell(settings: dict, died: int | None, status: int) -> int:
+    """Say how a life ended; the step of its newest checkpoint."""
     output_dir = Path(settings["output_dir"])
     for path in output_dir.glob("checkpoint-*"):
         verify(path)
     code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
     steps = [int(path.name.split("-")[1]) for path in find_checkpoints(output_dir)]
     print(json.dumps({"status": code, "operation": died, "checkpoints": steps}), flush=True)
+    return max(steps, default=0)
 
 
 def main(path: str, how: str, *args: str) -> None:
@@ -74,6 +76,7 @@ def main(path: str, how: str, *args: str) -> None:
     else:
         number, rng = getattr(signal, args[0]), random.Random(int(args[1]))
         log, start = Path(settings["output_dir"] + ".log"), "saves to"
+        longest, newest = 3.0, 0  # seconds of a life, and what the last ones have saved
         while True:
             begun = log.read_text().count(start) if log.exists() else 0
             pid = live(settings, None)
@@ -81,11 +84,12 @@ def main(path: str, how: str, *args: str) -> None:
             while done[0] == 0 and (log.read_text().count(start) if log.exists() else 0) == begun:
                 time.sleep(0.01)  # until it has imported, read and built all: from here on it trains
                 done = os.waitpid(pid, os.WNOHANG)
-            time.sleep(rng.uniform(0, 3))
+            time.sleep(rng.uniform(0, longest))
             if done[0] == 0:
                 os.kill(pid, number)
                 done = os.waitpid(pid, 0)
-            tell(settings, None, done[1])
+            before, newest = newest, tell(settings, None, done[1])
+            longest *= 1 if newest > before else 1.2  # on a slow machine too one has to come to a save
             if os.WIFEXITED(done[1]) and os.WEXITSTATUS(done[1]) == 0:
                 return
     tell(settings, None, os.waitpid(live(settings, None), 0)[1])
