@@ -138,7 +138,7 @@ def open_loop_page(result: dict, numbers: dict, source, name: str) -> str:
         parts.append(section("Worst moments", "", embed(moments_figure(moments, errors.names), "worst moments")))
     if result["reliance"]:
         text = (
-            "How far the predicted actions move, in their standard deviations, when one observation is taken from another "
+            "How far the predicted actions move, in standard deviations of the recorded ones, when one observation is taken from another "
             "moment of these episodes and the others stay. Of one that is near 0 the policy makes no use."
         )
         rows = [[key, f"{moved:.3g}"] for key, moved in result["reliance"].items()]

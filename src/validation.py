@@ -168,7 +168,7 @@ def reliance(policy, preprocess, postprocess, loader, keys, rows: Tensor, scale,
 
     def predicted(batch: dict, number: int) -> Tensor:
         seed_all(seed, VALIDATE, number)
-        actions = postprocess(predict_chunk(policy, preprocess(batch))).double().cpu()  # (B, T, A)
+        actions = postprocess(predict_chunk(policy, preprocess(batch))).float().cpu()  # (B, T, A); Macs have no double
         return actions[..., moving] / torch.from_numpy(scale)[moving]
 
     try:
