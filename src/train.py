@@ -15,7 +15,7 @@ from config import TrainConfig, UserError, one_line
 
 if __name__ == "__main__":
     GIVEN = parse_command_line(sys.argv[1:])  # before the imports that take seconds: --help answers at once
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): Ctrl-C ends those without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() Ctrl-C ends it without a traceback
 
 import torch
 
@@ -223,7 +223,6 @@ class Run:
 
 def main(given: dict) -> int:
     """Run the command line; a user's mistake is one line and exit status 2, a signal's stop 128 plus its number."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     rank = int(os.environ.get("RANK", "0"))
     try:
         result = train(**given)
@@ -245,4 +244,5 @@ def main(given: dict) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(GIVEN))
