@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import OneLineParser
+from command_line import OneLineParser, command
 from config import UserError, nearest, one_line
 from hub import newest_checkpoint
 
@@ -286,6 +286,7 @@ def show(path: Path) -> str:
     return "\n".join([*lines, *(f"{file.stat().st_size:>12,}  {file.name}" for file in sorted(path.iterdir()))])
 
 
+@command
 def main(argv: list[str]) -> int:
     parser = OneLineParser(prog="checkpoint.py", description="Look at checkpoints.")
     parser.add_argument("what", choices=("list", "verify", "show"), help="list or verify a run's, or show one")
@@ -293,8 +294,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     found = [args.path] if (args.path / MANIFEST).is_file() else sorted(find_checkpoints(args.path), key=place_of)
     if not found:
-        print(f"error: {args.path} is no checkpoint and holds none", file=sys.stderr)
-        return 2
+        raise UserError(f"{args.path} is no checkpoint and holds none")
     damaged = 0
     for path in found if args.what == "verify" else found[-1:] if args.what == "show" else []:
         try:

@@ -1,6 +1,7 @@
 """The command line of TrainConfig: flags, help, the README's table of them. Imports nothing heavy: `--help` answers at once."""
 
 import argparse
+import functools
 import re
 import sys
 from dataclasses import MISSING
@@ -25,6 +26,23 @@ OF_LEROBOT = {  # flags of lerobot-train: what to pass here
     "--env.type": "--eval_env NAME",
     "--num_workers": "--num_threads N",
 }
+
+
+def command(main):
+    """Of a script's main(argv): a mistake that the user can mend is one line and status 2, Ctrl-C another and 130."""
+
+    @functools.wraps(main)
+    def run(argv: List[str]) -> int:
+        try:
+            return main(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return run
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import OWN_WEIGHTS, TrainState, load_optimizer, read_json, step_of
-from command_line import OneLineParser
+from command_line import OneLineParser, command
 from config import FIELDS, TrainConfig, UserError, one_line
 
 TOLERANCE = 1e-4  # of the largest difference from the policy, in normalised actions
@@ -277,6 +277,7 @@ def describe(loaded, form: str, names, example, worst: float) -> dict:
     }
 
 
+@command
 def main(argv: list[str]) -> int:
     parser = OneLineParser(prog="export.py", description="Take a checkpoint elsewhere.")
     parser.add_argument("checkpoint", help="a checkpoint-<step> folder, or any LeRobot policy folder or Hub id")
@@ -288,20 +289,15 @@ def main(argv: list[str]) -> int:
         help=f"with onnx: weights in 8 bits, written if they are off by {INT8_TOLERANCE:g} at most",
     )
     args = parser.parse_args(argv)
-    try:
-        if args.format == "lerobot":
-            folder = to_lerobot(Path(args.checkpoint), args.output)
-            print(
-                f"{folder}\nnext: lerobot-train --resume=true --config_path={folder}/pretrained_model/train_config.json"
-            )
-            return 0
-        return write(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.format == "lerobot":
+        folder = to_lerobot(Path(args.checkpoint), args.output)
+        print(f"{folder}\nnext: lerobot-train --resume=true --config_path={folder}/pretrained_model/train_config.json")
+    else:
+        write(args)
+    return 0
 
 
-def write(args) -> int:
+def write(args) -> None:
     from infer import load_policy
     from policy import quiet_lerobot
 
@@ -334,7 +330,6 @@ def write(args) -> int:
     about.write_text(json.dumps(describe(loaded, args.format, names, example, worst), indent=2) + "\n")
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, inputs and normalisation in {about.name}")
     print(f"largest difference from the policy {worst:.1g}; a chunk takes {mine:.1f} ms, of the policy {theirs:.1f} ms")
-    return 0
 
 
 def require(worst: float, allowed: float, what: str) -> None:

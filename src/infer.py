@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from command_line import OneLineParser
+from command_line import OneLineParser, command
 from config import UserError, nearest
 
 
@@ -188,6 +188,11 @@ def recorded_observations(source, episode: int, keys):
 
     from data.frames import Frames
 
+    for key in keys:
+        if key not in source.meta.features:
+            raise UserError(
+                f"dataset {source.name} has no {key}, which the policy takes: pass the dataset it was trained on"
+            )
     place = source.episodes.index(episode)
     frames = Frames(source)
     try:
@@ -237,6 +242,7 @@ def compare(policy, source, episode: int, fps: float | None = None) -> dict:
     }
 
 
+@command
 def main(argv: list[str]) -> int:
     parser = OneLineParser(prog="infer.py", description="Compare a policy with a recorded episode, action by action.")
     parser.add_argument("checkpoint", help="a checkpoint-<step> folder, a run's folder, or a Hub id")
@@ -246,26 +252,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--n_action_steps", type=int, help="actions carried out of each chunk [as trained]")
     parser.add_argument("--ahead", action="store_true", help="predict ahead, as far as the dataset's fps asks for")
     args = parser.parse_args(argv)
-    try:
-        from data.source import open_dataset
+    from data.source import open_dataset
 
-        source = open_dataset(args.dataset_id, episodes=str(args.episode), flag="--episode")
-        source.require()
-        policy = load_policy(args.checkpoint, args.device, args.n_action_steps)
-        for key in policy.expected:
-            if key not in source.meta.features:
-                raise UserError(
-                    f"dataset {args.dataset_id} has no {key}, which the policy takes: pass the dataset it was trained on"
-                )
-        if args.ahead:
-            policy = policy.ahead(source.meta.fps, next(iter(source.tasks), ""))
-            print(
-                f"a chunk is asked for {policy.lead} frames ahead, and {policy.count} actions are carried out of each"
-            )
-        result = compare(policy, source, args.episode, source.meta.fps if args.ahead else None)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    source = open_dataset(args.dataset_id, episodes=str(args.episode), flag="--episode")
+    source.require()
+    policy = load_policy(args.checkpoint, args.device, args.n_action_steps)
+    if args.ahead:
+        policy = policy.ahead(source.meta.fps, next(iter(source.tasks), ""))
+        print(f"a chunk is asked for {policy.lead} frames ahead, and {policy.count} actions are carried out of each")
+    result = compare(policy, source, args.episode, source.meta.fps if args.ahead else None)
     width = max(len(name) for name in result["names"])
     print(
         f"{'joint':<{width}}  mean |error|  recorded std   (robot units, episode {args.episode}, {len(result['milliseconds'])} frames)"

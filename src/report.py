@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from command_line import OneLineParser
+from command_line import OneLineParser, command
 from config import UserError, one_line
 from page import curves_figure
 from processors import policy_features
@@ -313,6 +313,7 @@ class Stopwatch:
         return rates
 
 
+@command
 def main(argv: list[str]) -> int:
     parser = OneLineParser(prog="report.py", description="Compare runs by their metrics.jsonl.")
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
@@ -326,12 +327,8 @@ def main(argv: list[str]) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         page = runs_page(runs).save(output.with_suffix(".html"))
         curves_figure(runs).savefig(output.with_suffix(".png"), dpi=110)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f"error: --output {args.output} cannot be written: {error.strerror}", file=sys.stderr)
-        return 2
+        raise UserError(f"--output {args.output} cannot be written: {error.strerror}") from error
     print(page)
     return 0
 

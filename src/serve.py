@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 
-from command_line import OneLineParser
+from command_line import OneLineParser, command
 from config import UserError, one_line
 
 KINDS = ("uint8", "float32", "float64", "int64", "int32")
@@ -158,6 +158,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+@command
 def main(argv: list[str]) -> int:
     parser = OneLineParser(prog="serve.py", description="Serve a policy over HTTP.")
     parser.add_argument("checkpoint", help="a checkpoint-<step> folder, a run's folder, or a Hub id")
@@ -175,16 +176,12 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     from infer import load_policy
 
+    policy = load_policy(args.checkpoint, args.device, args.n_action_steps, args.task)
+    policy = policy.ahead(args.ahead) if args.ahead else policy
     try:
-        policy = load_policy(args.checkpoint, args.device, args.n_action_steps, args.task)
-        policy = policy.ahead(args.ahead) if args.ahead else policy
         server = Server(policy, (args.host, args.port), int(args.max_mb * 1e6))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except (OSError, OverflowError) as error:
-        print(f"error: --host {args.host} --port {args.port} cannot be used: {one_line(error)}", file=sys.stderr)
-        return 2
+        raise UserError(f"--host {args.host} --port {args.port} cannot be used: {one_line(error)}") from error
     print(
         f"serving {args.checkpoint} on http://{args.host}:{server.server_port} (GET /health; Ctrl-C ends)", flush=True
     )

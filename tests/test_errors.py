@@ -252,9 +252,16 @@ def test_command_line_exits_with_2():
         assert shown.stderr.count("\n") == 1
 
 
-def test_interrupted_while_torch_is_imported(tmp_path):
+@pytest.mark.parametrize(
+    ("command", "status", "line"),
+    [
+        (["src/train.py", "--dataset_id", "x"], -signal.SIGINT, b""),
+        (["src/evaluate.py", "x", "--env", "metaworld"], 130, b"interrupted\n"),
+    ],
+)
+def test_interrupted_while_torch_is_imported(tmp_path, command, status, line):
     """No traceback, and the shell sees that it was Ctrl-C."""
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
-    command = [sys.executable, "src/train.py", "--dataset_id", "x"]
-    shown = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True)
-    assert (shown.returncode, shown.stdout, shown.stderr) == (-signal.SIGINT, b"", b"")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    shown = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True)
+    assert (shown.returncode, shown.stdout, shown.stderr) == (status, b"", line)

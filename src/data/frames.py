@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from command_line import OneLineParser
+from command_line import OneLineParser, command
 from config import UserError, one_line
 from data.decode import CHUNK, LIBRARIES, Decoder
 from data.source import Source
@@ -278,8 +278,8 @@ def on_disk(path: Path) -> int:
     return path.stat().st_blocks * 512 if os.name != "nt" else path.stat().st_size
 
 
+@command
 def main(argv: list[str]) -> int:
-
     parser = OneLineParser(prog="python -m data.frames", description="Show or clear the cache of decoded frames.")
     parser.add_argument("command", choices=("list", "prune"))
     parser.add_argument("--cache_dir", type=Path, default=default_cache_dir(), help="[%(default)s]")
