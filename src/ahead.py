@@ -42,7 +42,7 @@ class Ahead:
         # carried out of each chunk, with room for going over to the next one after what is settled
         room = length - lead - getattr(config, "blend_steps", 0)
         self.count = max(lead, min(max(getattr(config, "n_action_steps", 1), lead), room))
-        self.device, self.kind, self.expected = loaded.device, loaded.kind, loaded.expected
+        self.device, self.kind, self.expected, self.joints = loaded.device, loaded.kind, loaded.expected, loaded.joints
         self.stream = None
         if torch.device(self.device).type == "cuda":  # in one queue with it an action would wait for the chunk
             self.stream = torch.cuda.Stream(self.device)

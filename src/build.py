@@ -21,6 +21,7 @@ from processors import (
     make_processors,
     parse_rename,
     policy_features,
+    policy_problems,
     resize_of,
     set_rename,
     stats_problems,
@@ -95,7 +96,7 @@ def build_parts(config: TrainConfig, resumed: Path | None, source, device):
         return finished(policy_cfg, source.meta, folder, config), preprocess, postprocess
     stats = usable_stats(source.meta, config.imagenet_stats == "on")
     stats = {rename.get(key, key): value for key, value in stats.items()}
-    source.require(stats_problems(policy_cfg, stats))
+    source.require(stats_problems(policy_cfg, stats) + policy_problems(policy_cfg, size))
     policy = finished(policy_cfg, source.meta, folder, config)
     if folder and has_processors(folder):
         return policy, *adapt_processors(folder, policy_cfg, stats, config.image_size, rename)

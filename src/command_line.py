@@ -89,6 +89,10 @@ class Parser(argparse_dataclass.ArgumentParser):
     def given(self, argv: List[str]) -> dict:
         """The settings that `argv` names, and no defaults."""
         argv = [spelt_as_field(word) for word in argv]
+        flags = [word.split("=")[0] for word in argv if word.startswith("--")]
+        for name, f in FIELDS.items():
+            if f.metadata.get("nargs") == "+" and flags.count(f"--{name}") > 1:
+                raise UserError(f"--{name} is given more than once: pass all of its values after one")
         namespace, unknown = argparse.ArgumentParser.parse_known_args(self, argv)
         for word in unknown:
             name = word.split("=")[0]

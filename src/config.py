@@ -353,7 +353,7 @@ def typed(f, value):
 def read_config_file(path: str) -> dict:
     """The settings in a JSON or YAML file, as a dict of those given there."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).expanduser().read_text()
     except OSError as error:
         raise UserError(f"--config_path {path} cannot be read: {error.strerror}") from None
     kind, read = ("JSON", json.loads) if path.endswith(".json") else ("YAML", read_yaml)

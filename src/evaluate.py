@@ -204,7 +204,7 @@ def folder_for(checkpoint: str, asked: str | None, kind: str) -> Path:
     """Where the results of an evaluation go: beside the checkpoint, not into it."""
     place = Path(checkpoint).expanduser()
     if asked:
-        folder = Path(asked) / kind
+        folder = Path(asked).expanduser() / kind
     elif not place.is_dir():
         folder = Path("outputs") / "evaluation" / checkpoint.replace("/", "_") / kind
     elif place.name.startswith("checkpoint-"):

@@ -25,6 +25,7 @@ class LoadedPolicy:
         self.policy, self.preprocess, self.postprocess, self.task = policy, preprocess, postprocess, task
         self.device, self.kind = next(policy.parameters()).device, policy.config.type
         self.expected = expected_observation(policy.config, preprocess, resize_of(preprocess))
+        self.joints = policy.config.action_feature.shape[0]
         self.reset()
 
     def reset(self) -> None:
@@ -118,7 +119,7 @@ class LoadedPolicy:
             raise UserError(
                 f"{key}: expected uint8 of shape {spell(shape)} (height, width, channels), got {value.dtype} of {value.shape}"
             )
-        if kind == "float" and (value.dtype.kind not in "fiu" or not fits):
+        if kind == "float" and (value.dtype.kind not in "fiub" or not fits):
             raise UserError(
                 f"{key}: expected numbers of shape {spell(shape)}, got {value.dtype} of shape {value.shape}"
             )
@@ -220,6 +221,10 @@ def compare(policy, source, episode: int, fps: float | None = None) -> dict:
     from runtime import EVAL, seed_all
     from validation import action_names
 
+    if (recorded := source.meta.features["action"]["shape"][0]) != policy.joints:
+        raise UserError(
+            f"dataset {source.name} has {recorded} actions, the policy gives {policy.joints}: pass the dataset it was trained on"
+        )
     policy.reset()  # which may wait for a chunk that draws still
     seed_all(EVAL, episode)  # for policies that draw noise: the same numbers each time
     predicted, recorded, times, due = [], [], [], 0.0

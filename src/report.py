@@ -323,10 +323,11 @@ def main(argv: list[str]) -> int:
     names = names if len(set(names)) == len(names) else [str(run) for run in args.runs]
     try:
         runs = {name: read_history(run) for name, run in zip(names, args.runs, strict=True)}
-        output = Path(args.output)
+        output = Path(args.output.removesuffix(".html")).expanduser()
+        output = output / "runs" if output.is_dir() or args.output.endswith("/") else output
         output.parent.mkdir(parents=True, exist_ok=True)
-        page = runs_page(runs).save(output.with_suffix(".html"))
-        curves_figure(runs).savefig(output.with_suffix(".png"), dpi=110)
+        page = runs_page(runs).save(output.with_name(f"{output.name}.html"))
+        curves_figure(runs).savefig(output.with_name(f"{output.name}.png"), dpi=110)
     except OSError as error:
         raise UserError(f"--output {args.output} cannot be written: {error.strerror}") from error
     print(page)

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ POLICY_FIELDS = (
     "freeze",
     "imagenet_stats",
 )  # a resumed run keeps its policy
+PRESET_FIELDS = ("batch_size", "ema_decay", "augment", "image_size")  # None: as the policy's preset has it
 # another value of these is another run
 COURSE_FIELDS = (
     "dataset_id", "dataset_weights", "rename", "revision", "episodes", "val_fraction", "val_episodes",
@@ -46,6 +48,7 @@ def settle(settings: dict, held: ExitStack):
     check_names(settings, "for train()")
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     given = {**(read_config_file(settings["config_path"]) if settings.get("config_path") else {}), **settings}
+    given |= {name: os.path.expanduser(given[name]) for name in ("output_dir", "dataset_root") if given.get(name)}
     world = held.enter_context(make_world(given.get("device") or "auto"))
     with world.main_first():
         return world, *settle_one(given, held, world)
@@ -65,6 +68,8 @@ def settle_one(given: dict, held: ExitStack, world: World):
     else:
         resumed, changes = checkpoints.find_resume(asked, output_dir and Path(output_dir)) if asked else (None, [])
     state = None if resumed is None else checkpoints.read_state(resumed, given.get("resume_step"))
+    if state is not None:  # what the preset has filled in stays
+        given = {name: value for name, value in given.items() if value is not None or name not in PRESET_FIELDS}
     config = merge(given, state and state.train_config)
     config = replace(config, precision=pick_precision(config.precision, world.use(config.device)))
     if state is not None:

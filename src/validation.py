@@ -129,7 +129,7 @@ def measure(
         except NotImplementedError:
             chunks = False
         if chunks:
-            recorded = batch["action"].reshape(len(part), -1, predicted.shape[-1])[:, now:]  # (B, T', A)
+            recorded = batch["action"].float().reshape(len(part), -1, predicted.shape[-1])[:, now:]  # (B, T', A)
             steps = min(predicted.shape[1], recorded.shape[1])
             there = ~batch["action_is_pad"][:, now : now + steps, None] if "action_is_pad" in batch else torch.ones(1)
             error = (predicted[:, :steps] - recorded[:, :steps]).abs() * there

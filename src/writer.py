@@ -27,6 +27,7 @@ from checkpoint import (
     WEIGHTS,
     TrainState,
     best_checkpoint,
+    find_checkpoints,
     make_ready,
     prune,
     seal,
@@ -306,11 +307,16 @@ def sole_writer(output_dir: Path):
     The lock is the system's (flock), which goes with the process that holds it, however that ends.
 
     Raises:
-        UserError: another run holds it (its pid and host are named), or the folder cannot be written.
+        UserError: another run holds it (its pid and host are named), it is no run's folder, or cannot be written.
     """
     from filelock import FileLock, Timeout
 
     fresh, lock = not output_dir.exists(), FileLock(output_dir / LOCK, timeout=0)
+    others = [name for name in ("meta", "README.md", "config.json") if (output_dir / name).exists()]
+    if others and not (output_dir / LOCK).exists() and not find_checkpoints(output_dir):
+        raise UserError(
+            f"--output_dir {output_dir} is no run's folder, it holds {others[0]}: pass another, which may be new"
+        )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()

@@ -75,6 +75,7 @@ def test_hyphens_are_underscores():
     ("line", "told"),
     [
         ("--dataset_id x --bach_size 3", "unknown flag --bach_size, did you mean '--batch_size'?"),
+        ("--dataset_id x --dataset-id=y", "--dataset_id is given more than once: pass all of its values after one"),
         ("--dataset.root=x", "--dataset.root=x is lerobot-train's: pass --dataset_id FOLDER"),
         ("--policy.chunk_size=8", "--policy.chunk_size=8 is lerobot-train's: pass --policy_args NAME=VALUE"),
         ("--resume=true", "--resume=true is lerobot-train's: pass --resume_from_checkpoint CHECKPOINT, latest or auto"),

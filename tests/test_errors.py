@@ -242,6 +242,15 @@ def test_output_dir_that_cannot_be_written(capsys, made, tmp_path):
     assert line == f"--output_dir {tmp_path}/file/run cannot be written: Not a directory"
 
 
+@pytest.mark.parametrize("file", ["README.md", "meta/info.json"])
+def test_output_dir_that_is_no_run_of_ours(capsys, made, tmp_path, file):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("mine")
+    line = told(capsys, **small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path)))
+    assert line.startswith(f"--output_dir {tmp_path} is no run's folder, it holds {file.split('/')[0]}: pass another")
+    assert [path.name for path in tmp_path.iterdir()] == [file.split("/")[0]]
+
+
 def test_command_line_exits_with_2():
     for flags in (["--bach_size", "3"], ["--dataset_id", "nowhere"]):
         shown = subprocess.run(

@@ -8,13 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import small
+from conftest import SMALL, small
 
 import step
 from config import UserError
 from data.loader import Loader
+from data.source import open_dataset
 from exam import Exam
-from infer import load_policy
+from infer import compare, load_policy
 from summary import last
 from train import train
 
@@ -39,7 +40,7 @@ def edit(path, change):
 
 def refusal(root, **settings) -> str:
     with pytest.raises(UserError) as caught:
-        train(**small(dataset_id=str(root), output_dir=str(root / "run"), **settings))
+        train(**{**small(dataset_id=str(root), output_dir=str(root / "run")), **settings})
     assert not (root / "run").exists()
     return str(caught.value)
 
@@ -140,25 +141,86 @@ def test_a_task_that_the_metadata_does_not_have(copy_of, number):
     assert refusal(root) == f"dataset {root}: info.json has no feature task_index"
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("video", [64, 96, 3]), ("video", [3, 64, 96]), ("images", [64, 96, 3])])
-def test_a_camera_whose_axes_have_no_names(copy_of, kind, shape):
+def set_camera(root, **facts):
+    edit(root / "meta" / "info.json", lambda info: info["features"]["observation.images.top"].update(facts))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "names"),
+    [
+        ("video", [64, 96, 3], None),
+        ("video", [3, 64, 96], None),
+        ("images", [64, 96, 3], None),
+        ("video", [64, 96, 3], ["height", "width", "rgb"]),
+        ("images", [64, 96, 3], {"height": 64, "width": 96, "rgb": 3}),
+        ("video", [3, 64, 96], ["height", "width", "channel"]),
+    ],
+)
+def test_a_camera_whose_axes_have_other_names_or_none(copy_of, kind, shape, names):
     root = copy_of(kind)
-    unnamed = {"names": None, "shape": shape}
-    edit(root / "meta" / "info.json", lambda info: info["features"]["observation.images.top"].update(unnamed))
+    set_camera(root, names=names, shape=shape)
     assert train(**small(dataset_id=str(root), output_dir=str(root / "run"), steps=1)).steps == 1
+
+
+def test_a_camera_without_three_channels(copy_of):
+    root = copy_of("video")
+    set_camera(root, shape=[64, 96, 1])
+    told = "camera observation.images.top has shape (64, 96, 1) by info.json, expected (height, width, 3)"
+    assert refusal(root) == f"dataset {root}: {told}"
+
+
+def rename_camera(root, new):
+    """Call the pictures `new` in the table and its metadata, and give it a text beside them."""
+    old, note = "observation.images.top", "observation.image_note"
+    path = next((root / "data").glob("*/*.parquet"))
+    table = pq.read_table(path).rename_columns({old: new})
+    pq.write_table(table.append_column(note, pa.array(["sharp"] * len(table))), path)
+    edit(root / "meta" / "stats.json", lambda stats: stats.update({new: stats.pop(old)}))
+
+    def change(info):
+        info["features"][new] = info["features"].pop(old)
+        info["features"][note] = {"dtype": "string", "shape": [1], "names": None}
+
+    edit(root / "meta" / "info.json", change)
+
+
+def test_a_camera_that_lerobot_does_not_resize(copy_of):
+    root, old, new = copy_of("images"), "observation.cam_high", "observation.images.cam_high"
+    rename_camera(root, old)
+    told = f"LeRobot resizes no camera called {old}, only those with image in their name: pass --rename {old}={new}"
+    assert refusal(root, image_size=[32, 48]) == f"dataset {root}: {told}"
+    settings = small(dataset_id=str(root), image_size=[32, 48], rename=[f"{old}={new}"], steps=1)
+    loaded = load_policy(train(**settings, output_dir=str(root / "run")).checkpoint, "cpu")
+    batch = loaded.batch_of({old: np.zeros((64, 96, 3), np.uint8), "observation.state": np.zeros(3)})
+    assert loaded.preprocess(batch)[new].shape == (1, 3, 32, 48)
+
+
+def test_names_that_lerobot_hands_to_no_policy(copy_of):
+    root = copy_of("images")
+    rename_camera(root, "front")
+    assert refusal(root).startswith(f"dataset {root}: camera front: LeRobot hands a policy what is called observation.")
+    root = copy_of("no_camera")
+    edit(root / "meta" / "info.json", lambda info: info["features"].update(actions=info["features"].pop("action")))
+    assert "it has no feature action, did you mean 'actions'?" in refusal(root)
+
+
+@pytest.mark.parametrize("policy", ["act", "diffusion"])
+def test_pictures_without_a_state(copy_of, policy):
+    root = copy_of("images")
+    edit(root / "meta" / "info.json", lambda info: info["features"].pop("observation.state"))
+    told = f"it has no observation.state, which policy {policy} needs: pass --policy flow"
+    assert refusal(root, policy=policy, policy_args=SMALL[policy].split()) == f"dataset {root}: {told}"
+    assert train(**small("flow", dataset_id=str(root), output_dir=str(root / "run"), steps=1)).steps == 1
 
 
 def test_a_camera_that_meta_episodes_does_not_know(copy_of):
     root = copy_of("video")
     edit(
         root / "meta" / "info.json",
-        lambda info: info["features"].update(front=info["features"]["observation.images.top"]),
+        lambda info: info["features"].update({"observation.front": info["features"]["observation.images.top"]}),
     )
     edit(root / "meta" / "info.json", lambda info: info["features"].pop("observation.images.top"))
-    assert (
-        refusal(root)
-        == f"dataset {root}: info.json has a camera front, meta/episodes does not say where its videos are"
-    )
+    assert "info.json has a camera observation.front, meta/episodes does not say where its videos are" in refusal(root)
 
 
 def test_missing_metadata_files(copy_of):
@@ -184,17 +246,19 @@ def test_stats_of_which_the_policy_needs_a_part(copy_of):
 
 @pytest.mark.parametrize("policy", ["flow", "act"])
 def test_one_joint_and_whole_numbers(tmp_path, policy):
-    """An action and a state of one number, and observations that are whole numbers or yes and no."""
+    """An action and a state of one number, and observations that are whole numbers, yes and no, or have two axes."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     one, kinds = {"shape": (1,), "names": None}, {"grip": "int64", "touch": "bool"}
     features = {name: {"dtype": "float32", **one} for name in ("observation.state", "action")}
     features |= {f"observation.{name}": {"dtype": kind, **one} for name, kind in kinds.items()}
+    features["observation.pose"] = {"dtype": "float32", "shape": (2, 3), "names": None}
     dataset = LeRobotDataset.create("test/one", fps=10, features=features, root=tmp_path / "data", use_videos=False)
     for _ in range(2):
         for frame in range(9):
             number = np.array([frame / 9], np.float32)
             own = {f"observation.{name}": np.array([frame % 2], kind) for name, kind in kinds.items()}
+            own["observation.pose"] = np.arange(frame, frame + 6, dtype=np.float32).reshape(2, 3)
             dataset.add_frame({"observation.state": number, "action": number, **own, "task": "move"})
         dataset.save_episode()
     dataset.finalize()
@@ -203,8 +267,29 @@ def test_one_joint_and_whole_numbers(tmp_path, policy):
     )
     assert result.final_loss < 100
     assert 0 < last(result.history, "val_action_error") < 10
-    observation = {"observation.grip": [1], "observation.touch": [1], "observation.state": [0.5]}
-    assert load_policy(result.checkpoint, "cpu").act(observation).shape == (1,)
+    compared = compare(load_policy(result.checkpoint, "cpu"), open_dataset(str(tmp_path / "data")), 0)
+    assert compared["predicted"].shape == (9, 1)
+    assert np.isfinite(compared["error"]).all()
+
+
+def test_another_number_of_actions(made, tmp_path):
+    settings = small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path), steps=1)
+    loaded = load_policy(train(**settings).checkpoint, "cpu")
+    source = open_dataset(str(made("no_camera")))
+    source.meta.features["action"]["shape"] = (1,)
+    with pytest.raises(UserError, match="no_camera has 1 actions, the policy gives 3: pass the dataset it was trained"):
+        compare(loaded, source, 0)
+
+
+def test_yes_and_no_as_an_action(copy_of):
+    root = copy_of("no_camera")
+    path = next((root / "data").glob("*/*.parquet"))
+    table = pq.read_table(path)
+    yes = pa.array([[bool(i % 2)] * 3 for i in range(len(table))])
+    pq.write_table(table.set_column(table.schema.get_field_index("action"), "action", yes), path)
+    edit(root / "meta" / "info.json", lambda info: info["features"]["action"].update(dtype="bool"))
+    result = train(**small(dataset_id=str(root), output_dir=str(root / "run"), val_fraction=0.4))
+    assert 0 < last(result.history, "val_action_error") < 10
 
 
 def test_missing_stats(copy_of):

@@ -94,9 +94,8 @@ class Decoder:
 
     def recorded_shape(self, key: str) -> tuple[int, int, int]:
         """(C, H, W) of a camera by info.json."""
-        feature = self.source.meta.features[key]
-        a, b, c = feature["shape"]
-        return (c, a, b) if str(feature["names"][2]).startswith("channel") else (a, b, c)
+        height, width, channels = self.source.meta.features[key]["shape"]
+        return channels, height, width
 
     def shape(self, key: str) -> tuple[int, int, int]:
         """(C, h, w) of a camera."""

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 import hub
-from config import UserError, one_line
+from config import UserError, nearest, one_line
 from data import v21
 from data.videos import Videos, find_videos, video_problems
 
-AXES = "height", "width"
+AXES = ["height", "width", "channels"]
 
 
 @dataclass
@@ -124,9 +124,7 @@ def open_dataset(
             download(dataset_id, dataset_root, revision, selected if episodes else None)
     tables = sorted((meta.root / "data").glob("*/*.parquet"))
     table, problems = read_table(tables, meta.root, selected if episodes else None)
-    for feature in (meta.features[key] for key in meta.camera_keys):
-        first = feature["shape"][0] == 3 != feature["shape"][2]
-        feature["names"] = feature.get("names") or (["channels", *AXES] if first else [*AXES, "channels"])
+    problems += name_problems(meta) + put_in_order(meta)
     place = episode_rows(table, selected, meta, problems)
     parts = [len(place[0])]
     source = Source(dataset_id, meta, meta.root, *place, columns={}, tables=tables, parts=parts, problems=problems)
@@ -140,6 +138,31 @@ def open_dataset(
         for key, videos in source.videos.items():
             problems += video_problems(videos, meta.root, tuple(meta.features[key]["shape"]), meta.fps)
     return source
+
+
+def name_problems(meta) -> list[str]:
+    """Features that LeRobot's pipelines would not see under their names."""
+    problems = [f"it has no feature action{nearest('action', meta.features)}"] if "action" not in meta.features else []
+    cameras = [key for key in meta.camera_keys if not key.startswith("observation.")]
+    return problems + [
+        f"camera {key}: LeRobot hands a policy what is called observation. alone: name it observation.images.{key} "
+        "in meta/ (info.json, stats, episodes), in data/ and as a folder of videos/"
+        for key in cameras
+    ]
+
+
+def put_in_order(meta) -> list[str]:
+    """Have every camera's shape be (H, W, 3) and named so, whatever its axes are called; a line for each that has no such."""
+    problems = []
+    for key in meta.camera_keys:
+        feature = meta.features[key]
+        shape = tuple(feature["shape"])
+        if len(shape) == 3 and shape[0] == 3 != shape[2]:
+            shape = (*shape[1:], 3)
+        if key not in meta.depth_keys and (len(shape) != 3 or shape[2] != 3):
+            problems.append(f"camera {key} has shape {shape} by info.json, expected (height, width, 3)")
+        feature["shape"], feature["names"] = shape, AXES
+    return problems
 
 
 def open_folder(dataset_id: str, folder: Path):
@@ -173,7 +196,13 @@ def open_hub(dataset_id: str, dataset_root: str | None, revision: str | None):
             return LeRobotDatasetMetadata(dataset_id, root=dataset_root, revision=revision)
         except BackwardCompatibilityError:
             from huggingface_hub import snapshot_download
+            from lerobot.utils.constants import HF_LEROBOT_HOME
 
+            here = HF_LEROBOT_HOME / dataset_id  # where an older LeRobot has recorded it, or downloaded some of it
+            if dataset_root is None and (here / "meta" / "info.json").is_file():
+                meta = open_folder(str(here), here)
+                if len(list(here.glob("data/*/*.parquet"))) == meta.total_episodes:
+                    return meta
             at = {"revision": revision or "v2.1", "local_dir": dataset_root}
             return open_folder(dataset_id, Path(snapshot_download(dataset_id, repo_type="dataset", **at)))
 

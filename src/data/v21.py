@@ -29,7 +29,7 @@ def read_metadata(folder: Path, repo_id: str):
     for template in ("data_path", "video_path"):
         for theirs, ours in names.items():
             info[template] = info[template] and info[template].replace(theirs, ours)
-    info["fps"] = int(info["fps"])
+    info["fps"] = int(info["fps"]) if info["fps"] == int(info["fps"]) else info["fps"]  # 29.97 as it is
     for feature in info["features"].values():
         if feature["dtype"] != "video":
             feature["fps"] = info["fps"]

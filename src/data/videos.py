@@ -66,7 +66,7 @@ def video_problem(path: Path, rows: int, shape: tuple[int, ...], fps: float) -> 
             frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
             if frames != rows:
                 return f"has {frames} frames, its episodes have {rows} rows"
-            if (stream.height, stream.width) not in (shape[:2], shape[1:]):
+            if (stream.height, stream.width) != shape[:2]:
                 return f"is {stream.height}x{stream.width}, info.json says {shape}"
             if stream.average_rate and abs(float(stream.average_rate) - fps) > 0.01 * fps:
                 return f"runs at {float(stream.average_rate):g} fps, info.json says {fps}"

@@ -263,7 +263,7 @@ class Encoder(nn.Module):
         self.vectors = [key for key in config.input_features if key not in self.cameras]
         self.eyes = nn.ModuleList(Eye(config, channels) for _ in self.cameras)
         features = sum(eye.features for eye in self.eyes)
-        features += sum(config.input_features[key].shape[0] for key in self.vectors)
+        features += sum(math.prod(config.input_features[key].shape) for key in self.vectors)
         self.mix = nn.Sequential(nn.Linear(features * config.n_obs_steps, width), nn.SiLU(), nn.Linear(width, width))
         self.task = nn.Embedding(len(config.tasks), width) if config.task_embedding and config.tasks else None
 

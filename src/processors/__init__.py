@@ -14,6 +14,7 @@ from config import UserError, one_line
 from runtime import sent
 
 FILES = ("policy_preprocessor.json", "policy_postprocessor.json")  # LeRobot's names
+NEED_STATE = ("act", "diffusion", "vqbet", "multi_task_dit")
 STATS_OF_MODE = {
     "MEAN_STD": ("mean", "std"),
     "MIN_MAX": ("min", "max"),
@@ -126,7 +127,10 @@ def stats_problems(config, stats: dict) -> list[str]:
         remedy = "lerobot-edit-dataset recomputes meta/stats.json"
         of_key = {} if feature.type.value == "VISUAL" else stats.get(key, {})
         sizes = {len(of_key[name].reshape(-1)) for name in ("mean", "std", "min", "max") if name in of_key}
-        if wrong := sizes - {math.prod(feature.shape)}:
+        if wrong := sizes - {
+            math.prod(feature.shape),
+            feature.shape[-1],
+        }:  # of several axes LeRobot has those of the last
             problems.append(
                 f"meta/stats.json has {max(wrong)} numbers of {key}, which has shape {feature.shape}: {remedy}"
             )
@@ -136,6 +140,19 @@ def stats_problems(config, stats: dict) -> list[str]:
             problems.append(
                 f"meta/stats.json has no {' and '.join(missing)} of {key}, which the policy normalises by: {remedy}"
             )
+    return problems
+
+
+def policy_problems(config, image_size: list[int] | None) -> list[str]:
+    """What a new policy, or LeRobot's step that resizes for it, would not find among the observations."""
+    problems = []
+    if config.type in NEED_STATE and config.robot_state_feature is None:
+        problems.append(f"it has no observation.state, which policy {config.type} needs: pass --policy flow")
+    for key in config.image_features if image_size is not None else ():
+        if "image" not in key:
+            new = f"observation.images.{key.removeprefix('observation.')}"
+            problems.append(f"LeRobot resizes no camera called {key}, only those with image in their name: "
+                            f"pass --rename {key}={new}")  # fmt: skip
     return problems
 
 
@@ -271,11 +288,12 @@ def renamed_from(preprocessor, key: str) -> str:
 def as_floats(batch: dict, meta, device) -> dict:
     """The batch as policies take it: cameras on `device` in [0, 1], (B, [T,] C, h, w), other features as float32 (B, [T,] D).
 
-    LeRobot's batches have features of one number without their last axis. The cameras' `_is_pad` are left out: the pipeline would
-    take them for pictures.
+    LeRobot's batches have features of one number without their last axis. The cameras' `_is_pad` are left out, and texts but
+    the task: the pipeline would take them for pictures where they are called so.
     """
-    masks = {f"{key}_is_pad" for key in meta.camera_keys}
-    ready = {key: value for key, value in batch.items() if key not in masks}
+    texts = {key for key, feature in meta.features.items() if feature["dtype"] == "string"}
+    unwanted = {f"{key}_is_pad" for key in meta.camera_keys} | texts
+    ready = {key: value for key, value in batch.items() if key not in unwanted}
     for key, feature in meta.features.items():
         if key in meta.camera_keys:
             ready[key] = on_device(batch[key], device)
