@@ -35,7 +35,7 @@ class Client:
     """
 
     def __init__(self, address: str, timeout: float = 10.0):
-        place = urlsplit(address)
+        place = urlsplit(address if "//" in address else f"//{address}")
         self.connection = http.client.HTTPConnection(place.hostname, place.port or 8000, timeout=timeout)
         self.last = 0.0  # when it was asked
         self.idle = 30.0  # seconds after which it connects anew: the server keeps a silent connection for 60

@@ -31,6 +31,10 @@ class Ahead:
         self.loaded, self.policy, self.lead = loaded, loaded.policy, lead
         if getattr(config, "temporal_ensemble_coeff", None) is not None:
             raise UserError("temporal ensembling asks for a chunk at every tick: --ahead does not go with it")
+        if loaded.relative:
+            raise UserError(
+                "the policy's actions are relative to the state they were predicted from: --ahead does not go with it"
+            )
         given = [name for name in ("chunk_size", "action_chunk_size", "n_action_steps") if hasattr(config, name)]
         if not given:
             raise UserError(f"policy {loaded.kind} predicts no chunks: --ahead does not go with it")
@@ -42,7 +46,7 @@ class Ahead:
         # carried out of each chunk, with room for going over to the next one after what is settled
         room = length - lead - getattr(config, "blend_steps", 0)
         self.count = max(lead, min(max(getattr(config, "n_action_steps", 1), lead), room))
-        self.device, self.kind, self.expected, self.joints = loaded.device, loaded.kind, loaded.expected, loaded.joints
+        self.device, self.kind, self.expected = loaded.device, loaded.kind, loaded.expected
         self.stream = None
         if torch.device(self.device).type == "cuda":  # in one queue with it an action would wait for the chunk
             self.stream = torch.cuda.Stream(self.device)

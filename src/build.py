@@ -84,7 +84,9 @@ def build_parts(config: TrainConfig, resumed: Path | None, source, device):
             told = f"task {new[0]!r} is none that {folder.name} was trained on: {known}"
             source.require([f"{told}: pass --episodes of those, or train afresh"])
         if not resumed:  # pictures may have another size than those it was trained on
-            policy_cfg.input_features = {key: inputs[key] for key in policy_cfg.input_features}
+            policy_cfg.input_features = {key: inputs.get(key, f) for key, f in policy_cfg.input_features.items()}
+    if not resumed:
+        tell_names(policy_cfg, source.meta.features)
     apply_flags(policy_cfg, config)
     if not resumed and policy_cfg.use_peft and config.peft:
         raise UserError(f"--peft: {folder.name} holds adapters already: leave the flag out to train those on")
@@ -101,6 +103,15 @@ def build_parts(config: TrainConfig, resumed: Path | None, source, device):
     if folder and has_processors(folder):
         return policy, *adapt_processors(folder, policy_cfg, stats, config.image_size, rename)
     return policy, *make_processors(policy_cfg, source.meta, stats, config.image_size, rename)
+
+
+def tell_names(policy_cfg, features: dict) -> None:
+    """Tell a policy's config what else of the dataset it keeps, as LeRobot's make_policy does."""
+    names = features["action"].get("names")
+    if hasattr(policy_cfg, "action_feature_names") and names is not None:
+        policy_cfg.action_feature_names = list(names)
+    if hasattr(policy_cfg, "set_dataset_feature_metadata"):
+        policy_cfg.set_dataset_feature_metadata(features)
 
 
 def finished(policy_cfg, meta, folder: Path | None, config: TrainConfig):

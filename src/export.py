@@ -5,6 +5,7 @@
 
 The exported network maps the preprocessed observations to the normalised chunk of actions; beside it lies a .json with the names and
 shapes of its inputs, and the numbers that normalise before and after it. It is run and compared with the policy before it counts.
+Going over smoothly from one chunk to the next (flow's blend_steps, act's temporal ensembling) is left to the program that runs it.
 """
 
 import json
@@ -20,6 +21,7 @@ from command_line import OneLineParser, command
 from config import FIELDS, TrainConfig, UserError, one_line
 
 TOLERANCE = 1e-4  # of the largest difference from the policy, in normalised actions
+SMOOTHING = ("blend_steps", "temporal_ensemble_coeff")  # how the policy itself goes over from chunk to chunk
 INT8_TOLERANCE = 0.1  # the same of --int8
 FORMATS = ("lerobot", "onnx", "torchscript", "torch-export")
 
@@ -35,7 +37,7 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
 
     from optim import make_schedule
     from policy import build_policy, load_policy_config
-    from processors import load_processors
+    from processors import load_processors, resize_of
     from world import World
 
     if output.exists():
@@ -47,14 +49,19 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
         )
     state = TrainState(*(read_json(checkpoint / f"{name}.json") for name in ("trainer_state", "train_config")), {})
     config = TrainConfig(**{name: value for name, value in state.train_config.items() if name in FIELDS})
-    policy_config = load_policy_config(checkpoint, None, "cpu")
+    policy_config, processors = load_policy_config(checkpoint, None, "cpu"), load_processors(checkpoint, "cpu")
+    size = resize_of(processors[0])
     for refused, why in (
         (len(config.dataset_id) > 1, "several datasets"),
         (policy_config.use_peft, "adapters"),
+        (
+            size and policy_config.observation_delta_indices,
+            "pictures resized and a history, which LeRobot's step does not go with",
+        ),
         (config.freeze, "frozen weights"),
     ):
         if refused:
-            raise UserError(f"{checkpoint.name} was trained with {why}, which lerobot-train cannot resume")
+            raise UserError(f"{checkpoint.name} was trained with {why}: lerobot-train cannot resume it")
     policy = build_policy(policy_config, None, checkpoint)
     step, theirs = (
         step_of(checkpoint) or state.trainer_state["step"],
@@ -71,7 +78,6 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
             group["lr"] = lr
     torch.manual_seed(config.seed)
     folder = get_step_checkpoint_dir(output, config.steps, step)
-    processors = load_processors(checkpoint, "cpu")
     save_checkpoint(
         folder, step, theirs, policy, optimizer, scheduler, *processors, num_processes=1, batch_size=config.batch_size
     )
@@ -270,6 +276,7 @@ def describe(loaded, form: str, names, example, worst: float) -> dict:
         "inputs": {n.replace(".", "_") if onnx else n: list(t.shape) for n, t in zip(names, example, strict=True)},
         "output": {"chunk": [1, config.chunk_size, config.action_feature.shape[0]]},
         "n_action_steps": config.n_action_steps,
+        **{name: getattr(config, name) for name in SMOOTHING if hasattr(config, name)},
         "image_size": resize_of(loaded.preprocess),
         "normalise": normalisation(loaded.preprocess),
         "unnormalise": normalisation(loaded.postprocess),
@@ -289,11 +296,16 @@ def main(argv: list[str]) -> int:
         help=f"with onnx: weights in 8 bits, written if they are off by {INT8_TOLERANCE:g} at most",
     )
     args = parser.parse_args(argv)
-    if args.format == "lerobot":
-        folder = to_lerobot(Path(args.checkpoint), args.output)
-        print(f"{folder}\nnext: lerobot-train --resume=true --config_path={folder}/pretrained_model/train_config.json")
-    else:
-        write(args)
+    try:
+        if args.format == "lerobot":
+            folder = to_lerobot(Path(args.checkpoint), args.output)
+            print(
+                f"{folder}\nnext: lerobot-train --resume=true --config_path={folder}/pretrained_model/train_config.json"
+            )
+        else:
+            write(args)
+    except OSError as error:
+        raise UserError(f"{args.output} cannot be written: {one_line(error)}") from error
     return 0
 
 

@@ -3,12 +3,13 @@
 import math
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 
 from command_line import OneLineParser, command
-from config import UserError, nearest
+from config import UserError, nearest, one_line
 
 
 class LoadedPolicy:
@@ -25,7 +26,8 @@ class LoadedPolicy:
         self.policy, self.preprocess, self.postprocess, self.task = policy, preprocess, postprocess, task
         self.device, self.kind = next(policy.parameters()).device, policy.config.type
         self.expected = expected_observation(policy.config, preprocess, resize_of(preprocess))
-        self.joints = policy.config.action_feature.shape[0]
+        # pi0's family can predict actions relative to the state; LeRobot's own loop refuses those, as a later state would be added
+        self.relative = any(getattr(step, "relative_step", None) and step.enabled for step in postprocess.steps)
         self.reset()
 
     def reset(self) -> None:
@@ -33,6 +35,7 @@ class LoadedPolicy:
         self.policy.reset()
         self.preprocess.reset()
         self.postprocess.reset()
+        self.absolute: deque = deque()  # actions to come of a chunk that was predicted relative to the state
 
     def act(self, observation: dict) -> np.ndarray:
         """The action to carry out now.
@@ -58,7 +61,7 @@ class LoadedPolicy:
         batch = {key: self._tensor(key, observation) for key in self.expected}
         unknown = set(observation) - set(self.expected) - {"task"}
         if unknown:
-            key = sorted(unknown)[0]
+            key = min(map(str, unknown))
             raise UserError(
                 f"the observation has {key!r}, which this policy does not take{nearest(key, self.expected)}"
             )
@@ -68,8 +71,16 @@ class LoadedPolicy:
         """(B, A) actions in robot units, a tensor, for a LeRobot batch of one moment's observations."""
         import torch
 
+        from policy.chunk import predict_chunk
+
         with torch.inference_mode():
-            return self.postprocess(self.policy.select_action(self.preprocess(batch)))
+            ready = self.preprocess(batch)
+            if not self.relative:
+                return self.postprocess(self.policy.select_action(ready))
+            if not self.absolute:
+                chunk = self.postprocess(predict_chunk(self.policy, ready))  # (B, T, A), all by the state of now
+                self.absolute.extend(chunk[:, : self.policy.config.n_action_steps].unbind(1))
+            return self.absolute.popleft()
 
     def ahead(self, fps: float, task: str = ""):
         """This policy with chunks that are predicted ahead, so that an arm that asks `fps` times a second never waits for one.
@@ -111,7 +122,10 @@ class LoadedPolicy:
             raise UserError(
                 f"the observation has no {key!r}: expected {kind} of shape {spell(shape)}, got keys {sorted(observation)}"
             )
-        value = np.asarray(observation[key])
+        try:
+            value = np.asarray(observation[key])
+        except ValueError as error:  # a ragged list
+            raise UserError(f"{key}: expected {kind} of shape {spell(shape)}: {one_line(error)}") from None
         fits = len(value.shape) == len(shape) and all(
             want in (None, got) for want, got in zip(shape, value.shape, strict=True)
         )
@@ -125,7 +139,11 @@ class LoadedPolicy:
             )
         if kind == "uint8":
             return torch.from_numpy(np.ascontiguousarray(value)).permute(2, 0, 1).to(torch.float32)[None] / 255.0
-        return torch.from_numpy(value.astype(np.float32))[None]
+        with np.errstate(over="ignore"):
+            value = value.astype(np.float32)
+        if not np.isfinite(value).all():
+            raise UserError(f"{key}: expected finite numbers, got {value}")
+        return torch.from_numpy(value)[None]
 
 
 def load_policy(
@@ -158,13 +176,13 @@ def load_policy(
 
 def expected_observation(config, preprocess, image_size) -> dict[str, tuple[str, tuple]]:
     """Key -> (kind, shape) that act() takes; None in a shape is any size."""
-    from processors import renamed_from
+    from processors import EMPTY_CAMERA, renamed_from
     from processors.state_only import StateToEnvironmentState
 
     expected = {}
     made_up = any(isinstance(step, StateToEnvironmentState) for step in preprocess.steps)
     for key, feature in config.input_features.items():
-        if key == "observation.environment_state" and made_up:
+        if (key == "observation.environment_state" and made_up) or EMPTY_CAMERA in key:
             continue
         if feature.type.value == "VISUAL":
             channels, height, width = feature.shape
@@ -221,9 +239,10 @@ def compare(policy, source, episode: int, fps: float | None = None) -> dict:
     from runtime import EVAL, seed_all
     from validation import action_names
 
-    if (recorded := source.meta.features["action"]["shape"][0]) != policy.joints:
+    has, gives = source.meta.features["action"]["shape"][0], policy.policy.config.action_feature.shape[0]
+    if has != gives:
         raise UserError(
-            f"dataset {source.name} has {recorded} actions, the policy gives {policy.joints}: pass the dataset it was trained on"
+            f"dataset {source.name} has {has} actions, the policy gives {gives}: pass the dataset it was trained on"
         )
     policy.reset()  # which may wait for a chunk that draws still
     seed_all(EVAL, episode)  # for policies that draw noise: the same numbers each time

@@ -8,8 +8,8 @@
 
 Bodies are msgpack; an array is {"dtype": "uint8", "shape": [480, 640, 3], "data": bytes}. A mistake is answered with status 400 and
 {"error": one line}. There is no login: keep to a network you trust, or to ssh -L. examples/client.py is a client.
-LeRobot's own server (python -m lerobot.async_inference.policy_server) runs checkpoints of its own policies as they are; it
-unpickles what it is sent, and does not know flow.
+LeRobot's own server (python -m lerobot.async_inference.policy_server) runs checkpoints of its own policies with cameras; it unpickles
+what it is sent, does not know flow, and resizes in another way than --image_size does.
 """
 
 import sys
@@ -174,6 +174,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--task", default="", help="task text for observations that bring none")
     args = parser.parse_args(argv)
+    if args.ahead is not None and not 0 < args.ahead < float("inf"):
+        parser.error(f"--ahead must be a number of actions a second, got {args.ahead:g}")
     from infer import load_policy
 
     policy = load_policy(args.checkpoint, args.device, args.n_action_steps, args.task)

@@ -30,6 +30,7 @@ class Clock:
             type="clock",
         )
         self.policy, self.device, self.kind, self.expected = self, "cpu", "clock", {}
+        self.relative = False
         self.may_answer, self.asked = threading.Event(), []
         self.may_answer.set()
 

@@ -365,11 +365,12 @@ def test_other_size_than_trained_on_is_told():
 
 
 @pytest.mark.slow
-def test_lerobot_eval_runs_our_environment_type(trained, tmp_path, renderer):
+@pytest.mark.parametrize("batch_size", [1, 2])  # 2: as it has by itself on more cores, in processes of their own
+def test_lerobot_eval_runs_our_environment_type(trained, tmp_path, renderer, batch_size):
     command = [str(Path(sys.executable).with_name("lerobot-eval")), f"--policy.path={trained}", "--env.type=armature_metaworld",
-               "--env.task=drawer-open-v3", "--env.episode_length=20", "--eval.n_episodes=2", "--eval.batch_size=1",
+               "--env.task=drawer-open-v3", "--env.episode_length=20", "--eval.n_episodes=2", f"--eval.batch_size={batch_size}",
                "--policy.device=cpu", f"--output_dir={tmp_path}"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     info = json.loads((tmp_path / "eval_info.json").read_text())
     assert info["overall"]["n_episodes"] == 2

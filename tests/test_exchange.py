@@ -140,8 +140,15 @@ def test_out_refuses_what_lerobot_has_no_place_for(ours, tmp_path, changed, why)
         "frozen weights": {"freeze": ["backbone"]},
     }[why]
     (folder / changed).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"was trained with {why}, which lerobot-train cannot resume"):
+    with pytest.raises(UserError, match=f"was trained with {why}: lerobot-train cannot resume it"):
         to_lerobot(folder, tmp_path / "lerobot")
+
+
+def test_out_refuses_a_history_of_resized_pictures(made, tmp_path):
+    settings = small("diffusion", dataset_id=str(made("video")), image_size=[48, 64], steps=1)
+    checkpoint = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
+    with pytest.raises(UserError, match="was trained with pictures resized and a history, which"):
+        to_lerobot(checkpoint, tmp_path / "lerobot")
 
 
 @pytest.mark.slow

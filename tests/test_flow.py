@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 from conftest import SMALL, small
 from test_resume import assert_same_run
 
+from ahead import Ahead
 from config import UserError
-from infer import LoadedPolicy, load_policy, recorded_observations
+from infer import LoadedPolicy, expected_observation, load_policy, recorded_observations
 from policy import build_policy, policy_config
 from policy.flow import Eye, FlowConfig, choose, make_flow_pre_post_processors
 from train import train
@@ -37,6 +39,48 @@ def a_batch(policy, count=4):
     batch = {key: torch.randn(count, *steps, *f.shape) for key, f in policy.config.input_features.items()}
     shape = (count, policy.config.chunk_size, policy.config.action_feature.shape[0])
     return {**batch, "action": torch.randn(shape), "action_is_pad": torch.zeros(shape[:2], dtype=torch.bool)}
+
+
+class Relative:
+    """What LeRobot's pipelines do for actions that are relative to the state they were predicted from (pi0's setting)."""
+
+    def __init__(self):
+        from lerobot.processor import AbsoluteActionsProcessorStep, RelativeActionsProcessorStep
+
+        self.step = RelativeActionsProcessorStep(enabled=True)
+        self.steps = [AbsoluteActionsProcessorStep(enabled=True, relative_step=self.step)]
+
+    def reset(self): ...
+
+    def preprocess(self, batch):
+        self.step({"observation": batch})
+        return batch
+
+    def __call__(self, actions):
+        return self.steps[0]({"action": actions})["action"]
+
+
+def test_actions_relative_to_the_state_are_undone_by_the_one_they_were_predicted_from():
+    policy, pipelines = a_policy("head=regression", "blend_steps=0", cameras=0, state=2), Relative()
+    before = SimpleNamespace(steps=[], reset=pipelines.reset)
+    loaded = LoadedPolicy(policy, before, pipelines)
+    loaded.preprocess = pipelines.preprocess
+    count = policy.config.n_action_steps
+    for tick in range(2 * count):
+        state = np.full(2, 10.0 * tick, np.float32)
+        if tick % count == 0:
+            chunk = policy.predict_action_chunk({"observation.state": torch.from_numpy(state)[None]})[0] + state
+        np.testing.assert_allclose(loaded.act({"observation.state": state}), chunk[tick % count], atol=1e-5)
+    with pytest.raises(UserError, match="relative to the state"):
+        Ahead(loaded, 1)
+
+
+def test_cameras_that_a_vla_makes_up_are_not_asked_for():
+    policy = a_policy()
+    features = policy.config.input_features
+    features["observation.images.empty_camera_0"] = features["observation.images.0"]
+    expected = expected_observation(policy.config, SimpleNamespace(steps=[]), None)
+    assert [*expected] == ["observation.images.0", "observation.state"]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def client(checkpoint):
 
     server = Server(load_policy(checkpoint, device="cpu"), ("127.0.0.1", 0), 1_000_000)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield Client(f"http://127.0.0.1:{server.server_port}")
+    yield Client(f"127.0.0.1:{server.server_port}")
     server.shutdown()
 
 
@@ -59,6 +59,14 @@ def test_actions_are_the_policys(client, checkpoint):
         ),
         ({"observation.state": STATE, "observation.images.top": PICTURE[:, :, 0]}, "expected uint8 of shape"),
         ({"observation.state": STATE, "observation.images.top": PICTURE, "x": STATE}, "the observation has 'x'"),
+        (
+            {"observation.state": STATE * np.nan, "observation.images.top": PICTURE},
+            "observation.state: expected finite numbers",
+        ),
+        (
+            {"observation.state": [[1], [1, 2]], "observation.images.top": PICTURE},
+            "observation.state: expected float of",
+        ),
         ([1, 2], "an observation is a dict"),
         ({"observation.state": {"dtype": "uint8", "shape": [9], "data": b"12"}}, "has 2 bytes, expected 9"),
         ({"observation.state": {"dtype": "object", "shape": [1], "data": b"12345678"}}, "an array of object"),
@@ -100,6 +108,13 @@ def test_answers_are_sent_at_once(client, monkeypatch):
 def test_a_port_that_cannot_be_is_told(checkpoint, capsys):
     assert serve.main([str(checkpoint), "--port", "99999", "--device", "cpu"]) == 2
     assert "--port 99999 cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fps", ["nan", "0", "-1", "inf"])
+def test_ahead_of_no_pace_is_told(capsys, fps):
+    with pytest.raises(SystemExit):
+        serve.main(["x", "--ahead", fps])
+    assert "--ahead must be a number of actions a second" in capsys.readouterr().err
 
 
 def test_bytes_that_are_no_msgpack(client):

@@ -14,6 +14,7 @@ from config import UserError, one_line
 from runtime import sent
 
 FILES = ("policy_preprocessor.json", "policy_postprocessor.json")  # LeRobot's names
+EMPTY_CAMERA = ".empty_camera_"  # in the names of those that LeRobot's VLAs add, and fill in themselves
 NEED_STATE = ("act", "diffusion", "vqbet", "multi_task_dit")
 STATS_OF_MODE = {
     "MEAN_STD": ("mean", "std"),
@@ -109,6 +110,8 @@ def feature_problems(config, inputs: dict, outputs: dict, holder: str) -> list[s
     problems, theirs = [], {**inputs, **outputs}
     remedy = "train afresh or pass the dataset it was trained on"
     for key, wanted in {**config.input_features, **config.output_features}.items():
+        if EMPTY_CAMERA in key:
+            continue
         if key not in theirs:
             problems.append(f"it has no {key}, which {holder} expects: {remedy}")
         elif wanted.type.value != "VISUAL" and tuple(wanted.shape) != tuple(theirs[key].shape):
@@ -258,6 +261,13 @@ def adapt_processors(folder: Path, config, stats: dict, image_size: list[int] | 
             "stats": stats,
         },
     }
+    if getattr(config, "use_relative_actions", False):  # as lerobot-train does
+        overrides["relative_actions_processor"] = {
+            "enabled": True,
+            "exclude_joints": config.relative_exclude_joints,
+            "action_names": getattr(config, "action_feature_names", None),
+        }
+        overrides["absolute_actions_processor"] = {"enabled": True}
     preprocessor, postprocessor = load_processors(folder, config.device, overrides)
     if rename:
         set_rename(preprocessor, rename)

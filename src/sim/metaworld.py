@@ -6,6 +6,7 @@ asked, without shadows, reflections and antialiasing (look="lerobot" has them), 
 that episode, and there is a cap on steps.
 """
 
+import functools
 from dataclasses import dataclass, field
 
 import gymnasium
@@ -163,7 +164,9 @@ class ArmatureMetaworld(EnvConfig):
         from sim import pick_renderer
 
         pick_renderer()
-        make = gymnasium.vector.AsyncVectorEnv if use_async_envs and n_envs > 1 else gymnasium.vector.SyncVectorEnv
+        make = gymnasium.vector.SyncVectorEnv
+        if use_async_envs and n_envs > 1:  # a fork of a process that has rendered hangs
+            make = functools.partial(gymnasium.vector.AsyncVectorEnv, context="forkserver")
         mode = gymnasium.vector.AutoresetMode.SAME_STEP
         tasks = [task.strip() for task in self.task.split(",")]
         return {

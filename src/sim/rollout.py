@@ -112,7 +112,7 @@ def run_episode(
     for step in range(1, limit + 1):
         frames = [*(frames if filmed else []), first_picture(env, raw)]
         if policy is None:
-            action = np.stack(env.call("expert_action"))
+            action = np.stack(expert_actions(env))
         else:
             batch = observed(env, raw, processors, rename)
             if step == 1:
@@ -124,6 +124,13 @@ def run_episode(
         if terminated[0] or truncated[0]:
             break
     return Episode(seed, succeeded(info), step, reward, frames)
+
+
+def expert_actions(env) -> tuple:
+    try:
+        return env.call("expert_action")
+    except AttributeError:
+        raise UserError("this environment has no scripted expert: pass --env metaworld, or a checkpoint") from None
 
 
 def succeeded(info: dict) -> bool:
