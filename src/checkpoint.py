@@ -99,7 +99,8 @@ def prune(output_dir: Path, step: int, keep_last: int | None, keep_every: int | 
     if keep_last is None:
         return
     kept = {path.resolve() for path in never}
-    for path in [path for path in find_checkpoints(output_dir) if step_of(path) <= step][:-keep_last]:
+    up_to_now = [path for path in find_checkpoints(output_dir) if step_of(path) <= step]
+    for path in sorted(up_to_now, key=place_of)[:-keep_last]:
         if path.resolve() not in kept and not (keep_every and step_of(path) % keep_every == 0):
             gone = path.with_name(f".{path.name}.tmp")
             os.rename(path, gone)  # a half-deleted folder is never called checkpoint-<step>
@@ -128,6 +129,11 @@ def make_ready(output_dir: Path) -> None:
         shutil.rmtree(aside) if place.exists() else os.rename(aside, place)
     for path in output_dir.glob(".*.tmp"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def is_aside(path: Path) -> bool:
+    """Whether a checkpoint was being replaced when the process was killed: `make_ready` puts it back."""
+    return path.with_name(f".{path.name}.old").is_dir()
 
 
 def find_resume(asked: str, output_dir: Path) -> tuple[Path | None, list[str]]:
@@ -217,6 +223,8 @@ def read_state(path: Path, resume_step: int | None) -> TrainState:
     state = TrainState(
         *(read_json(path / f"{name}.json") for name in ("trainer_state", "train_config", "training_info"))
     )
+    if "loss_sum" in state.trainer_state:  # of an older version
+        state.trainer_state["loss_sums"] = [state.trainer_state.pop("loss_sum")]
     named, inside = step_of(path) if resume_step is None else resume_step, state.trainer_state["step"]
     if named is None:
         raise UserError(

@@ -71,7 +71,7 @@ def from_lerobot(folder: Path) -> Path:
     config.batch_size, config.policy = batch, policy.type
     standing = {"step": step, "samples_seen": step * batch, "batch_size": batch, "seed": config.seed, "world_size": 1}
     state = TrainState(
-        trainer_state={**standing, "loss_sum": 0.0, "loss_count": 0, "scaler": {}, "tracker_run_id": None},
+        trainer_state={**standing, "loss_sums": [0.0], "loss_count": 0, "scaler": {}, "tracker_run_id": None},
         train_config={name: value for name, value in config.asdict().items() if value is not None},
         training_info={
             "policy": policy.type,

@@ -1,9 +1,12 @@
 """What a policy is examined on while it trains: episodes it has not seen, and a simulation. Changes nothing of the run."""
 
+import contextlib
+
 import sim
 from config import TrainConfig, UserError, one_line
 from infer import LoadedPolicy
 from page import horizon_figure
+from runtime import is_out_of_memory
 from sim.rollout import check_fits, first_observation, run_episodes, summary
 from validation import measure, spread
 
@@ -31,6 +34,7 @@ class Exam:
             spread(source.starts[held_out], source.ends[held_out], config.val_samples) if len(held_out) else None
         )
         self.errors, self.env, self.validates, self.simulates = None, None, False, False
+        self.is_stopped = lambda: False  # whether the run is to end, asked at every step of a simulation
         if config.eval_env:
             try:
                 self.env = sim.make_env(config.eval_env, config.eval_task, config.eval_args)
@@ -54,7 +58,7 @@ class Exam:
     def results(self, loader) -> dict:
         """Figures of what is due for a line of metrics.jsonl; the policy is in training mode again afterwards.
 
-        A simulation that fails is told, and the run goes on.
+        One that fails is told, and the run goes on; a simulation in which the run is stopped gives no figures.
 
         Args:
             loader: of the run; validation batches are made by it.
@@ -62,19 +66,31 @@ class Exam:
         line, self.errors = {}, None
         if self.validates:
             fits = loader.share // self.config.grad_accumulation_steps  # in memory: it does in training
-            self.errors = measure(*self.parts, loader, self.rows, self.config.seed, most=fits)
-            line |= self.errors.line()
+            with self.going_on("validation failed, no figures"):
+                self.errors = measure(*self.parts, loader, self.rows, self.config.seed, most=fits)
+                line |= self.errors.line()
         if self.simulates:
-            loaded = LoadedPolicy(*self.parts)
+            loaded = Stoppable(*self.parts)
+            loaded.is_stopped = self.is_stopped
             seeds = range(FIRST_SEED, FIRST_SEED + self.config.eval_episodes)
-            try:
+            with self.going_on(f"--eval_env {self.config.eval_env} failed, no success rate"):
                 result = summary(run_episodes(*self.env, loaded, list(seeds), quiet=self.config.quiet))
                 line |= {f"eval_{name}": result[name] for name in ("success_rate", "success_low", "success_high")}
-            except Exception as error:  # whatever a simulator meets, the run does not end for it
-                self.warn(f"--eval_env {self.config.eval_env} failed, no success rate: {one_line(error)[:200]}")
             loaded.reset()
         self.parts[0].train()
         return line
+
+    @contextlib.contextmanager
+    def going_on(self, what: str):
+        """Tell what fails within this: whatever it meets, the run does not end for it, but for want of memory."""
+        try:
+            yield
+        except Stop:
+            pass
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self.warn(f"{what}: {one_line(error)[:200]}")
 
     def picture(self):
         """Of the last validation, how the error grows along the chunk; None if there was none."""
@@ -86,6 +102,19 @@ class Exam:
     def close(self) -> None:
         if self.env is not None:
             self.env[0].close()
+
+
+class Stop(Exception):  # noqa: N818
+    """The run is to end: nothing further is tried."""
+
+
+class Stoppable(LoadedPolicy):
+    """A policy that gives no further action once `is_stopped()`."""
+
+    def select(self, batch: dict):
+        if self.is_stopped():
+            raise Stop
+        return super().select(batch)
 
 
 def in_training(text: str) -> str:

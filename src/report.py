@@ -65,17 +65,19 @@ class Report:
 
     Args:
         output_dir: where metrics.jsonl and loss.png go.
+        resumed: the checkpoint that the run goes on from, whose folder has its metrics.
         start: the step that this process starts from.
         config: steps, quiet, tracker.
         run_id: the run's name at its trackers, None for a new run.
         is_main: false in a process that only keeps the history, and prints and writes nothing.
     """
 
-    def __init__(self, output_dir: Path, start: int, config, run_id: str | None, is_main: bool = True):
+    def __init__(self, output_dir: Path, resumed: Path | None, start: int, config, run_id: str | None, is_main=True):
         self.output_dir, self.start, self.steps, self.is_main = output_dir, start, config.steps, is_main
         self.quiet = config.quiet or not is_main
         self.path = output_dir / "metrics.jsonl"
-        written = read_history(output_dir) if self.path.exists() else []
+        before = resumed.parent if resumed and (resumed.parent / self.path.name).exists() else None
+        written = read_history(before) if before else []
         self.history = [line for line in written if line["step"] <= start]
         self.bar, self.file, self.picture = None, None, None
         self.draw_next = 0.0
@@ -145,20 +147,32 @@ class Report:
         self.say(f"step {line['step']}/{self.steps}  {text}")
 
     def _keep(self, line: dict) -> None:
-        self.history.append(line)
         if not self.is_main:
+            self.history.append(line)
             return
-        try:
-            if self.file is None:  # lines after the checkpoint stay until there are others
-                fresh = self.path.with_name(".metrics.jsonl.tmp")
-                fresh.write_text("".join(json.dumps(line) + "\n" for line in self.history[:-1]))
-                fresh.replace(self.path)
-                self.file = open(self.path, "a")  # noqa: SIM115  (__exit__ closes it)
+        self.begin_file()
+        with self._told_if_full():
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
+        self.history.append(line)
+        self.trackers.log(line)
+
+    def begin_file(self) -> None:
+        """Leave out the lines after the checkpoint gone on from, which stay until there are others or a new checkpoint."""
+        if self.file is not None:
+            return
+        with self._told_if_full():
+            fresh = self.path.with_name(".metrics.jsonl.tmp")
+            fresh.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+            fresh.replace(self.path)
+            self.file = open(self.path, "a")  # noqa: SIM115  (__exit__ closes it)
+
+    @contextlib.contextmanager
+    def _told_if_full(self):
+        try:
+            yield
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}: free some space and resume") from error
-        self.trackers.log(line)
 
     def _draw(self) -> None:
         """In a notebook, the curve so far, in one place, every few seconds."""
@@ -273,9 +287,14 @@ def episodes_text(source, positions, most: int = 8) -> str:
 
 
 class Stopwatch:
-    """Wall time of the run, and since the last log line how much of it went into waiting for data."""
+    """Wall time of the run, and since the last log line how much of it went into waiting for data.
 
-    def __init__(self):
+    Args:
+        save_minutes: after which a save is due, None for never.
+    """
+
+    def __init__(self, save_minutes: float | None):
+        self.save_seconds = 60 * save_minutes if save_minutes else float("inf")
         self.start = self.lap = self.last_save = time.perf_counter()
         self.waited, self.left_out, self.steps = 0.0, 0.0, 0
 
@@ -294,8 +313,8 @@ class Stopwatch:
         yield
         self.left_out += time.perf_counter() - begun
 
-    def minutes_since_save(self) -> float:
-        return (time.perf_counter() - self.last_save) / 60
+    def save_is_due(self) -> bool:
+        return time.perf_counter() - self.last_save >= self.save_seconds
 
     def since_start(self) -> float:
         return time.perf_counter() - self.start

@@ -32,7 +32,7 @@ PRESET_FIELDS = ("batch_size", "ema_decay", "augment", "image_size")  # None: as
 # another value of these is another run
 COURSE_FIELDS = (
     "dataset_id", "dataset_weights", "rename", "revision", "episodes", "val_fraction", "val_episodes",
-    "batch_size", "lr", "weight_decay", "grad_clip_norm",
+    "batch_size", "lr", "weight_decay", "grad_clip_norm", "compile", "deterministic",
     "warmup_steps", "lr_schedule", "ema_decay", "augment", "seed", "precision", "grad_accumulation_steps",
 )  # fmt: skip
 
@@ -47,20 +47,37 @@ def settle(settings: dict, held: ExitStack):
     """
     check_names(settings, "for train()")
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    given = {**(read_config_file(settings["config_path"]) if settings.get("config_path") else {}), **settings}
+    given = together(read_config_file(settings["config_path"]) if settings.get("config_path") else {}, settings)
     given |= {name: os.path.expanduser(given[name]) for name in ("output_dir", "dataset_root") if given.get(name)}
     world = held.enter_context(make_world(given.get("device") or "auto"))
     with world.main_first():
         return world, *settle_one(given, held, world)
 
 
+def together(file: dict, settings: dict) -> dict:
+    """The settings over those of a file, in which steps or minutes do not stand where the settings have the other.
+
+    Raises:
+        UserError: one of them has both.
+    """
+    lengths = {"steps", "minutes"}
+    for given in (file, settings):
+        if all(given.get(name) is not None for name in lengths):
+            raise UserError("--minutes and --steps both say how long the run is: pass one of them")
+    if lengths & settings.keys():
+        file = {name: value for name, value in file.items() if name not in lengths}
+    return {**file, **settings}
+
+
 def settle_one(given: dict, held: ExitStack, world: World):
     """The same in one of the processes."""
-    if given.get("policy_path"):
-        given = with_its_policy(given)
     asked, output_dir = given.get("resume_from_checkpoint"), given.get("output_dir")
+    if asked is None or (output_dir is None and asked in ("latest", "auto")):
+        given = with_its_policy(given)
     if output_dir is None and asked in (None, "latest", "auto"):
         output_dir = default_output_dir(merge(given))
+    elif output_dir is None and checkpoints.is_aside(place := Path(asked).expanduser()):
+        output_dir = place.parent  # where it is put back
     if output_dir is not None and world.is_main:
         held.enter_context(sole_writer(Path(output_dir)))
     if theirs := lerobot_checkpoint(asked):
@@ -68,6 +85,8 @@ def settle_one(given: dict, held: ExitStack, world: World):
     else:
         resumed, changes = checkpoints.find_resume(asked, output_dir and Path(output_dir)) if asked else (None, [])
     state = None if resumed is None else checkpoints.read_state(resumed, given.get("resume_step"))
+    if resumed is None:
+        given = with_its_policy(given)
     if state is not None:  # what the preset has filled in stays
         given = {name: value for name, value in given.items() if value is not None or name not in PRESET_FIELDS}
     config = merge(given, state and state.train_config)
@@ -96,12 +115,14 @@ def settle_one(given: dict, held: ExitStack, world: World):
 
 
 def with_its_policy(given: dict) -> dict:
-    """The settings with --policy as the folder or Hub repo of --policy_path has it.
+    """The settings, with --policy as the folder or Hub repo of --policy_path has it if there is one.
 
     Raises:
         UserError: they name another, or it holds none.
     """
-    place = given["policy_path"]
+    place = given.get("policy_path")
+    if not place:
+        return given
     name = checkpoints.read_json(policy_folder(hub.fetch(place, "--policy_path")) / "config.json").get("type")
     if given.get("policy", name) != name:
         raise UserError(f"--policy {given['policy']}: --policy_path {place} holds a policy {name}: leave --policy out")

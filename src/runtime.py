@@ -112,13 +112,17 @@ def enough_memory(batch_size: int):
     try:
         yield
     except RuntimeError as error:
-        told = re.search("can't allocate memory|ALLOC_FAILED|out of memory", str(error))
-        if not told and not isinstance(error, torch.OutOfMemoryError):
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             f"out of memory with --batch_size {batch_size}: pass a smaller one, or a smaller --image_size, or cut it in parts with "
             "--grad_accumulation_steps"
         ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    told = re.search("can't allocate memory|ALLOC_FAILED|out of memory", str(error))
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and told is not None)
 
 
 class StopSignals:

@@ -82,19 +82,19 @@ class Run:
         if config.push_to_hub and world.is_main:
             hub.create_repo(config.push_to_hub)
 
-        before = state.trainer_state if state else {"step": 0, "samples_seen": 0, "loss_sum": 0.0, "loss_count": 0}
+        before = state.trainer_state if state else {"step": 0, "samples_seen": 0, "loss_sums": [0.0], "loss_count": 0}
         self.step, self.samples_seen, self.course = before["step"], before["samples_seen"], before.get("course", 0)
         # loss since the last log line, and the first step that was not finite: on the device, read when logging
-        self.loss_sum, self.loss_count = torch.tensor(before["loss_sum"], device=self.device), before["loss_count"]
+        self.loss_sum = torch.tensor(world.own(before["loss_sums"]), device=self.device)
+        self.loss_count = before["loss_count"]
         self.bad_step = torch.tensor(-1, device=self.device)
         self.train_seconds = state.training_info["train_seconds"] if state else 0.0
         if resumed is not None:
             self.learner.load(resumed, before.get("scaler", {}))
 
         self.start_step, self.saved_step = self.step, self.step if resumed else None
-        self.report = held.enter_context(
-            Report(output_dir, self.step, config, before.get("tracker_run_id"), world.is_main)
-        )
+        at_trackers = before.get("tracker_run_id")
+        self.report = held.enter_context(Report(output_dir, resumed, self.step, config, at_trackers, world.is_main))
         self.report.say(header(source, held_out, self.policy, config, world, self.step, output_dir, resumed))
         changes += compare_data(state, self.data) + compare_rates(state, self.learner)
         self.report.warn(*changes, *source.warnings)
@@ -109,8 +109,9 @@ class Run:
             self.config = self.exam.config = config = fix_steps(self)
         self.writer = held.enter_context(Writer(output_dir, config, self.report.warn, resumed))
         self.policy.train()
-        self.watch = Stopwatch()
+        self.watch = Stopwatch(config.save_minutes)
         self.signals, self.asked, self.save_is_due = held.enter_context(runtime.StopSignals()), 0, False
+        self.exam.is_stopped = lambda: self.signals.asked is not None
 
     def train_step(self, batch: dict):
         """One optimizer step on a batch; returns the policy's sub-losses and the gradient norm, on the device."""
@@ -120,8 +121,7 @@ class Run:
         self.bad_step = torch.where(finite | (self.bad_step >= 0), self.bad_step, self.step)
         self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
         self.step, self.samples_seen = self.step + 1, self.samples_seen + self.config.batch_size
-        late = self.watch.minutes_since_save() >= (self.config.save_minutes or float("inf"))
-        self.asked, self.save_is_due = self.world.agree(self.signals.asked or 0, late)
+        self.asked, self.save_is_due = self.world.agree(self.signals.asked or 0, self.watch.save_is_due())
         self.report.advance()
         return parts, grad_norm
 
@@ -159,7 +159,8 @@ class Run:
             "grad_norm": grad_norm.item(),
         }
         self.report.log({**line, **numbers(parts), **self.watch.rates(self.config.batch_size)})
-        self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
+        if self.step % self.config.log_freq == 0 or self.step == 1:  # else the run's end, which a longer run goes over
+            self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
 
     def examine(self) -> None:
         """Held-out episodes and simulation, to a line of metrics; other processes wait for the main one."""
@@ -167,18 +168,19 @@ class Run:
             if self.world.is_main and (results := self.exam.results(self.loader)):
                 self.report.examined({"step": self.step, **results}, said(results), self.exam.picture)
             self.world.wait()
+            self.asked, self.save_is_due = self.world.agree(self.signals.asked or 0, self.watch.save_is_due())
 
     def save(self) -> None:
         """Have checkpoint-<step> written; a run that went bad since the last log line is stopped instead."""
         self.stop_if_not_finite()
         with self.watch.paused():
-            self.loss_sum.fill_(self.world.mean(self.loss_sum))  # as those that go on from here find it
+            self.loss_sums = self.world.every(self.loss_sum)
             trees = self.learner.state()  # of all processes
             if self.world.is_main:
-                in_first_interval = self.resumed and self.step - self.start_step <= self.config.save_freq
-                never = [self.resumed] if in_first_interval else []
+                never = [self.resumed] if self.resumed and self.step - self.start_step <= self.config.save_freq else []
                 parts = self.policy.config, self.preprocess, self.postprocess, self.state()
                 self.writer.save(Snapshot(self.step, *trees, *parts, adapters_config(self.policy)), never)
+                self.report.begin_file()
                 self.report.trackers.note("checkpoint", f"checkpoint-{self.step}", self.step)
         self.saved_step = self.step
         self.watch.last_save = time.perf_counter()
@@ -187,7 +189,7 @@ class Run:
         """Where the run stands, for a resume and for people."""
         standing = {"step": self.step, "samples_seen": self.samples_seen, "batch_size": self.config.batch_size}
         standing |= {"seed": self.config.seed, "world_size": self.world.size, "course": self.course}
-        sums = {"loss_sum": self.loss_sum.item(), "loss_count": self.loss_count}
+        sums = {"loss_sums": self.loss_sums, "loss_count": self.loss_count}
         own = {"scaler": self.learner.scaler.state_dict(), "tracker_run_id": self.report.trackers.run_id}
         info = training_info(self.policy, self.config.dataset_id, self.report.history, self.device, self.step)
         seconds = round(self.train_seconds + self.watch.since_start(), 1)

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import os
 import re
+import statistics
 from datetime import timedelta
 from pathlib import Path
 
@@ -117,11 +118,19 @@ class World:
 
     def mean(self, value: torch.Tensor) -> float:
         """The mean of a number over the processes."""
+        return statistics.fmean(self.every(value))
+
+    def every(self, value: torch.Tensor) -> list[float]:
+        """A number as each process has it, by rank."""
         if self.talk is None:
-            return value.item()
-        value = value.detach().double().cpu()
-        dist.all_reduce(value, group=self.talk)
-        return value.item() / self.size
+            return [value.item()]
+        numbers = list(torch.zeros(self.size, dtype=torch.float64).unbind())
+        dist.all_gather(numbers, value.detach().double().cpu(), group=self.talk)
+        return [number.item() for number in numbers]
+
+    def own(self, numbers: list[float]) -> float:
+        """This process' of what `every` gave; their mean where that was in another number of processes."""
+        return numbers[self.rank] if len(numbers) == self.size else statistics.fmean(numbers)
 
     def check(self, config) -> None:
         """Raise what these processes cannot do."""
