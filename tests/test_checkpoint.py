@@ -1,5 +1,6 @@
 """Checkpoint folders on disk: found only when complete, pruned, put back; final model files."""
 
+import json
 import os
 import signal
 import subprocess
@@ -58,6 +59,14 @@ def test_prune_leaves_later_steps_of_an_earlier_course(tmp_path):
     folders = [a_checkpoint(tmp_path, step) for step in (1, 2, 8, 9)]
     prune(tmp_path, 2, 1, None)
     assert find_checkpoints(tmp_path) == folders[1:]
+
+
+def test_prune_keeps_the_newest_of_the_course_taken_last(tmp_path):
+    folders = [a_checkpoint(tmp_path, step) for step in (4, 5, 8, 10)]
+    for folder, course in zip(folders, (0, 5, 0, 5), strict=True):  # back to 4, and on by other steps
+        (folder / "trainer_state.json").write_text(json.dumps({"course": course}))
+    prune(tmp_path, 10, 2, None)
+    assert find_checkpoints(tmp_path) == [folders[1], folders[3]]
 
 
 def test_what_a_dead_process_left_goes_and_what_it_was_replacing_comes_back(tmp_path):

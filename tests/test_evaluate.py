@@ -1,8 +1,11 @@
 """How good a policy is: held-out episodes, recorded episodes, simulation; what is measured changes nothing."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,6 +180,33 @@ def test_a_simulation_that_fails_does_not_end_the_run(made, tmp_path, monkeypatc
     assert result.steps == 4
     told = "warning: --eval_env pusht failed, no success rate: the simulator has gone"
     assert capsys.readouterr().out.count(told) == 2
+
+
+def test_a_validation_that_fails_does_not_end_the_run(made, tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise ValueError("a chunk of another shape")
+
+    monkeypatch.setattr(exam, "measure", fail)
+    settings = small("flow", dataset_id=str(made("no_camera")), val_fraction=0.4, output_dir=str(tmp_path))
+    assert train(**settings).steps == 4
+    told = "warning: validation failed, no figures: a chunk of another shape"
+    assert capsys.readouterr().out.count(told) == 2
+
+
+def test_a_stop_signal_ends_a_simulation(made, tmp_path, monkeypatch, capsys):
+    def simulate(env, config, policy, *rest, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        policy.select({})
+        raise AssertionError("the policy went on")
+
+    monkeypatch.setattr(exam.sim, "make_env", lambda *args: (SimpleNamespace(close=lambda: None), None))
+    monkeypatch.setattr(exam, "first_observation", lambda *args: None)
+    monkeypatch.setattr(exam, "check_fits", lambda *args: None)
+    monkeypatch.setattr(exam, "run_episodes", simulate)
+    result = train(**small("flow", dataset_id=str(made("no_camera")), eval_env="pusht", output_dir=str(tmp_path)))
+    assert (result.steps, result.stopped_by, result.checkpoint.name) == (2, "SIGTERM", "checkpoint-2")
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_measuring_changes_no_weight(made, tmp_path, renderer):

@@ -75,6 +75,20 @@ def test_actions_relative_to_the_state_are_undone_by_the_one_they_were_predicted
         Ahead(loaded, 1)
 
 
+def test_activations_computed_twice_are_counted_once():
+    """Gradients, and what the batch norms of a backbone have seen, are those of activations that were kept."""
+    ended = []
+    for twice in ("false", "true"):
+        policy = a_policy("backbone=resnet18", f"gradient_checkpointing={twice}").train()
+        batch = a_batch(policy)
+        torch.manual_seed(2)
+        policy(batch)[0].backward()
+        ended.append({**policy.state_dict(), **{f"{name}.grad": p.grad for name, p in policy.named_parameters()}})
+    assert ended[0]["encoder.eyes.0.backbone.1.num_batches_tracked"] == 1
+    for name, tensor in ended[0].items():
+        torch.testing.assert_close(ended[1][name], tensor, rtol=0, atol=0, msg=name)
+
+
 def test_cameras_that_a_vla_makes_up_are_not_asked_for():
     policy = a_policy()
     features = policy.config.input_features

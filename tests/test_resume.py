@@ -13,6 +13,8 @@ from test_problems import edit, rewrite
 from checkpoint import seal
 from config import UserError, merge
 from infer import load_policy
+from report import Report
+from resume import together
 from train import train
 from validation import split
 
@@ -78,6 +80,74 @@ def test_settings_come_from_the_checkpoint_and_more_steps_extend_the_run(made, t
     train(**settings, output_dir=str(tmp_path / "part"))
     train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-4"), steps=6)
     assert_same_run(tmp_path / "whole", tmp_path / "part", 6)
+
+
+def test_more_steps_log_what_the_longer_run_would(made, tmp_path):
+    settings = small(dataset_id=str(made("no_camera")), log_freq=3)
+    whole = train(**{**settings, "steps": 6}, output_dir=str(tmp_path / "whole"))
+    train(**settings, output_dir=str(tmp_path / "part"))
+    part = train(resume_from_checkpoint="latest", output_dir=str(tmp_path / "part"), steps=6, quiet=True)
+    assert [line["step"] for line in part.history] == [1, 3, 4, 6]
+    assert part.history[-1]["loss"] == whole.history[-1]["loss"]
+
+
+def test_minutes_and_steps_do_not_override_each_other_unsaid():
+    assert together({"steps": 400, "lr": 1}, {"minutes": 5}) == {"lr": 1, "minutes": 5}
+    assert together({"minutes": 5}, {"steps": 3}) == {"steps": 3}
+    assert together({"minutes": 5, "steps": None}, {"lr": 1}) == {"minutes": 5, "steps": None, "lr": 1}
+    for both in ({"minutes": 5, "steps": 3}, {}), ({}, {"minutes": 5, "steps": 3}):
+        with pytest.raises(UserError, match="--minutes and --steps both say how long the run is"):
+            together(*both)
+
+
+def test_what_a_preset_filled_in_stays(made, tmp_path, capsys):
+    """None is the preset's value in a run that goes on as in a fresh one."""
+    preset = dict.fromkeys(("batch_size", "ema_decay", "augment", "image_size"))
+    settings = {**small("flow", dataset_id=str(made("no_camera")), steps=1), **preset, "output_dir": str(tmp_path)}
+    train(**settings)
+    capsys.readouterr()
+    train(**{**settings, "steps": 2}, resume_from_checkpoint="auto")
+    assert warnings_of(capsys) == []
+    config = json.loads((tmp_path / "checkpoint-2" / "train_config.json").read_text())
+    assert (config["batch_size"], config["ema_decay"], config["augment"]) == (64, 0.995, True)
+
+
+def test_home_is_written_with_a_tilde(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "steps.yaml").write_text("steps: 1\noutput_dir: ~/run")
+    settings = small(dataset_id=str(made("no_camera")), config_path="~/steps.yaml")
+    del settings["steps"]
+    assert train(**settings).checkpoint == tmp_path / "run" / "checkpoint-1"
+
+
+def test_lines_of_metrics_that_were_left_go_when_a_checkpoint_is_made(tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder, loss in ((ours, 1), (theirs, 2)):
+        folder.mkdir()
+        lines = [json.dumps({"step": step, "loss": loss}) for step in (1, 2, 3)]
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    for resumed, loss in ((ours / "checkpoint-2", 1), (theirs / "checkpoint-2", 2), (tmp_path / "hub", None)):
+        with Report(ours, resumed, 2, merge({"dataset_id": "x"}), None) as report:
+            assert [line["loss"] for line in report.history] == ([loss] * 2 if loss else [])
+            report.begin_file()
+        assert len((ours / "metrics.jsonl").read_text().splitlines()) == len(report.history)
+
+
+def test_the_base_of_a_fine_tuned_policy_is_not_needed_again(made, tmp_path):
+    data = {"dataset_id": str(made("no_camera"))}
+    base = train(**small(**data, steps=1), output_dir=str(tmp_path / "base")).checkpoint
+    settings = small(**data, policy_path=str(base), policy_args=None, output_dir=str(tmp_path / "run"))
+    del settings["policy"]
+    train(**settings)
+    shutil.rmtree(tmp_path / "base")
+    assert train(**{**settings, "steps": 5}, resume_from_checkpoint="auto").steps == 5
+
+
+def test_a_checkpoint_that_was_being_replaced_is_found_by_its_name(made, tmp_path):
+    train(**small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path)))
+    (tmp_path / "checkpoint-2").rename(tmp_path / ".checkpoint-2.old")
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    assert train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"), quiet=True).steps == 4
 
 
 def test_changed_settings_are_told_and_a_finished_run_is_left_alone(made, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Fine-tuning some of the weights: PEFT adapters (LoRA and others) through LeRobot's own wrapper, and freezing by name."""
 
+import contextlib
 import re
 from pathlib import Path
 from types import MethodType
@@ -82,6 +83,25 @@ def put_adapters(policy, tensors: dict) -> None:
     from peft import set_peft_model_state_dict
 
     set_peft_model_state_dict(policy, tensors)
+
+
+def counted_once(module) -> dict:
+    """Arguments of torch's `checkpoint` by which batch norms do not count again what they see in the repetition; none without such."""
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+
+    @contextlib.contextmanager
+    def uncounted():
+        before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        try:
+            yield
+        finally:  # it ends by an exception once it has what the backward pass needs
+            for norm, momentum, count in before:
+                norm.momentum = momentum
+                norm.num_batches_tracked.copy_(count)
+
+    return {"context_fn": lambda: (contextlib.nullcontext(), uncounted())} if norms else {}
 
 
 def freeze(policy, patterns: list[str]) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError
+from policy.adapters import counted_once
 
 SIZES = {  # channels of the encoder's stages, width of the condition and of the head, blocks of the head
     "tiny": ((32, 64, 96), 256, 2),
@@ -273,7 +274,7 @@ class Encoder(nn.Module):
             pictures = batch[key]  # (B, [S,] C, H, W)
             pictures, count = pictures.flatten(0, -4), pictures.shape[0]
             twice = self.config.gradient_checkpointing and self.training
-            seen = checkpoint(eye, pictures, use_reentrant=False) if twice else eye(pictures)
+            seen = checkpoint(eye, pictures, use_reentrant=False, **counted_once(eye)) if twice else eye(pictures)
             parts.append(seen.reshape(count, -1))
         # a vector of one number comes as (B,)
         parts += [batch[key].reshape(batch[key].shape[0], -1) for key in self.vectors]
