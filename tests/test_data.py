@@ -226,7 +226,7 @@ def test_v21_is_what_lerobot_makes_of_it(v21, tmp_path):
     assert old.meta.stats.keys() == theirs.stats.keys()
     for key, stats in theirs.stats.items():
         assert all((old.meta.stats[key][name] == value).all() for name, value in stats.items())
-    assert old.meta.features == theirs.features
+    assert old.meta.features == new.meta.features
     assert old.tasks == new.tasks
     assert all(torch.equal(values, new.columns[key]) for key, values in old.columns.items())
     rows = torch.tensor([0, 196, 197, 640, 1331])

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from types import MethodType
 
+from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from config import UserError, one_line
@@ -86,7 +87,10 @@ def put_adapters(policy, tensors: dict) -> None:
 
 
 def counted_once(module) -> dict:
-    """Arguments of torch's `checkpoint` by which batch norms do not count again what they see in the repetition; none without such."""
+    """Arguments of torch's `checkpoint` by which batch norms do not count again what they see in the repetition.
+
+    None where there are no such, or in torch.compile, which takes no arguments of this kind.
+    """
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
 
     @contextlib.contextmanager
@@ -101,7 +105,7 @@ def counted_once(module) -> dict:
                 norm.momentum = momentum
                 norm.num_batches_tracked.copy_(count)
 
-    return {"context_fn": lambda: (contextlib.nullcontext(), uncounted())} if norms else {}
+    return {"context_fn": lambda: (contextlib.nullcontext(), uncounted())} if norms and not is_compiling() else {}
 
 
 def freeze(policy, patterns: list[str]) -> None:
