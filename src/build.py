@@ -107,7 +107,7 @@ def build_parts(config: TrainConfig, resumed: Path | None, source, device):
 
 def tell_names(policy_cfg, features: dict) -> None:
     """Tell a policy's config what else of the dataset it keeps, as LeRobot's make_policy does."""
-    names = features["action"].get("names")
+    names = features.get("action", {}).get("names")
     if hasattr(policy_cfg, "action_feature_names") and names is not None:
         policy_cfg.action_feature_names = list(names)
     if hasattr(policy_cfg, "set_dataset_feature_metadata"):

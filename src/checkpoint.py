@@ -133,7 +133,7 @@ def make_ready(output_dir: Path) -> None:
 
 def is_aside(path: Path) -> bool:
     """Whether a checkpoint was being replaced when the process was killed: `make_ready` puts it back."""
-    return path.with_name(f".{path.name}.old").is_dir()
+    return (path.parent / f".{path.name}.old").is_dir()
 
 
 def find_resume(asked: str, output_dir: Path) -> tuple[Path | None, list[str]]:

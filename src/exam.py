@@ -66,7 +66,7 @@ class Exam:
         line, self.errors = {}, None
         if self.validates:
             fits = loader.share // self.config.grad_accumulation_steps  # in memory: it does in training
-            with self.going_on("validation failed, no figures"):
+            with self.going_on("validation failed, no figures", and_memory=False):
                 self.errors = measure(*self.parts, loader, self.rows, self.config.seed, most=fits)
                 line |= self.errors.line()
         if self.simulates:
@@ -81,14 +81,14 @@ class Exam:
         return line
 
     @contextlib.contextmanager
-    def going_on(self, what: str):
-        """Tell what fails within this: whatever it meets, the run does not end for it, but for want of memory."""
+    def going_on(self, what: str, and_memory: bool = True):
+        """Tell what fails within this, and memory that runs out if so asked: the run does not end for it."""
         try:
             yield
         except Stop:
-            pass
+            self.warn("the run is stopped in a simulation: no success rate")
         except Exception as error:
-            if is_out_of_memory(error):
+            if not and_memory and is_out_of_memory(error):
                 raise
             self.warn(f"{what}: {one_line(error)[:200]}")
 

@@ -65,7 +65,7 @@ class Report:
 
     Args:
         output_dir: where metrics.jsonl and loss.png go.
-        resumed: the checkpoint that the run goes on from, whose folder has its metrics.
+        resumed: the checkpoint that the run goes on from; its folder, or else output_dir, has the metrics so far.
         start: the step that this process starts from.
         config: steps, quiet, tracker.
         run_id: the run's name at its trackers, None for a new run.
@@ -76,8 +76,8 @@ class Report:
         self.output_dir, self.start, self.steps, self.is_main = output_dir, start, config.steps, is_main
         self.quiet = config.quiet or not is_main
         self.path = output_dir / "metrics.jsonl"
-        before = resumed.parent if resumed and (resumed.parent / self.path.name).exists() else None
-        written = read_history(before) if before else []
+        places = [resumed.resolve().parent, output_dir] if resumed else []
+        written = next((read_history(place) for place in places if (place / self.path.name).exists()), [])
         self.history = [line for line in written if line["step"] <= start]
         self.bar, self.file, self.picture = None, None, None
         self.draw_next = 0.0

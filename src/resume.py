@@ -55,18 +55,12 @@ def settle(settings: dict, held: ExitStack):
 
 
 def together(file: dict, settings: dict) -> dict:
-    """The settings over those of a file, in which steps or minutes do not stand where the settings have the other.
-
-    Raises:
-        UserError: one of them has both.
-    """
+    """The settings over those of a file. Minutes stand instead of steps beside them, and either instead of the file's other."""
     lengths = {"steps", "minutes"}
-    for given in (file, settings):
-        if all(given.get(name) is not None for name in lengths):
-            raise UserError("--minutes and --steps both say how long the run is: pass one of them")
-    if lengths & settings.keys():
+    if any(settings.get(name) is not None for name in lengths):
         file = {name: value for name, value in file.items() if name not in lengths}
-    return {**file, **settings}
+    given = {**file, **settings}
+    return {name: value for name, value in given.items() if name != "steps" or given.get("minutes") is None}
 
 
 def settle_one(given: dict, held: ExitStack, world: World):

@@ -111,7 +111,7 @@ def enough_memory(batch_size: int):
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(
@@ -122,7 +122,8 @@ def enough_memory(batch_size: int):
 
 def is_out_of_memory(error: Exception) -> bool:
     told = re.search("can't allocate memory|ALLOC_FAILED|out of memory", str(error))
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and told is not None)
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or (isinstance(error, RuntimeError) and told is not None)
 
 
 class StopSignals:

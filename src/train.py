@@ -168,7 +168,7 @@ class Run:
             if self.world.is_main and (results := self.exam.results(self.loader)):
                 self.report.examined({"step": self.step, **results}, said(results), self.exam.picture)
             self.world.wait()
-            self.asked, self.save_is_due = self.world.agree(self.signals.asked or 0, self.watch.save_is_due())
+            (self.asked,) = self.world.agree(self.signals.asked or 0)
 
     def save(self) -> None:
         """Have checkpoint-<step> written; a run that went bad since the last log line is stopped instead."""

@@ -312,12 +312,11 @@ def sole_writer(output_dir: Path):
     from filelock import FileLock, Timeout
 
     fresh, lock = not output_dir.exists(), FileLock(output_dir / LOCK, timeout=0)
-    others = [name for name in ("meta", "README.md", "config.json") if (output_dir / name).exists()]
-    if others and not (output_dir / LOCK).exists() and not find_checkpoints(output_dir):
-        raise UserError(
-            f"--output_dir {output_dir} is no run's folder, it holds {others[0]}: pass another, which may be new"
-        )
     try:
+        others = [name for name in ("meta", "README.md", "config.json") if (output_dir / name).exists()]
+        if others and not (output_dir / LOCK).exists() and not find_checkpoints(output_dir):
+            told = f"--output_dir {output_dir} is no run's folder, it holds {others[0]}"
+            raise UserError(f"{told}: pass another, which may be new")
         output_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         owner = {"pid": os.getpid(), "host": socket.gethostname()}

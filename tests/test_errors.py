@@ -166,6 +166,11 @@ def test_pickle_that_runs_code_is_refused(capsys, damaged):
     assert line.endswith("optimizer_state.pth is refused: it would run print, and may hold tensors and numbers alone")
 
 
+def test_resumed_from_a_folder_without_a_name(capsys, run, monkeypatch):
+    monkeypatch.chdir(run / "checkpoint-2")
+    assert "has no step in its name" in told(capsys, resume_from_checkpoint=".")
+
+
 def test_output_dir_in_use(capsys, run, made):
     before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
     line = told(capsys, dataset_id=str(made("video")), output_dir=str(run))

@@ -94,10 +94,9 @@ def test_more_steps_log_what_the_longer_run_would(made, tmp_path):
 def test_minutes_and_steps_do_not_override_each_other_unsaid():
     assert together({"steps": 400, "lr": 1}, {"minutes": 5}) == {"lr": 1, "minutes": 5}
     assert together({"minutes": 5}, {"steps": 3}) == {"steps": 3}
-    assert together({"minutes": 5, "steps": None}, {"lr": 1}) == {"minutes": 5, "steps": None, "lr": 1}
-    for both in ({"minutes": 5, "steps": 3}, {}), ({}, {"minutes": 5, "steps": 3}):
-        with pytest.raises(UserError, match="--minutes and --steps both say how long the run is"):
-            together(*both)
+    assert together({"steps": 2}, {"minutes": None}) == {"steps": 2, "minutes": None}
+    for both in ({"minutes": 5, "steps": 3}, {}), ({}, {"minutes": 5, "steps": 3}):  # as train_config.json has them
+        assert together(*both) == {"minutes": 5}
 
 
 def test_what_a_preset_filled_in_stays(made, tmp_path, capsys):
@@ -126,9 +125,16 @@ def test_lines_of_metrics_that_were_left_go_when_a_checkpoint_is_made(tmp_path):
         folder.mkdir()
         lines = [json.dumps({"step": step, "loss": loss}) for step in (1, 2, 3)]
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    for resumed, loss in ((ours / "checkpoint-2", 1), (theirs / "checkpoint-2", 2), (tmp_path / "hub", None)):
+    (tmp_path / "link").symlink_to(theirs / "checkpoint-2")
+    for resumed, losses in (
+        (ours / "checkpoint-2", [1, 1]),
+        (tmp_path / "hub" / "checkpoint-2", [1, 1]),
+        (theirs / "checkpoint-2", [2, 2]),
+        (tmp_path / "link", [2, 2]),
+        (None, []),
+    ):
         with Report(ours, resumed, 2, merge({"dataset_id": "x"}), None) as report:
-            assert [line["loss"] for line in report.history] == ([loss] * 2 if loss else [])
+            assert [line["loss"] for line in report.history] == losses
             report.begin_file()
         assert len((ours / "metrics.jsonl").read_text().splitlines()) == len(report.history)
 

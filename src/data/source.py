@@ -124,7 +124,9 @@ def open_dataset(
             download(dataset_id, dataset_root, revision, selected if episodes else None)
     tables = sorted((meta.root / "data").glob("*/*.parquet"))
     table, problems = read_table(tables, meta.root, selected if episodes else None)
-    problems += name_problems(meta) + put_in_order(meta)
+    if "action" not in meta.features:
+        problems.append(f"it has no feature action{nearest('action', meta.features)}")
+    problems += put_in_order(meta)
     place = episode_rows(table, selected, meta, problems)
     parts = [len(place[0])]
     source = Source(dataset_id, meta, meta.root, *place, columns={}, tables=tables, parts=parts, problems=problems)
@@ -138,17 +140,6 @@ def open_dataset(
         for key, videos in source.videos.items():
             problems += video_problems(videos, meta.root, tuple(meta.features[key]["shape"]), meta.fps)
     return source
-
-
-def name_problems(meta) -> list[str]:
-    """Features that LeRobot's pipelines would not see under their names."""
-    problems = [f"it has no feature action{nearest('action', meta.features)}"] if "action" not in meta.features else []
-    cameras = [key for key in meta.camera_keys if not key.startswith("observation.")]
-    return problems + [
-        f"camera {key}: LeRobot hands a policy what is called observation. alone: name it observation.images.{key} "
-        "in meta/ (info.json, stats, episodes), in data/ and as a folder of videos/"
-        for key in cameras
-    ]
 
 
 def put_in_order(meta) -> list[str]:
@@ -199,9 +190,9 @@ def open_hub(dataset_id: str, dataset_root: str | None, revision: str | None):
             from lerobot.utils.constants import HF_LEROBOT_HOME
 
             here = HF_LEROBOT_HOME / dataset_id  # where an older LeRobot has recorded it, or downloaded some of it
-            if dataset_root is None and (here / "meta" / "info.json").is_file():
-                meta = open_folder(str(here), here)
-                if len(list(here.glob("data/*/*.parquet"))) == meta.total_episodes:
+            if dataset_root is revision is None and (here / "meta" / "info.json").is_file():
+                meta, tables, videos = open_folder(str(here), here), here.glob("data/*/*"), here.glob("videos/*/*/*")
+                if (len(list(tables)), len(list(videos))) == (n := meta.total_episodes, n * len(meta.video_keys)):
                     return meta
             at = {"revision": revision or "v2.1", "local_dir": dataset_root}
             return open_folder(dataset_id, Path(snapshot_download(dataset_id, repo_type="dataset", **at)))

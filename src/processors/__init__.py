@@ -151,9 +151,12 @@ def policy_problems(config, image_size: list[int] | None) -> list[str]:
     problems = []
     if config.type in NEED_STATE and config.robot_state_feature is None:
         problems.append(f"it has no observation.state, which policy {config.type} needs: pass --policy flow")
-    for key in config.image_features if image_size is not None else ():
-        if "image" not in key:
-            new = f"observation.images.{key.removeprefix('observation.')}"
+    for key in config.image_features:
+        new = f"observation.images.{key.removeprefix('observation.')}"
+        if not key.startswith("observation."):
+            problems.append(f"camera {key}: LeRobot hands a policy what is called observation. alone: name it {new} "
+                            "in meta/ (info.json, stats, episodes), in data/ and as a folder of videos/")  # fmt: skip
+        elif image_size is not None and "image" not in key:
             problems.append(f"LeRobot resizes no camera called {key}, only those with image in their name: "
                             f"pass --rename {key}={new}")  # fmt: skip
     return problems
@@ -301,7 +304,7 @@ def as_floats(batch: dict, meta, device) -> dict:
     LeRobot's batches have features of one number without their last axis. The cameras' `_is_pad` are left out, and texts but
     the task: the pipeline would take them for pictures where they are called so.
     """
-    texts = {key for key, feature in meta.features.items() if feature["dtype"] == "string"}
+    texts = {key for key, feature in meta.features.items() if feature["dtype"] == "string" and key != "task"}
     unwanted = {f"{key}_is_pad" for key in meta.camera_keys} | texts
     ready = {key: value for key, value in batch.items() if key not in unwanted}
     for key, feature in meta.features.items():

@@ -129,7 +129,9 @@ def run_episode(
 def expert_actions(env) -> tuple:
     try:
         return env.call("expert_action")
-    except AttributeError:
+    except AttributeError as error:
+        if "expert_action" not in str(error):
+            raise
         raise UserError("this environment has no scripted expert: pass --env metaworld, or a checkpoint") from None
 
 
