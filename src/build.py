@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import hub
+from checkpoint import verify_policy
 from config import TrainConfig, UserError, nearest
 from convert import policy_folder
 from data.frames import Frames
@@ -62,7 +63,9 @@ def build_parts(config: TrainConfig, resumed: Path | None, source, device):
         UserError: the data do not fit the policy, or the Hub has no such one.
     """
     folder = resumed or (hub.fetch(config.policy_path, "--policy_path") if config.policy_path else None)
-    folder = folder if resumed or folder is None else policy_folder(folder)
+    if folder is not None and not resumed:
+        folder = policy_folder(folder)
+        verify_policy(folder)
     rename = parse_rename(config.rename)
     size = config.image_size
     if size is None and folder and not resumed and has_processors(folder):

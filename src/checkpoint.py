@@ -131,6 +131,16 @@ def make_ready(output_dir: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def verify_policy(folder: Path) -> None:
+    """Compare the tensors of a policy and its processors with the manifest, where the folder has one.
+
+    Raises:
+        UserError: as `verify`.
+    """
+    if (folder / MANIFEST).is_file():
+        verify(folder, ".safetensors")
+
+
 def is_aside(path: Path) -> bool:
     """Whether a checkpoint was being replaced when the process was killed: `make_ready` puts it back."""
     return (path.parent / f".{path.name}.old").is_dir()
@@ -183,8 +193,8 @@ def newest_whole(output_dir: Path, asked: str) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def verify(path: Path) -> None:
-    """Compare every file with the manifest.
+def verify(path: Path, suffix: str = "") -> None:
+    """Compare every file, or those whose names end so, with the manifest.
 
     Raises:
         UserError: names the files that are missing or differ.
@@ -194,6 +204,8 @@ def verify(path: Path) -> None:
     if manifest_text(files) != (path / MANIFEST).read_text():
         raise UserError(f"{path} is damaged: {MANIFEST} does not match its sha256")
     for name, wanted in files.items():
+        if not name.endswith(suffix):
+            continue
         file = path / name
         try:
             if not file.is_file():

@@ -93,10 +93,10 @@ def push(repo: str, output_dir: Path, checkpoint: Path, warn) -> str | None:
     files, message = [*final, f"{checkpoint.name}/*"], f"Armature: {checkpoint.name}"
 
     def upload() -> str:
-        commit = HfApi().upload_folder(
-            repo_id=repo, folder_path=output_dir, allow_patterns=files, commit_message=message
-        )
-        return commit.repo_url.url
+        to = {"repo_id": repo, "commit_message": message}
+        if checkpoint.resolve().parent != output_dir.resolve():  # a run that had nothing to do
+            HfApi().upload_folder(**to, folder_path=checkpoint, path_in_repo=checkpoint.name)
+        return HfApi().upload_folder(**to, folder_path=output_dir, allow_patterns=files).repo_url.url
 
     return attempt(upload, f"--push_to_hub {repo}", warn, f"all is in {output_dir}: hf upload {repo} {output_dir}")
 

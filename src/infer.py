@@ -161,6 +161,7 @@ def load_policy(
         UserError: there is no policy, or it does not load.
     """
     import hub
+    from checkpoint import verify_policy
     from convert import policy_folder
     from policy import build_policy, load_policy_config
     from processors import load_processors
@@ -169,6 +170,7 @@ def load_policy(
     if n_action_steps is not None and n_action_steps < 1:
         raise UserError(f"--n_action_steps must be 1 or more, got {n_action_steps}")
     folder, on = policy_folder(hub.fetch(str(checkpoint), "policy")), str(pick_device(device))
+    verify_policy(folder)
     pairs = None if n_action_steps is None else [f"n_action_steps={n_action_steps}"]
     policy = build_policy(load_policy_config(folder, pairs, on), None, folder).eval()
     return LoadedPolicy(policy, *load_processors(folder, on), task)

@@ -79,7 +79,7 @@ class Report:
         places = [resumed.resolve().parent, output_dir] if resumed else []
         written = next((read_history(place) for place in places if (place / self.path.name).exists()), [])
         self.history = [line for line in written if line["step"] <= start]
-        self.bar, self.file, self.picture = None, None, None
+        self.bar, self.file, self.is_full, self.picture = None, None, False, None
         self.draw_next = 0.0
         self.trackers = Trackers(
             config.tracker if is_main else "none", output_dir, run_id, config.asdict(), start, self.warn
@@ -94,8 +94,7 @@ class Report:
         return self
 
     def __exit__(self, *error):
-        if self.file is not None:
-            self.file.close()
+        self._close_file()
         self.trackers.close()
         if self.bar is not None:
             self.bar.close()
@@ -147,32 +146,44 @@ class Report:
         self.say(f"step {line['step']}/{self.steps}  {text}")
 
     def _keep(self, line: dict) -> None:
-        if not self.is_main:
-            self.history.append(line)
-            return
-        self.begin_file()
-        with self._told_if_full():
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
         self.history.append(line)
+        if not self.is_main:
+            return
+        if self.file is None:
+            self.begin_file()
+        else:
+            with self._told_if_full():
+                self.file.write(json.dumps(line) + "\n")
+                self.file.flush()
         self.trackers.log(line)
 
     def begin_file(self) -> None:
-        """Leave out the lines after the checkpoint gone on from, which stay until there are others or a new checkpoint."""
-        if self.file is not None:
-            return
-        with self._told_if_full():
+        """Write the history afresh: lines after the checkpoint gone on from stay until there are others, or a new checkpoint."""
+        if self.file is None:
             fresh = self.path.with_name(".metrics.jsonl.tmp")
-            fresh.write_text("".join(json.dumps(line) + "\n" for line in self.history))
-            fresh.replace(self.path)
-            self.file = open(self.path, "a")  # noqa: SIM115  (__exit__ closes it)
+            with self._told_if_full():
+                fresh.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+                fresh.replace(self.path)
+                self.file = open(self.path, "a")  # noqa: SIM115  (__exit__ closes it)
+                self.is_full = False
 
     @contextlib.contextmanager
     def _told_if_full(self):
+        """Lines that cannot be written are kept, and written with a later one."""
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror}: free some space and resume") from error
+            self._close_file()
+            self.path.with_name(".metrics.jsonl.tmp").unlink(missing_ok=True)
+            if not self.is_full:
+                self.warn(f"{self.path} cannot be written ({error.strerror}); its lines are added once there is room")
+            self.is_full = True
+
+    def _close_file(self) -> None:
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # what it could not write it tries again
+                self.file.close()
+        self.file = None
 
     def _draw(self) -> None:
         """In a notebook, the curve so far, in one place, every few seconds."""
@@ -227,7 +238,7 @@ def training_info(policy, dataset_id: list[str], history: list[dict], device, st
         "epoch": last(history, "epoch") or 0,
         "loss": last(history, "loss"),
         "val_loss": last([line for line in history if line["step"] == step], "val_loss"),
-        "success_rate": last(history, "eval_success_rate"),
+        "success_rate": last([line for line in history if line["step"] == step], "eval_success_rate"),
         "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         **describe_machine(device),
     }

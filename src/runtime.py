@@ -94,7 +94,8 @@ def threads(asked: int | None) -> int:
 
 @contextlib.contextmanager
 def without_collector():
-    """Without garbage collection: it takes a second of what LeRobot's imports take."""
+    """Without garbage collection, which takes a second of what LeRobot's imports take; what an earlier run left goes first."""
+    gc.collect()
     gc.disable()
     try:
         yield

@@ -106,13 +106,16 @@ class Trackers:
         for name in wanted:
             if name not in KINDS:
                 raise UserError(f"--tracker {name}: there is no such tracker{nearest(name, KINDS)}: {', '.join(KINDS)}")
+        for name in wanted:
             try:
                 self.open[name] = KINDS[name](output_dir, self.run_id, config, start)
             except ImportError as error:
+                self.close()
                 raise UserError(
                     f"--tracker {name} needs a package ({one_line(error)[:100]}): uv pip install {name}"
                 ) from None
             except Exception as error:  # its own kinds: no login, no network
+                self.close()
                 remedy = (
                     "log in, or WANDB_MODE=offline, or leave the flag out" if name == "wandb" else "leave the flag out"
                 )

@@ -148,7 +148,7 @@ class Run:
         )
 
     def log(self, parts: dict | None, grad_norm) -> None:
-        """One line of metrics, the loss as its mean since the line before."""
+        """One line of metrics, the loss as its mean since the line before (and not what a part of the policy's is called)."""
         self.stop_if_not_finite()
         self.writer.check()
         line = {
@@ -158,7 +158,7 @@ class Run:
             "lr": self.learner.optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm.item(),
         }
-        self.report.log({**line, **numbers(parts), **self.watch.rates(self.config.batch_size)})
+        self.report.log({**line, **numbers(parts), **line, **self.watch.rates(self.config.batch_size)})
         if self.step % self.config.log_freq == 0 or self.step == 1:  # else the run's end, which a longer run goes over
             self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
 

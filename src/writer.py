@@ -35,6 +35,7 @@ from checkpoint import (
 from config import TrainConfig, UserError, one_line
 from hub import Uploader
 from policy.adapters import ADAPTER
+from runtime import in_notebook
 
 LOCK, OWNER = ".lock", ".lock.json"
 
@@ -199,8 +200,8 @@ class Writer:
             self.uploader.close(60 if kind is None else 0)
         if kind is None:
             self.finish()
-        elif self.thread is not None and not issubclass(kind, KeyboardInterrupt):
-            self.thread.join()
+        elif self.thread is not None and (in_notebook() or not issubclass(kind, KeyboardInterrupt)):
+            self.thread.join()  # in a notebook too, where the thread would meet the next run's
 
 
 def write_checkpoint(output_dir: Path, snapshot: Snapshot) -> Path:

@@ -12,6 +12,7 @@ from conftest import ROOT, SHIPPED, small
 import runtime
 from checkpoint import MANIFEST, find_checkpoints, make_ready, prune, seal, verify
 from config import UserError
+from infer import load_policy
 from train import train
 from writer import publish
 
@@ -106,6 +107,18 @@ def test_a_damaged_manifest_is_named(tmp_path):
     (a_checkpoint(tmp_path, 1) / MANIFEST).write_text("{")
     with pytest.raises(UserError, match=r"checkpoint-1/manifest\.json cannot be read"):
         verify(tmp_path / "checkpoint-1")
+
+
+def test_damaged_tensors_do_not_act(made, tmp_path):
+    settings = small(dataset_id=str(made("no_camera")), steps=1)
+    checkpoint = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
+    damaged = next(checkpoint.glob("policy_postprocessor_step_*.safetensors"))
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="does not match its sha256"):
+        load_policy(checkpoint)
+    with pytest.raises(UserError, match="does not match its sha256"):
+        train(**{**settings, "policy_args": None}, policy_path=str(checkpoint), output_dir=str(tmp_path / "tuned"))
 
 
 def test_keep_last_while_training(made, tmp_path):

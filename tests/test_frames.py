@@ -1,5 +1,6 @@
 """The frame store: decoded once, never half-built, never stale."""
 
+import gc
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from conftest import ROOT, SHIPPED, small
 from test_problems import edit
 
 from config import UserError
+from data import decode
 from data import frames as module
 from data.frames import Frames, main
 from data.source import open_dataset
@@ -323,6 +325,42 @@ def test_list_and_prune_an_unfinished_store(unfinished, capsys):
     assert stores(folder) == []
     assert main(["list", "--cache_dir", str(folder)]) == 0
     assert capsys.readouterr().out == f"    0.00 GB in {folder}\n"
+
+
+def test_list_and_prune_what_is_left_of_a_store_and_nothing_else(tmp_path, capsys):
+    left, other = tmp_path / f"cup-top-{'0' * 16}", tmp_path / "pictures"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "frames.u8").write_bytes(bytes(9000))
+    assert main(["list", "--cache_dir", str(tmp_path)]) == 0
+    assert f"of {left.name}, broken off" in capsys.readouterr().out
+    assert main(["prune", "--cache_dir", str(tmp_path)]) == 0
+    assert stores(tmp_path) == ["pictures"]
+
+
+def test_a_store_without_its_frames_is_told(made, tmp_path):
+    source = open_dataset(str(made("video")))
+    Frames(source, None, "on", tmp_path)
+    next(tmp_path.glob("*/frames.u8")).unlink()
+    with pytest.raises(UserError, match=r"frames\.u8 has 0 bytes, expected 608256: delete "):
+        Frames(source, None, "on", tmp_path)
+
+
+def test_videos_that_pyav_has_read_are_closed(made, monkeypatch):
+    """At once: a run's first part goes without the garbage collector, and a dataset may have thousands of files."""
+    monkeypatch.setattr(decode, "load_torchcodec", lambda: (None, []))
+    monkeypatch.setattr(decode, "OPEN_READERS", 1)
+    source = open_dataset(str(made("many_files")))
+    reader, row = decode.Decoder(source, None), torch.zeros(1, dtype=torch.int64)
+    gc.disable()
+    before = len(os.listdir("/proc/self/fd"))
+    for key in source.videos:
+        for start in source.starts:
+            reader.read(key, row + start)
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    gc.enable()
 
 
 def test_two_cameras_whose_names_end_alike_have_stores_of_their_own(made, tmp_path):

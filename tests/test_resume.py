@@ -1,5 +1,6 @@
 """A resumed run is the same run, bit for bit."""
 
+import gc
 import json
 import shutil
 from types import SimpleNamespace
@@ -13,8 +14,11 @@ from test_problems import edit, rewrite
 from checkpoint import seal
 from config import UserError, merge
 from infer import load_policy
-from report import Report
+from policy.flow import FlowPolicy
+from report import Report, training_info
 from resume import together
+from runtime import without_collector
+from step import Learner
 from train import train
 from validation import split
 
@@ -117,6 +121,32 @@ def test_home_is_written_with_a_tilde(made, tmp_path, monkeypatch):
     settings = small(dataset_id=str(made("no_camera")), config_path="~/steps.yaml")
     del settings["steps"]
     assert train(**settings).checkpoint == tmp_path / "run" / "checkpoint-1"
+
+
+def test_the_logged_loss_is_the_runs_whatever_the_policy_calls_loss(made, tmp_path, monkeypatch):
+    forward = FlowPolicy.forward
+
+    def with_parts(self, batch):
+        loss, parts = forward(self, batch)
+        return loss, {**parts, "loss": 99.0, "l1": 7.0}
+
+    monkeypatch.setattr(FlowPolicy, "forward", with_parts)
+    line = train(**small("flow", dataset_id=str(made("no_camera"))), output_dir=str(tmp_path)).history[-1]
+    assert line["loss"] < 50
+    assert line["l1"] == 7.0
+
+
+def test_what_a_run_held_is_free_when_the_next_begins(made, tmp_path):
+    train(**small(dataset_id=str(made("no_camera")), steps=1), output_dir=str(tmp_path))
+    with without_collector():
+        assert not any(type(thing) is Learner for thing in gc.get_objects())
+
+
+def test_success_is_told_of_the_step_it_was_measured_at():
+    history = [{"step": 2, "eval_success_rate": 0.9, "val_loss": 1.0}, {"step": 4, "loss": 2.0}]
+    policy = SimpleNamespace(name="flow", parameters=list)
+    of = {step: training_info(policy, ["x"], history, torch.device("cpu"), step) for step in (2, 4)}
+    assert [(of[step]["success_rate"], of[step]["val_loss"]) for step in of] == [(0.9, 1.0), (None, None)]
 
 
 def test_lines_of_metrics_that_were_left_go_when_a_checkpoint_is_made(tmp_path):

@@ -94,11 +94,14 @@ def test_a_tracker_that_does_not_start_is_told(settings, monkeypatch):
     def refused(*args):
         raise PermissionError("No API key configured")
 
+    closed = []
     monkeypatch.setattr(trackers.Wandb, "__init__", refused)
+    monkeypatch.setattr(trackers.TensorBoard, "close", lambda self: closed.append("tensorboard"))
     with pytest.raises(
         UserError, match=r"--tracker wandb does not start \(.*No API key configured\): log in, or WANDB_MODE=offl"
     ):
-        train(**settings, tracker="wandb")
+        train(**settings, tracker="tensorboard,wandb")
+    assert closed == ["tensorboard"]
 
 
 def test_a_tracker_that_fails_is_left_and_the_run_goes_on(settings, monkeypatch, capsys):

@@ -19,6 +19,7 @@ import train as train_module
 import writer
 from checkpoint import MANIFEST, find_checkpoints, main, manifest_text, sha256, verify
 from config import UserError
+from summary import read_history
 from train import train
 from writer import HostCopies, sole_writer
 
@@ -193,6 +194,24 @@ def test_a_full_disk_harms_nothing_and_the_next_save_succeeds(settings, small_di
     assert "No space left on device" in told[0]
     assert told[0].endswith("; training goes on, and the next save tries again")
     assert steps(run) == [4]
+
+
+def test_metrics_on_a_full_disk_are_kept_until_there_is_room(settings, small_disk, monkeypatch, capsys):
+    run, filling = small_disk / "run", small_disk / "filling"
+
+    def fill():
+        with open(filling, "wb", buffering=0) as file:
+            while shutil.disk_usage(small_disk).free:
+                file.write(b"0" * 4096)
+
+    at_step(monkeypatch, 5, fill)
+    at_step(monkeypatch, 55, filling.unlink)
+    result = train(**{**settings, "output_dir": str(run), "steps": 60, "save_freq": 0, "log_freq": 1})
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    there = f"warning: {run}/metrics.jsonl cannot be written (No space left on device)"
+    assert told == [f"{there}; its lines are added once there is room"]
+    assert [line["step"] for line in read_history(run)] == list(range(1, 61))
+    assert result.checkpoint.name == "checkpoint-60"
 
 
 def test_a_second_failure_in_a_row_stops_the_run(settings, tmp_path, monkeypatch):

@@ -43,6 +43,9 @@ class TorchcodecReader:
             return self.decoder.get_frames_in_range(numbers[0], numbers[-1] + 1).data  # (n, C, H, W)
         return self.decoder.get_frames_at(indices=numbers).data
 
+    def close(self) -> None:
+        self.decoder = None
+
 
 class PyavReader:
     """One video, read by frame number: seek to the key frame before, decode on from there."""
@@ -67,6 +70,9 @@ class PyavReader:
                 self.position = round(self.frame.pts * self.stream.time_base * self.rate)
             frames.append(torch.from_numpy(self.frame.to_ndarray(format="rgb24")))  # (H, W, C), LeRobot's conversion
         return torch.stack(frames).permute(0, 3, 1, 2)  # (n, C, H, W)
+
+    def close(self) -> None:
+        self.container.close()  # it is in a cycle with its streams: dropped, it would keep its file open until a collection
 
 
 class Decoder:
@@ -141,10 +147,21 @@ class Decoder:
             reader = self.idle.pop(places[-1])[1] if places else None
         if reader is None:
             reader = TorchcodecReader(path, self.loaded[0]) if self.loaded[0] else PyavReader(path)
-        yield reader
+        try:
+            yield reader
+        except BaseException:
+            reader.close()
+            raise
         with self.lock:
             self.idle.append((path, reader))
+            oldest = self.idle[:-OPEN_READERS]
             del self.idle[:-OPEN_READERS]
+        for _, reader in oldest:
+            reader.close()
+
+    def close(self) -> None:
+        while self.idle:
+            self.idle.pop()[1].close()
 
     def _picture(self, key: str, row: int) -> Tensor:
         from PIL import Image

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -151,8 +152,9 @@ class Frames:
     def open(self, key: str, place: Path) -> Tensor:
         """(N, C, h, w) uint8 over the file, read by the system when touched."""
         shape, path = (self.source.rows, *self.decoder.shape(key)), place / "frames.u8"
-        if path.stat().st_size != self.bytes_of(key):
-            raise UserError(f"{path} has {path.stat().st_size} bytes, expected {self.bytes_of(key)}: delete {place}")
+        there = path.stat().st_size if path.exists() else 0
+        if there != self.bytes_of(key):
+            raise UserError(f"{path} has {there} bytes, expected {self.bytes_of(key)}: delete {place}")
         with contextlib.suppress(OSError):  # a cache that others keep, or that is read-only
             os.utime(place)  # when it was last used, for prune
         return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))  # private: never written
@@ -270,7 +272,7 @@ class Frames:
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
-        self.decoder.idle.clear()
+        self.decoder.close()
 
 
 def on_disk(path: Path) -> int:
@@ -288,20 +290,32 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     total = 0
-    for about in sorted(args.cache_dir.glob("*/about.json")):  # of hidden folders as well, which are unfinished
-        place, facts = about.parent, json.loads(about.read_text())
+    for place in sorted(filter(is_store, args.cache_dir.glob("*"))):  # hidden ones too, which are unfinished
         size = sum(map(on_disk, place.iterdir()))
         age = (time.time() - place.stat().st_mtime) / 86400
+        told = content_of(place, "unfinished" if place.name.startswith(".") else f"used {age:.1f} days ago")
         if args.command == "prune" and (age < args.days or not delete(place)):
             continue
-        state = "unfinished" if place.name.startswith(".") else f"used {age:.1f} days ago"
-        shape = "x".join(map(str, facts["shape"]))
-        print(
-            f"{size / 1e9:8.2f} GB {facts['frames']:>9,} frames of {shape:<12} {state}: {facts['camera']} of {facts['dataset']}"
-        )
+        print(f"{size / 1e9:8.2f} GB {told}")
         total += size
     print(f"{total / 1e9:8.2f} GB {'freed in' if args.command == 'prune' else 'in'} {args.cache_dir}")
     return 0
+
+
+def is_store(place: Path) -> bool:
+    """Whether a folder is a camera's store, or what is left of one, and nobody else's."""
+    named = re.search(r"-[0-9a-f]{16}(\.gone)?$", place.name)
+    return bool(named) and any((place / name).is_file() for name in ("frames.u8", "about.json"))
+
+
+def content_of(place: Path, state: str) -> str:
+    """What a store says it holds; its name where its building or deletion was broken off before or after it could."""
+    try:
+        facts = json.loads((place / "about.json").read_text())
+    except (OSError, ValueError):
+        return f"of {place.name}, broken off"
+    shape = "x".join(map(str, facts["shape"]))
+    return f"{facts['frames']:>9,} frames of {shape:<12} {state}: {facts['camera']} of {facts['dataset']}"
 
 
 def delete(place: Path) -> bool:
@@ -310,6 +324,10 @@ def delete(place: Path) -> bool:
 
     try:
         with FileLock(place.with_name(f".{place.name.removeprefix('.')}.lock"), timeout=0):
+            if place.suffix != ".gone":  # a half-deleted store has no store's name
+                gone = place.with_name(f".{place.name.removeprefix('.')}.gone")
+                shutil.rmtree(gone, ignore_errors=True)
+                place = place.rename(gone)
             shutil.rmtree(place)
     except Timeout:
         return False
