@@ -105,14 +105,17 @@ def without_collector():
 
 @contextlib.contextmanager
 def enough_memory(batch_size: int):
-    """Within this, memory that runs out is a line.
+    """Within this, memory that runs out is a line, and so is what torch.compile left half-written when it was killed.
 
     Raises:
-        UserError: it did.
+        UserError: one of the two.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if damaged := re.search(r"(\S+): file too short", str(error)):
+            told = f"a process that was killed while it compiled left {damaged[1]} half-written"
+            raise UserError(f"{told}: delete that file, and start again") from error
         if not is_out_of_memory(error):
             raise
         raise UserError(

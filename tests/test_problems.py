@@ -16,6 +16,7 @@ from data.loader import Loader
 from data.source import open_dataset
 from exam import Exam
 from infer import compare, load_policy
+from runtime import enough_memory
 from summary import last
 from train import train
 
@@ -334,6 +335,16 @@ def test_out_of_memory_is_told(made, tmp_path, monkeypatch, error):
             patch.setattr(place, name, full)
             with pytest.raises(UserError, match="out of memory with --batch_size 4: pass a smaller one"):
                 train(**small(dataset_id=str(made("no_camera")), val_fraction=0.4), output_dir=str(tmp_path / name))
+
+
+def test_what_a_killed_compilation_left_is_told():
+    """torch.compile goes on taking such a file for a finished one."""
+    error = RuntimeError(
+        "ImportError: /tmp/torchinductor_me/ii/abc.main.so: file too short\n\nSet TORCHDYNAMO_VERBOSE=1"
+    )
+    told = r"left /tmp/torchinductor_me/ii/abc\.main\.so half-written: delete that file"
+    with pytest.raises(UserError, match=told), enough_memory(4):
+        raise error
 
 
 def test_loss_not_finite_names_step_and_frames(made, tmp_path, monkeypatch):
