@@ -209,11 +209,6 @@ def recorded_observations(source, episode: int, keys):
 
     from data.frames import Frames
 
-    for key in keys:
-        if key not in source.meta.features:
-            raise UserError(
-                f"dataset {source.name} has no {key}, which the policy takes: pass the dataset it was trained on"
-            )
     place = source.episodes.index(episode)
     frames = Frames(source)
     try:
@@ -241,6 +236,11 @@ def compare(policy, source, episode: int, fps: float | None = None) -> dict:
     from runtime import EVAL, seed_all
     from validation import action_names
 
+    for key in policy.expected:
+        if key not in source.meta.features:
+            raise UserError(
+                f"dataset {source.name} has no {key}, which the policy takes: pass the dataset it was trained on"
+            )
     has, gives = source.meta.features["action"]["shape"][0], policy.policy.config.action_feature.shape[0]
     if has != gives:
         raise UserError(
