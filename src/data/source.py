@@ -20,7 +20,7 @@ from config import UserError, nearest, one_line
 from data import v21
 from data.videos import Videos, find_videos, video_problems
 
-AXES = ["height", "width", "channels"]
+AXES = "height", "width", "channels"
 
 
 @dataclass
@@ -152,7 +152,7 @@ def put_in_order(meta) -> list[str]:
             shape = (*shape[1:], 3)
         if key not in meta.depth_keys and (len(shape) != 3 or shape[2] != 3):
             problems.append(f"camera {key} has shape {shape} by info.json, expected (height, width, 3)")
-        feature["shape"], feature["names"] = shape, AXES
+        feature["shape"], feature["names"] = shape, list(AXES)
     return problems
 
 

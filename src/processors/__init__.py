@@ -130,10 +130,8 @@ def stats_problems(config, stats: dict) -> list[str]:
         remedy = "lerobot-edit-dataset recomputes meta/stats.json"
         of_key = {} if feature.type.value == "VISUAL" else stats.get(key, {})
         sizes = {len(of_key[name].reshape(-1)) for name in ("mean", "std", "min", "max") if name in of_key}
-        if wrong := sizes - {
-            math.prod(feature.shape),
-            feature.shape[-1],
-        }:  # of several axes LeRobot has those of the last
+        # of several axes LeRobot has those of the last
+        if wrong := sizes - {math.prod(feature.shape), feature.shape[-1]}:
             problems.append(
                 f"meta/stats.json has {max(wrong)} numbers of {key}, which has shape {feature.shape}: {remedy}"
             )
