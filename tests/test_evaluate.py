@@ -168,14 +168,19 @@ def test_a_simulation_that_does_not_fit_is_told_before_training(made, tmp_path, 
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def stand_in(monkeypatch, run_episodes):
+    """A simulation that fits any policy, whose episodes are run so."""
+    monkeypatch.setattr(exam.sim, "make_env", lambda *args: (SimpleNamespace(close=lambda: None), None))
+    monkeypatch.setattr(exam, "first_observation", lambda *args: None)
+    monkeypatch.setattr(exam, "check_fits", lambda *args: None)
+    monkeypatch.setattr(exam, "run_episodes", run_episodes)
+
+
 def test_a_simulation_that_fails_does_not_end_the_run(made, tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise RuntimeError("the simulator has gone")
 
-    monkeypatch.setattr(exam.sim, "make_env", lambda *args: (SimpleNamespace(close=lambda: None), None))
-    monkeypatch.setattr(exam, "first_observation", lambda *args: None)
-    monkeypatch.setattr(exam, "check_fits", lambda *args: None)
-    monkeypatch.setattr(exam, "run_episodes", fail)
+    stand_in(monkeypatch, fail)
     result = train(**small("flow", dataset_id=str(made("no_camera")), eval_env="pusht", output_dir=str(tmp_path)))
     assert result.steps == 4
     told = "warning: --eval_env pusht failed, no success rate: the simulator has gone"
@@ -200,10 +205,7 @@ def test_a_stop_signal_ends_a_simulation(made, tmp_path, monkeypatch, capsys):
         policy.select({})
         raise AssertionError("the policy went on")
 
-    monkeypatch.setattr(exam.sim, "make_env", lambda *args: (SimpleNamespace(close=lambda: None), None))
-    monkeypatch.setattr(exam, "first_observation", lambda *args: None)
-    monkeypatch.setattr(exam, "check_fits", lambda *args: None)
-    monkeypatch.setattr(exam, "run_episodes", simulate)
+    stand_in(monkeypatch, simulate)
     result = train(**small("flow", dataset_id=str(made("no_camera")), eval_env="pusht", output_dir=str(tmp_path)))
     assert (result.steps, result.stopped_by, result.checkpoint.name) == (2, "SIGTERM", "checkpoint-2")
     assert "warning: the run is stopped in a simulation: no success rate" in capsys.readouterr().out
