@@ -79,7 +79,7 @@ def settle_one(given: dict, held: ExitStack, world: World):
     else:
         resumed, changes = checkpoints.find_resume(asked, output_dir and Path(output_dir)) if asked else (None, [])
     state = None if resumed is None else checkpoints.read_state(resumed, given.get("resume_step"))
-    if resumed is None:
+    if resumed is None and asked is not None:  # auto, which found none
         given = with_its_policy(given)
     if state is not None:  # what the preset has filled in stays
         given = {name: value for name, value in given.items() if value is not None or name not in PRESET_FIELDS}
