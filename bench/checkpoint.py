@@ -31,7 +31,8 @@ def timed(call) -> float:
 
 
 def a_run(output: Path, held: contextlib.ExitStack, **settings):
-    from train import Run, settle
+    from train import Run
+    from training.plan import settle
 
     return Run(*settle({**settings, "output_dir": str(output), "quiet": True}, held), held)
 

@@ -132,7 +132,7 @@ def gather(path: Path, points: list[dict]) -> list[dict]:
 
 def picture(path: str, points: list[dict]) -> None:
     """Success over minutes, a panel a task, a colour a policy, a line a run."""
-    from page import COLOURS, new_figure
+    from reports.figures import COLOURS, new_figure
 
     tasks, policies = (sorted({point[name] for point in points}) for name in ("task", "policy"))
     figure = new_figure(4.2 * len(tasks), 3.6)

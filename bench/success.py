@@ -25,7 +25,7 @@ BIN = Path(sys.executable).parent
 
 def train_ours(config: Path, output: Path) -> tuple[float, list[tuple[float, Path]]]:
     """(minutes in all, [(minutes, checkpoint)])."""
-    from checkpoint import find_checkpoints
+    from checkpoints.folder import find_checkpoints
 
     begun = time.time()
     command = [sys.executable, "src/train.py", "--config_path", str(config), "--output_dir", str(output)]
@@ -77,7 +77,7 @@ def success(policy: Path, args, work: Path) -> dict:
 
 
 def picture(path: str, curves: dict, task: str) -> None:
-    from page import COLOURS, new_figure
+    from reports.figures import COLOURS, new_figure
 
     figure = new_figure(7, 3.6)
     axes = figure.add_subplot()

@@ -89,7 +89,8 @@ def in_turns(args, variant: str, turns: int, steps: int) -> dict:
     """Stall, waiting and the ceiling of a variant, with the loader and with a resident batch in turns; memory and use of a GPU."""
     import torch
 
-    from train import Run, settle
+    from train import Run
+    from training.plan import settle
 
     def turn(loads: bool) -> float:
         begun = time.perf_counter()

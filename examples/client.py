@@ -58,13 +58,13 @@ class Client:
         try:
             self.connection.request(method, path, body)
             answer = self.connection.getresponse()
-            told = msgpack.unpackb(answer.read(), object_hook=build)
+            message = msgpack.unpackb(answer.read(), object_hook=build)
         except OSError:
             self.connection.close()
             raise
         if answer.status != 200:
-            raise RuntimeError(told["error"])
-        return told
+            raise RuntimeError(message["error"])
+        return message
 
 
 def main(address: str) -> None:

@@ -4,12 +4,14 @@ import argparse
 import functools
 import re
 import sys
-from dataclasses import MISSING
+import typing
+from dataclasses import MISSING, fields
 from typing import List, Optional
 
 import argparse_dataclass
 
-from config import FIELDS, TrainConfig, UserError, nearest
+from config import FIELDS, TrainConfig
+from errors import UserError, nearest
 
 OF_LEROBOT = {  # flags of lerobot-train: what to pass here
     "--dataset.repo_id": "--dataset_id REPO_OR_FOLDER",
@@ -49,11 +51,11 @@ class OneLineParser(argparse.ArgumentParser):
     """A command line whose mistakes are one line."""
 
     def error(self, message):
-        print(f"error: {told(message)} (--help lists what there is)", file=sys.stderr)
+        print(f"error: {message(message)} (--help lists what there is)", file=sys.stderr)
         sys.exit(2)
 
 
-def told(message: str) -> str:
+def message(message: str) -> str:
     """argparse's words for a mistake, in ours."""
     message = re.sub(r"^argument (--\w+): expected 2 arguments", r"\1 must be two numbers, height and width", message)
     return re.sub(r"^argument (--\w+): invalid (int|float) value: (.*)", r"\1 must be \2, got \3", message)
@@ -84,7 +86,7 @@ class Parser(argparse_dataclass.ArgumentParser):
             group._group_actions.append(action)
 
     def error(self, message):
-        raise UserError(told(message))
+        raise UserError(message(message))
 
     def given(self, argv: List[str]) -> dict:
         """The settings that `argv` names, and no defaults."""
@@ -136,3 +138,33 @@ def flags_table() -> str:
     for f in FIELDS.values():
         rows.append(f"| `--{f.name}` | {described_default(f)} | {f.metadata['help'].replace('|', '/')} |")
     return "\n".join(rows)
+
+
+def parse_overrides(flag: str, config_class, overrides: list[str] | None) -> dict:
+    """`name=value` overrides as values of the types that a policy's or environment's config class declares.
+
+    Raises:
+        UserError: a name that it does not have, or a value not of its type.
+    """
+    import draccus
+    import yaml
+
+    types = typing.get_type_hints(config_class)
+    names = [f.name for f in fields(config_class) if f.init]
+    values = {}
+    for pair in overrides or []:
+        name, equals, text = pair.partition("=")
+        kind = config_class.get_choice_name(config_class) if hasattr(config_class, "get_choice_name") else "PEFT"
+        whose = f"policy {kind}" if flag == "--policy_args" else kind
+        if not equals:
+            raise UserError(f"{flag} {pair}: expected NAME=VALUE, such as chunk_size=50")
+        if name not in names:
+            raise UserError(f"{flag} {name}: {whose} has no such setting{nearest(name, names)}")
+        try:
+            value = None if text.strip().lower() in ("none", "null") else yaml.safe_load(text)
+            values[name] = draccus.decode(types[name], value)
+        except (yaml.YAMLError, draccus.utils.DraccusException, ValueError, TypeError, KeyError):
+            wanted = getattr(types[name], "__name__", None) or str(types[name])
+            wanted = str(types[name]) if typing.get_args(types[name]) else wanted
+            raise UserError(f"{flag} {name}: expected {wanted}, got {text!r}") from None
+    return values

@@ -4,7 +4,6 @@ A setting comes from, in rising order: its default, the checkpoint being resumed
 Nothing here imports anything heavy: `--help` must answer at once.
 """
 
-import difflib
 import json
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -12,23 +11,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import List, Optional, get_args
 
+from errors import UserError, nearest, one_line
+
 SCHEDULES = ("constant", "linear", "cosine")
 FRESH = ("config_path", "resume_from_checkpoint", "resume_step", "output_dir", "quiet")  # never taken from a checkpoint
-
-
-class UserError(ValueError):
-    """A mistake the user can mend: the message says what, expected against got, and the remedy, in one line."""
-
-
-def nearest(name: str, names) -> str:
-    """`, did you mean x?` for the known name that `name` was probably meant to be, else an empty string."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def one_line(error: BaseException) -> str:
-    """The message of another library's error, with its line breaks folded away."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def setting(group: str, default, help: str, **metadata):

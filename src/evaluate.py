@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from command_line import OneLineParser, command
-from config import UserError
-
-SHOWN = 6  # episodes whose curves a page shows, and worst moments
+from errors import UserError
+from reports.pages import closed_loop_page, open_loop_page
 
 
 def open_loop(policy, source, say=print) -> dict:
@@ -29,13 +28,13 @@ def open_loop(policy, source, say=print) -> dict:
     Returns:
         episodes: dicts of episode, predicted and recorded (N, A) float32, milliseconds (N,) of each act().
         errors: validation.Errors over every frame of them, as predicted chunks.
-        reliance: of each observation how far the actions move without it, by validation.reliance at 64 frames.
+        permutation_importance: of each observation how far the actions move without it, by validation.permutation_importance at 64 frames.
     """
     from data.frames import Frames
     from data.loader import Loader
     from infer import compare
-    from processors import resize_of, window_deltas
-    from validation import measure, reliance, spread
+    from processors.pipelines import resize_of, window_deltas
+    from training.evaluation import measure, permutation_importance, spread
 
     episodes = []
     for episode in source.episodes:
@@ -47,10 +46,10 @@ def open_loop(policy, source, say=print) -> dict:
         parts = policy.policy, policy.preprocess, policy.postprocess
         errors = measure(*parts, loader, spread(source.starts, source.ends, 0), seed=0)
         some = spread(source.starts, source.ends, 64)
-        used = reliance(*parts, loader, list(policy.expected), some, errors.spread, seed=0)
+        used = permutation_importance(*parts, loader, list(policy.expected), some, errors.spread, seed=0)
     finally:
         loader.close()
-    return {"episodes": episodes, "errors": errors, "reliance": used}
+    return {"episodes": episodes, "errors": errors, "permutation_importance": used}
 
 
 def open_loop_numbers(result: dict) -> dict:
@@ -65,7 +64,7 @@ def open_loop_numbers(result: dict) -> dict:
         "recorded_std_by_joint": dict(zip(errors.names, errors.spread.tolist(), strict=True)),
         "error_by_step": None if errors.grid is None else errors.line()["val_error_by_step"],
         "error_by_step_and_joint": None if errors.grid is None else errors.grid.tolist(),
-        "reliance": result["reliance"],
+        "permutation_importance": result["permutation_importance"],
         "latency_ms": {f"p{p}": float(np.percentile(milliseconds, p)) for p in (50, 95, 99)},
         "episodes": [
             {"episode": e["episode"], "frames": len(e["recorded"]), "error_by_joint": e["error"].tolist()}
@@ -74,111 +73,16 @@ def open_loop_numbers(result: dict) -> dict:
     }
 
 
-def worst_moments(result: dict, source) -> list[dict]:
-    """The frames at which the action is furthest off, at least a second apart, with what the cameras saw."""
-    from data.frames import Frames
-
-    errors, fps = result["errors"], source.meta.fps
-    scale = np.where(errors.spread > 0, errors.spread, np.inf)
-    off = [(np.abs(e["predicted"] - e["recorded"]) / scale).mean(1) for e in result["episodes"]]
-    order = sorted(((value, e, f) for e, values in enumerate(off) for f, value in enumerate(values)), reverse=True)
-    picked: list[tuple] = []
-    for value, e, f in order:
-        if len(picked) < SHOWN and all(e != other or abs(f - g) >= fps for _, other, g in picked):
-            picked.append((value, e, f))
-    import torch
-
-    frames, moments = Frames(source), []
-    try:
-        for value, e, f in picked:
-            episode, row = result["episodes"][e], torch.tensor([int(source.starts[e]) + f])
-            pictures = [frames.read(key, row)[0].permute(1, 2, 0).numpy() for key in frames.keys]
-            title = f"episode {episode['episode']}, frame {f} ({f / fps:.1f} s): off by {value:.2f} standard deviations"
-            actions = {name: episode[name][f] for name in ("recorded", "predicted")}
-            moments.append({"title": title, "pictures": pictures, "spread": errors.spread, **actions})
-    finally:
-        frames.close()
-    return moments
-
-
-def open_loop_page(result: dict, numbers: dict, source, name: str) -> str:
-    """The HTML report of `open_loop`."""
-    from page import embed, horizon_figure, joints_figure, moments_figure, page, section, table, tiles
-
-    errors, fps = result["errors"], source.meta.fps
-    spread = errors.spread
-    mean = np.mean([v / s for v, s in zip(numbers["error_by_joint"].values(), spread, strict=True) if s > 0] or [0])
-    top = {
-        "action error, in standard deviations": f"{mean:.3f}",
-        "loss": "-" if errors.loss is None else f"{errors.loss:.4g}",
-        "frames": f"{numbers['frames']:,}",
-        **{f"latency {p}, ms": f"{ms:.1f}" for p, ms in numbers["latency_ms"].items()},
-    }
-    rows = [
-        [joint, f"{error:.4g}", f"{s:.4g}", f"{error / s:.3f}" if s > 0 else "does not move"]
-        for (joint, error), s in zip(numbers["error_by_joint"].items(), spread, strict=True)
-    ]
-    head = ["joint", "mean |error|, robot units", "recorded standard deviation", "error / standard deviation"]
-    parts = [
-        tiles(top),
-        section("By joint", "Each action as it would have been carried out, chunk by chunk.", table(head, rows)),
-    ]
-    if errors.grid is not None:
-        text = "How the error grows along a predicted chunk; a policy that carries out fewer of its actions sees less of it."
-        parts.append(
-            section("By step of the chunk", text, embed(horizon_figure(errors.grid, spread, errors.names, fps), text))
-        )
-    if source.meta.camera_keys:
-        moments = worst_moments(result, source)
-        parts.append(section("Worst moments", "", embed(moments_figure(moments, errors.names), "worst moments")))
-    if result["reliance"]:
-        text = (
-            "How far the predicted actions move, in standard deviations of the recorded ones, when one observation is taken from another "
-            "moment of these episodes and the others stay. Of one that is near 0 the policy makes no use."
-        )
-        rows = [[key, f"{moved:.3g}"] for key, moved in result["reliance"].items()]
-        parts.append(section("What the actions depend on", text, table(["observation", "actions move by"], rows)))
-    shown = result["episodes"][:SHOWN]
-    for episode in shown:
-        curves = joints_figure(episode["predicted"], episode["recorded"], errors.names, fps)
-        parts.append(
-            section(f"Episode {episode['episode']}", "", embed(curves, f"actions of episode {episode['episode']}"))
-        )
-    left_out = len(result["episodes"]) - len(shown)
-    subtitle = f"{source.name}, {len(result['episodes'])} episodes at {fps:g} fps" + (
-        f" ({left_out} not drawn)" if left_out else ""
-    )
-    return page(f"{name} against the recording", subtitle, *parts)
-
-
-def closed_loop_page(result: dict, sheet, videos: list[tuple[Path, str]], name: str) -> str:
-    """The HTML report of episodes in simulation."""
-    from page import embed, embed_video, page, section, table, tiles
-
-    steps = result["median_steps_of_successes"]
-    top = {
-        f"{result['successes']} of {result['num_episodes']} episodes": f"{result['success_rate']:.0%}",
-        "95 % interval": f"{result['success_low']:.0%} to {result['success_high']:.0%}",
-        "median steps of a success": "-" if steps is None else f"{steps:g}",
-    }
-    rows = [[e["seed"], "yes" if e["success"] else "no", e["steps"], f"{e['reward']:.1f}"] for e in result["episodes"]]
-    shown = '<div class="row">' + "".join(embed_video(path, caption) for path, caption in videos) + "</div>"
-    return page(
-        f"{name} in {result['env']}", f"{result['task']}, at most {result['max_steps']} steps",
-        tiles(top), section("Last picture of every episode", "Seed and steps above each.", embed(sheet, "episodes")),
-        section("Videos", "", shown) if videos else "", section("Episodes", "", table(["seed", "success", "steps", "reward"], rows)),
-    )  # fmt: skip
-
-
 def simulate(policy, args, folder: Path, name: str) -> dict:
     """Episodes in simulation from fixed seeds, with their pictures; `policy` None is the environment's expert."""
-    import sim
-    from sim.rollout import contact_sheet, run_episodes, summary, write_video
+    from reports.figures import contact_sheet
+    from sim.environments import OURS, make_env
+    from sim.rollout import run_episodes, summary, write_video
 
-    pairs = list(args.env_args or [])
-    if args.max_steps and args.env in sim.OURS:
-        pairs.append(f"episode_length={args.max_steps}")
-    env, config = sim.make_env(args.env, args.task, pairs)
+    overrides = list(args.env_args or [])
+    if args.max_steps and args.env in OURS:
+        overrides.append(f"episode_length={args.max_steps}")
+    env, config = make_env(args.env, args.task, overrides)
     try:
         seeds = list(range(args.seed, args.seed + args.num_episodes))
         limit = min(env.call("_max_episode_steps")[0], args.max_steps or 10**9)
@@ -226,7 +130,7 @@ def evaluate(args) -> None:
             raise UserError(f"--rename {pair}: expected THEIRS=OURS, such as observation.image=observation.images.top")
     if args.checkpoint == "expert" and args.dataset_id:
         raise UserError("the expert plays in simulation: pass --env metaworld instead of --dataset_id")
-    from infer import load_policy
+    from policy.loaded import load_policy
 
     policy = None if args.checkpoint == "expert" else load_policy(args.checkpoint, args.device, args.n_action_steps)
     name = "/".join(Path(args.checkpoint).parts[-2:])
@@ -243,16 +147,16 @@ def evaluate(args) -> None:
         joints = ", ".join(f"{joint} {error:.4g}" for joint, error in numbers["error_by_joint"].items())
         latency = ", ".join(f"{p} {ms:.1f}" for p, ms in numbers["latency_ms"].items())
         print(f"mean |action error| in robot units: {joints}")
-        if used := numbers["reliance"]:
+        if used := numbers["permutation_importance"]:
             moved = ", ".join(f"{key} {value:.2g}" for key, value in used.items())
             print(f"actions move, when one observation is another moment's, by standard deviations: {moved}")
         print(f"latency of act(), ms: {latency}\nreport: {folder / 'report.html'}")
     if args.env:
         folder = folder_for(args.checkpoint, args.output_dir, f"{args.env}_{args.task or 'default'}")
         if args.ahead and policy is not None:
-            from ahead import Ahead
+            from policy.async_policy import AsyncPolicy
 
-            policy = Ahead(policy, args.ahead)
+            policy = AsyncPolicy(policy, args.ahead)
         result = simulate(policy, args, folder, name)
         interval = f"95 % interval {result['success_low']:.1%} to {result['success_high']:.1%}"
         print(f"success {result['successes']} of {result['num_episodes']}: {result['success_rate']:.1%} ({interval})")

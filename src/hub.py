@@ -1,37 +1,15 @@
 """The Hugging Face Hub: fetch, push, and its many errors as one line each."""
 
-import contextlib
 import functools
 import re
 import threading
 import time
 from pathlib import Path
 
-from config import UserError, one_line
+from errors import UserError, hub_errors, one_line
 
 WAITS = (5.0, 30.0)  # seconds between tries of an upload
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?"
-
-
-@contextlib.contextmanager
-def told_as_user_errors(what: str):
-    """Errors of a download or upload as `what` and the reason, in one line."""
-    import httpx
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except UserError:
-        raise
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise UserError(f"{what}: no such folder, and not on the Hub (or private: run hf auth login)") from error
-    except (httpx.TransportError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        raise UserError(
-            f"{what}: no such folder, and the Hub cannot be reached ({one_line(error)[:120]}): "
-            "pass a folder, or try again online"
-        ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalTokenNotFoundError) as error:
-        raise UserError(f"{what}: the Hub refuses it ({one_line(error)[:200]})") from error
 
 
 def fetch(repo: str, what: str) -> Path:
@@ -44,7 +22,7 @@ def fetch(repo: str, what: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repo_id, _, revision = repo.partition("@")
-    with told_as_user_errors(f"{what} {repo}"):
+    with hub_errors(f"{what} {repo}"):
         not_needed = ["checkpoint-*/*", "tensorboard/*"]
         return Path(snapshot_download(repo_id, revision=revision or None, ignore_patterns=not_needed))
 
@@ -55,15 +33,15 @@ def create_repo(repo: str) -> None:
 
     if "@" in repo or not re.fullmatch(HUB_ID, repo):
         raise UserError(f"--push_to_hub {repo}: a Hub id is written user/name")
-    with told_as_user_errors(f"--push_to_hub {repo}"):
+    with hub_errors(f"--push_to_hub {repo}"):
         HfApi().create_repo(repo, exist_ok=True)
 
 
-def newest_checkpoint(repo: str, what: str, place_of) -> Path:
+def newest_checkpoint(repo: str, what: str, sort_key) -> Path:
     """The newest complete checkpoint-<step> of a Hub repo (user/name or user/name@revision), that folder alone, on disk.
 
     Args:
-        place_of: of a folder with its trainer_state.json, what is largest for the newest.
+        sort_key: of a folder with its trainer_state.json, what is largest for the newest.
 
     Raises:
         UserError: the repo holds none, or cannot be reached.
@@ -73,14 +51,14 @@ def newest_checkpoint(repo: str, what: str, place_of) -> Path:
     if not re.fullmatch(HUB_ID, repo):
         raise UserError(f"{what} {repo}: there is no such folder, and a Hub id is written user/name")
     repo_id, _, revision = repo.partition("@")
-    with told_as_user_errors(f"{what} {repo}"):
+    with hub_errors(f"{what} {repo}"):
         files = HfApi().list_repo_files(repo_id, revision=revision or None)
         whole = [file.split("/")[0] for file in files if re.fullmatch(r"checkpoint-\d+/manifest\.json", file)]
         if not whole:
             raise UserError(f"{what} {repo}: that Hub repo holds no checkpoint-<step> folder")
         states = [f"{name}/trainer_state.json" for name in whole]
         folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=states))
-        newest = max((folder / name for name in whole), key=place_of)
+        newest = max((folder / name for name in whole), key=sort_key)
         snapshot_download(repo_id, revision=revision or None, allow_patterns=[f"{newest.name}/*"])
         return newest
 
@@ -102,10 +80,10 @@ def push(repo: str, output_dir: Path, checkpoint: Path, warn) -> str | None:
 
 
 def attempt(upload, what: str, warn, remedy: str):
-    """What `upload()` returns; it is tried again after each of WAITS seconds, and then told, not raised."""
+    """What `upload()` returns; it is tried again after each of WAITS seconds, and then message, not raised."""
     for wait in (*WAITS, None):
         try:
-            with told_as_user_errors(what):
+            with hub_errors(what):
                 return upload()
         except Exception as error:  # whatever it is, the run does not fail for it
             if wait is None:

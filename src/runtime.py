@@ -10,12 +10,13 @@ import signal
 import sys
 import threading
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from config import UserError, one_line
+from errors import UserError, one_line
 
 # First part of an address: what the randomness is for. Data order is addressed by (seed, epoch) as LeRobot does.
 INIT, STEP, EVAL, VALIDATE = 1, 2, 3, 4
@@ -114,8 +115,8 @@ def enough_memory(batch_size: int):
         yield
     except (RuntimeError, MemoryError) as error:
         if damaged := re.search(r"(\S+): file too short", str(error)):
-            told = f"a process that was killed while it compiled left {damaged[1]} half-written"
-            raise UserError(f"{told}: delete that file, and start again") from error
+            message = f"a process that was killed while it compiled left {damaged[1]} half-written"
+            raise UserError(f"{message}: delete that file, and start again") from error
         if not is_out_of_memory(error):
             raise
         raise UserError(
@@ -196,3 +197,9 @@ def describe_machine(device: torch.device) -> dict:
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages},
     }
+
+
+def cache_dir() -> Path:
+    """Armature's folder in the user's cache: decoded frames, and checkpoints that were converted on the way in."""
+    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
+    return Path(base or Path.home() / ".cache") / "armature"

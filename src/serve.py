@@ -21,7 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 
 from command_line import OneLineParser, command
-from config import UserError, one_line
+from errors import UserError, one_line
 
 KINDS = ("uint8", "float32", "float64", "int64", "int32")
 
@@ -69,7 +69,7 @@ class Server(ThreadingHTTPServer):
     """Serves one policy.
 
     Args:
-        policy: infer.LoadedPolicy or ahead.Ahead.
+        policy: infer.LoadedPolicy or ahead.AsyncPolicy.
         address: (host, port); port 0 for any.
         max_bytes: the largest body that is read.
     """
@@ -130,8 +130,8 @@ class Handler(BaseHTTPRequestHandler):
                 left -= len(part)
             self.close_connection = not 0 <= size <= 2**28
             limit = self.server.max_bytes / 1e6
-            told = f"the body has {size / 1e6:.1f} MB" if size >= 0 else "the request does not say its length"
-            self.answer(413, {"error": f"{told}: at most {limit:g} MB are taken (--max_mb)"})
+            message = f"the body has {size / 1e6:.1f} MB" if size >= 0 else "the request does not say its length"
+            self.answer(413, {"error": f"{message}: at most {limit:g} MB are taken (--max_mb)"})
             return
         body = self.rfile.read(size)
         try:
@@ -176,7 +176,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.ahead is not None and not 0 < args.ahead < float("inf"):
         parser.error(f"--ahead must be a number of actions a second, got {args.ahead:g}")
-    from infer import load_policy
+    from policy.loaded import load_policy
 
     policy = load_policy(args.checkpoint, args.device, args.n_action_steps, args.task)
     policy = policy.ahead(args.ahead) if args.ahead else policy

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 from command_line import parse_command_line
-from config import TrainConfig, UserError, one_line
+from config import TrainConfig
+from errors import UserError, one_line
 
 if __name__ == "__main__":
     GIVEN = parse_command_line(sys.argv[1:])  # before the imports that take seconds: --help answers at once
@@ -19,20 +20,20 @@ if __name__ == "__main__":
 
 import torch
 
-import checkpoint as checkpoints
 import hub
 import runtime
-from budget import fix_steps
-from build import build_loader, build_parts, build_source, with_preset
-from exam import Exam, said
+from checkpoints.folder import TrainState, find_checkpoints, sort_key
+from checkpoints.writer import Snapshot, Writer, finishing, publish
+from data.split import split
 from policy.adapters import adapters_config
-from report import Report, Stopwatch, TrainResult, closing_words, header, numbers, training_info
-from resume import compare_data, compare_rates, data_of, settle
-from step import Learner
-from summary import last
-from validation import split
-from world import World, is_lost_peer
-from writer import Snapshot, Writer, finishing, publish
+from policy.presets import with_preset
+from reports.pages import last
+from training.distributed import Distributed, is_lost_peer
+from training.evaluation import Evaluator, said
+from training.learner import Learner
+from training.parts import build_loader, build_parts, build_source
+from training.plan import compare_data, compare_rates, data_of, fix_steps, settle
+from training.progress import Report, Stopwatch, TrainResult, closing_words, header, numbers, training_info
 
 
 def train(**settings) -> TrainResult:
@@ -44,7 +45,7 @@ def train(**settings) -> TrainResult:
         TrainResult with steps, final_loss, history, checkpoint, policy, stopped_by and plot().
 
     Raises:
-        UserError: a mistake the user can mend, told in one line.
+        UserError: a mistake the user can mend, message in one line.
         KeyboardInterrupt: a second SIGINT; what was being written is dropped, earlier checkpoints are whole.
     """
     with contextlib.ExitStack() as held:
@@ -65,27 +66,41 @@ def train(**settings) -> TrainResult:
 class Run:
     """One training run: the policy and everything that moves it, and where it stands."""
 
-    def __init__(self, world: World, config: TrainConfig, output_dir: Path, resumed: Path | None, state, changes, held):
-        self.world, self.output_dir, self.resumed, self.device = world, output_dir, resumed, world.device
+    def __init__(
+        self,
+        distributed: Distributed,
+        config: TrainConfig,
+        output_dir: Path,
+        resumed: Path | None,
+        state,
+        changes,
+        held,
+    ):
+        self.distributed, self.output_dir, self.resumed, self.device = (
+            distributed,
+            output_dir,
+            resumed,
+            distributed.device,
+        )
         runtime.set_numerics(config.deterministic)
-        with world.main_first():
+        with distributed.main_first():
             source = build_source(config)
         self.config = config = with_preset(config, source.meta, self.device, resumed is None)
         held.enter_context(runtime.enough_memory(config.batch_size))
-        world.check(config)
+        distributed.check(config)
         kept, held_out = split(source, config, state)
         self.data = data_of(source, held_out)
         runtime.seed_all(config.seed, runtime.INIT)
         self.policy, self.preprocess, self.postprocess = build_parts(config, resumed, source, self.device)
-        self.whole = world.whole_copy(self.policy)
-        self.learner = Learner(config, world, self.policy, self.preprocess, source.meta)
-        if config.push_to_hub and world.is_main:
+        self.whole = distributed.unsharded_copy(self.policy)
+        self.learner = Learner(config, distributed, self.policy, self.preprocess, source.meta)
+        if config.push_to_hub and distributed.is_main:
             hub.create_repo(config.push_to_hub)
 
         before = state.trainer_state if state else {"step": 0, "samples_seen": 0, "loss_sums": [0.0], "loss_count": 0}
         self.step, self.samples_seen, self.course = before["step"], before["samples_seen"], before.get("course", 0)
         # loss since the last log line, and the first step that was not finite: on the device, read when logging
-        self.loss_sum = torch.tensor(world.own(before["loss_sums"]), device=self.device)
+        self.loss_sum = torch.tensor(distributed.local_value(before["loss_sums"]), device=self.device)
         self.loss_count = before["loss_count"]
         self.bad_step = torch.tensor(-1, device=self.device)
         self.train_seconds = state.training_info["train_seconds"] if state else 0.0
@@ -94,15 +109,17 @@ class Run:
 
         self.start_step, self.saved_step = self.step, self.step if resumed else None
         at_trackers = before.get("tracker_run_id")
-        self.report = held.enter_context(Report(output_dir, resumed, self.step, config, at_trackers, world.is_main))
-        self.report.say(header(source, held_out, self.policy, config, world, self.step, output_dir, resumed))
+        self.report = held.enter_context(
+            Report(output_dir, resumed, self.step, config, at_trackers, distributed.is_main)
+        )
+        self.report.say(header(source, held_out, self.policy, config, distributed, self.step, output_dir, resumed))
         changes += compare_data(state, self.data) + compare_rates(state, self.learner)
         self.report.warn(*changes, *source.warnings)
-        self.exam = Exam(config, source, held_out, self.whole, self.preprocess, self.postprocess, self.report.warn)
+        self.exam = Evaluator(config, source, held_out, self.whole, self.preprocess, self.postprocess, self.report.warn)
         held.callback(self.exam.close)
-        with world.main_first():  # it decodes the frames, the others find them
+        with distributed.main_first():  # it decodes the frames, the others find them
             self.loader = build_loader(
-                config, source, kept, self.policy, self.preprocess, self.samples_seen, world, self.report.say
+                config, source, kept, self.policy, self.preprocess, self.samples_seen, distributed, self.report.say
             )
         held.callback(self.loader.close)
         if config.minutes and resumed is None:
@@ -121,7 +138,9 @@ class Run:
         self.bad_step = torch.where(finite | (self.bad_step >= 0), self.bad_step, self.step)
         self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
         self.step, self.samples_seen = self.step + 1, self.samples_seen + self.config.batch_size
-        self.asked, self.save_is_due = self.world.agree(self.signals.asked or 0, self.watch.save_is_due())
+        self.asked, self.save_is_due = self.distributed.all_reduce_max(
+            self.signals.asked or 0, self.watch.save_is_due()
+        )
         self.report.advance()
         return parts, grad_norm
 
@@ -140,11 +159,11 @@ class Run:
         if first < 0:
             return
         self.writer.wait()  # for the one that may be the last good
-        kept = checkpoints.find_checkpoints(self.output_dir)
+        kept = find_checkpoints(self.output_dir)
         where = self.loader.describe(self.samples_seen - (self.step - first) * self.config.batch_size)
         raise UserError(
             f"the loss is not finite at step {first + 1}, whose batch holds episode:frame {where}; last good "
-            f"checkpoint: {max(kept, key=checkpoints.place_of, default='none yet')}; lower --lr, or look at those frames"
+            f"checkpoint: {max(kept, key=sort_key, default='none yet')}; lower --lr, or look at those frames"
         )
 
     def log(self, parts: dict | None, grad_norm) -> None:
@@ -154,7 +173,7 @@ class Run:
         line = {
             "step": self.step,
             "epoch": round(self.samples_seen / self.loader.samples_per_epoch, 4),
-            "loss": self.world.mean(self.loss_sum) / self.loss_count,
+            "loss": self.distributed.mean(self.loss_sum) / self.loss_count,
             "lr": self.learner.optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm.item(),
         }
@@ -165,35 +184,37 @@ class Run:
     def examine(self) -> None:
         """Held-out episodes and simulation, to a line of metrics; other processes wait for the main one."""
         with self.watch.paused(), self.learner.acting(self.whole):
-            if self.world.is_main and (results := self.exam.results(self.loader)):
+            if self.distributed.is_main and (results := self.exam.results(self.loader)):
                 self.report.examined({"step": self.step, **results}, said(results), self.exam.picture)
-            self.world.wait()
-            (self.asked,) = self.world.agree(self.signals.asked or 0)
+            self.distributed.barrier()
+            (self.asked,) = self.distributed.all_reduce_max(self.signals.asked or 0)
 
     def save(self) -> None:
         """Have checkpoint-<step> written; a run that went bad since the last log line is stopped instead."""
         self.stop_if_not_finite()
         with self.watch.paused():
-            self.loss_sums = self.world.every(self.loss_sum)
+            self.loss_sums = self.distributed.all_gather(self.loss_sum)
             trees = self.learner.state()  # of all processes
-            if self.world.is_main:
-                never = [self.resumed] if self.resumed and self.step - self.start_step <= self.config.save_freq else []
+            if self.distributed.is_main:
+                protected = (
+                    [self.resumed] if self.resumed and self.step - self.start_step <= self.config.save_freq else []
+                )
                 parts = self.policy.config, self.preprocess, self.postprocess, self.state()
-                self.writer.save(Snapshot(self.step, *trees, *parts, adapters_config(self.policy)), never)
+                self.writer.save(Snapshot(self.step, *trees, *parts, adapters_config(self.policy)), protected)
                 self.report.begin_file()
                 self.report.trackers.note("checkpoint", f"checkpoint-{self.step}", self.step)
         self.saved_step = self.step
         self.watch.last_save = time.perf_counter()
 
-    def state(self) -> checkpoints.TrainState:
+    def state(self) -> TrainState:
         """Where the run stands, for a resume and for people."""
         standing = {"step": self.step, "samples_seen": self.samples_seen, "batch_size": self.config.batch_size}
-        standing |= {"seed": self.config.seed, "world_size": self.world.size, "course": self.course}
+        standing |= {"seed": self.config.seed, "world_size": self.distributed.size, "course": self.course}
         sums = {"loss_sums": self.loss_sums, "loss_count": self.loss_count}
         own = {"scaler": self.learner.scaler.state_dict(), "tracker_run_id": self.report.trackers.run_id}
         info = training_info(self.policy, self.config.dataset_id, self.report.history, self.device, self.step)
         seconds = round(self.train_seconds + self.watch.since_start(), 1)
-        return checkpoints.TrainState(
+        return TrainState(
             trainer_state={**standing, **sums, **own, "data": self.data},
             train_config=self.config.asdict(),
             training_info={**info, **standing, "train_seconds": seconds},
@@ -209,7 +230,7 @@ class Run:
             self.step, last(history, "loss"), history, checkpoint, self.whole, self.output_dir,
             signal.Signals(self.asked).name if stopped else None,
         )  # fmt: skip
-        if self.world.is_main:
+        if self.distributed.is_main:
             self.whole.eval()
             self.report.save_curve()
             if not stopped:
@@ -219,7 +240,7 @@ class Run:
             repo = None if stopped else self.config.push_to_hub
             if repo and (address := hub.push(repo, self.output_dir, result.checkpoint, self.report.warn)):
                 print(f"uploaded to {address}")
-            print(closing_words(result, self.config, self.start_step, self.world.size), flush=True)
+            print(closing_words(result, self.config, self.start_step, self.distributed.size), flush=True)
         return result
 
 

@@ -24,6 +24,12 @@ SMALL = {  # the smallest settings of each policy that still have all its parts
 JOINTS = ["shoulder", "elbow", "gripper"]
 
 
+def pytest_configure(config):
+    """A warning from any module of ours is an error; those of libraries stay warnings."""
+    ours = "|".join(path.stem for path in sorted((ROOT / "src").iterdir()) if not path.name.startswith("_"))
+    config.addinivalue_line("filterwarnings", rf"error:::({ours})(\..*)?$")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """Decoded frames of tests stay out of the user's cache."""
@@ -123,11 +129,11 @@ def copy_of(tmp_path, made):
 
 @pytest.fixture(scope="session")
 def renderer():
-    import sim
-    from config import UserError
+    from errors import UserError
+    from sim.environments import pick_renderer
 
     try:
-        return sim.pick_renderer()
+        return pick_renderer()
     except UserError as error:
         pytest.skip(str(error))
 

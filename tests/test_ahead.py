@@ -11,10 +11,11 @@ from conftest import SHIPPED, small
 from test_flow import a_policy
 
 import evaluate
-from ahead import Ahead
-from config import UserError
 from data.source import open_dataset
-from infer import compare, load_policy
+from errors import UserError
+from infer import compare
+from policy.async_policy import AsyncPolicy
+from policy.loaded import load_policy
 from train import train
 
 
@@ -53,7 +54,7 @@ class Clock:
 @pytest.mark.parametrize("n_action_steps", [1, 4, 10])
 def test_every_action_is_the_one_for_its_tick(lead, n_action_steps):
     clock = Clock(10, n_action_steps)
-    policy = Ahead(clock, lead)
+    policy = AsyncPolicy(clock, lead)
     for _ in range(2):
         clock.asked = []
         policy.reset()
@@ -63,12 +64,12 @@ def test_every_action_is_the_one_for_its_tick(lead, n_action_steps):
 
 def test_without_cuda_nothing_is_asked_of_it(monkeypatch):
     monkeypatch.delattr(torch.cuda, "stream")  # a Mac's fails, for the CPU as well
-    assert Ahead(Clock(), 3).act({"t": 5}) == 5
+    assert AsyncPolicy(Clock(), 3).act({"t": 5}) == 5
 
 
 def test_a_tick_does_not_wait_for_a_prediction_under_way():
     clock = Clock()
-    policy = Ahead(clock, 3)
+    policy = AsyncPolicy(clock, 3)
     assert policy.act({"t": 0}) == 0
     clock.may_answer.clear()  # from now on predictions hang
     assert [float(policy.act({"t": t})[0]) for t in (1, 2, 3)] == [1, 2, 3]
@@ -82,7 +83,7 @@ def test_a_tick_does_not_wait_for_a_prediction_under_way():
 @pytest.mark.parametrize(("n_action_steps", "lead"), [(1, 1), (4, 4), (5, 4)])
 def test_a_chunk_has_all_the_ticks_that_were_asked_for(n_action_steps, lead):
     clock = Clock(10, n_action_steps)
-    policy = Ahead(clock, lead)
+    policy = AsyncPolicy(clock, lead)
     for t in range(12):
         policy.act({"t": t})
     policy.reset()  # waits for the last one
@@ -92,7 +93,7 @@ def test_a_chunk_has_all_the_ticks_that_were_asked_for(n_action_steps, lead):
 
 def test_what_fails_in_the_thread_is_raised_and_reset_goes_on():
     clock = Clock()
-    policy = Ahead(clock, 2)
+    policy = AsyncPolicy(clock, 2)
     policy.act({"t": 0})
     clock.predict_action_chunk = lambda batch: 1 / 0
     for t in (1, 2, 3):  # the last one while its prediction has failed
@@ -108,18 +109,18 @@ def test_too_slow_is_told():
     with pytest.raises(
         UserError, match=r"takes 6 control ticks to predict and has 10 actions \(chunk_size\): expected 12 or more"
     ):
-        Ahead(Clock(), 6)
+        AsyncPolicy(Clock(), 6)
     diffusion = Clock()
     diffusion.config = SimpleNamespace(horizon=16, n_action_steps=8)  # gives those that it carries out, no more
     with pytest.raises(UserError, match=r"has 8 actions \(n_action_steps\): expected 10 or more"):
-        Ahead(diffusion, 5)
+        AsyncPolicy(diffusion, 5)
 
 
 def test_temporal_ensembling_is_refused():
     clock = Clock()
     clock.config.temporal_ensemble_coeff = 0.01
     with pytest.raises(UserError, match="temporal ensembling asks for a chunk at every tick"):
-        Ahead(clock, 1)
+        AsyncPolicy(clock, 1)
 
 
 @pytest.mark.parametrize("lead", [1, 2, 4, 6])
@@ -129,7 +130,7 @@ def test_flow_goes_over_smoothly_from_what_is_settled(lead):
     plan = Clock()
     plan.config, plan.policy = policy.config, policy
     policy.head.regress = lambda condition: torch.full((1, 16, 2), plan.now)
-    ahead = Ahead(plan, lead)
+    ahead = AsyncPolicy(plan, lead)
     taken = []
     for tick in range(60):
         plan.now = float(tick > 20)

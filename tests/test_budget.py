@@ -9,10 +9,10 @@ from conftest import small
 from safetensors.torch import load_file
 from test_resume import assert_same_run, logged
 
-import budget
-from checkpoint import OWN_WEIGHTS
-from config import UserError
+from checkpoints.folder import TRAINED_WEIGHTS
+from errors import UserError
 from train import train
+from training import plan as budget
 
 
 def read(run, name):
@@ -62,7 +62,7 @@ def test_average_is_that_of_the_weights_being_trained(averaged):
     before = None
     for step in range(1, 5):
         place = folder / "on" / f"checkpoint-{step}"
-        own, average = load_file(place / OWN_WEIGHTS), load_file(place / "policy.safetensors")
+        own, average = load_file(place / TRAINED_WEIGHTS), load_file(place / "policy.safetensors")
         plain = load_file(folder / "plain" / f"checkpoint-{step}" / "policy.safetensors")
         assert all(torch.equal(own[name], plain[name]) for name in plain)
         if before is not None:
@@ -81,9 +81,9 @@ def test_averaged_run_resumes_to_the_bit(averaged, tmp_path):
     train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"), save_freq=0)
     assert_same_run(folder / "on", tmp_path, 4)
     assert logged(folder / "on") == logged(tmp_path)
-    own = [load_file(run / "checkpoint-4" / OWN_WEIGHTS) for run in (folder / "on", tmp_path)]
+    own = [load_file(run / "checkpoint-4" / TRAINED_WEIGHTS) for run in (folder / "on", tmp_path)]
     assert all(torch.equal(own[0][name], own[1][name]) for name in own[0])
-    assert not (tmp_path / OWN_WEIGHTS).exists()  # the finished policy is the average
+    assert not (tmp_path / TRAINED_WEIGHTS).exists()  # the finished policy is the average
 
 
 def test_result_has_the_averaged_weights(averaged, made, tmp_path):

@@ -10,11 +10,11 @@ import pytest
 from conftest import ROOT, SHIPPED, small
 
 import runtime
-from checkpoint import MANIFEST, find_checkpoints, make_ready, prune, seal, verify
-from config import UserError
-from infer import load_policy
+from checkpoints.folder import MANIFEST, find_checkpoints, prune, recover, verify, write_manifest
+from checkpoints.writer import publish
+from errors import UserError
+from policy.loaded import load_policy
 from train import train
-from writer import publish
 
 
 def a_checkpoint(output_dir, step, content=b"weights"):
@@ -22,7 +22,7 @@ def a_checkpoint(output_dir, step, content=b"weights"):
     folder.mkdir(parents=True)
     (folder / "policy.safetensors").write_bytes(content)
     (folder / "config.json").write_text("{}")
-    seal(folder)
+    write_manifest(folder)
     return folder
 
 
@@ -76,7 +76,7 @@ def test_what_a_dead_process_left_goes_and_what_it_was_replacing_comes_back(tmp_
     a_checkpoint(tmp_path, 6, b"old").rename(tmp_path / ".checkpoint-6.old")
     a_checkpoint(tmp_path, 6, b"new")
     (tmp_path / ".model.safetensors.tmp").write_text("")
-    make_ready(tmp_path)
+    recover(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-6"]
     assert (tmp_path / "checkpoint-6" / "policy.safetensors").read_bytes() == b"new"
 

@@ -11,7 +11,8 @@ from conftest import ROOT
 
 import export
 from command_line import Parser, flags_table, parse_command_line
-from config import FIELDS, UserError, merge, read_config_file
+from config import FIELDS, merge, read_config_file
+from errors import UserError
 from train import train
 
 
@@ -72,7 +73,7 @@ def test_hyphens_are_underscores():
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("--dataset_id x --bach_size 3", "unknown flag --bach_size, did you mean '--batch_size'?"),
         ("--dataset_id x --dataset-id=y", "--dataset_id is given more than once: pass all of its values after one"),
@@ -95,14 +96,14 @@ def test_hyphens_are_underscores():
         ("stray --dataset_id x", "'stray' belongs to no flag: settings are passed as --name value"),
     ],
 )
-def test_mistakes_on_the_command_line(line, told):
+def test_mistakes_on_the_command_line(line, message):
     with pytest.raises(UserError) as caught:
         parse(line)
-    assert str(caught.value) == told
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"datset_id": "x"}, "unknown setting 'datset_id' for train(), did you mean 'dataset_id'?"),
         ({"dataset_id": "x", "steps": 2.5}, "--steps must be int, got 2.5"),
@@ -111,14 +112,14 @@ def test_mistakes_on_the_command_line(line, told):
         ({"dataset_id": "x", "lr_schedule": "cos"}, "--lr_schedule must be one of constant, linear, cosine, got 'cos'"),
     ],
 )
-def test_mistakes_in_keywords(settings, told):
+def test_mistakes_in_keywords(settings, message):
     with pytest.raises(UserError) as caught:
         train(**settings)
-    assert str(caught.value) == told
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.json", '{"step": 3}', "unknown setting 'step' in .*a.json, did you mean 'steps'?"),
         ("a.json", "{", "a.json is not valid JSON"),
@@ -128,10 +129,10 @@ def test_mistakes_in_keywords(settings, told):
         ("b.json", None, "b.json cannot be read: No such file or directory"),
     ],
 )
-def test_mistakes_in_files(tmp_path, name, content, told):
+def test_mistakes_in_files(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_config_file(str(tmp_path / name))
 
 

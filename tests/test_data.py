@@ -14,15 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_problems import edit
 
-import build
-from config import TrainConfig, UserError
+from config import TrainConfig
 from data import decode
 from data.frames import Frames
 from data.loader import Loader
 from data.source import open_dataset, parse_episodes
 from data.union import unite
 from data.windows import epoch_order, trainable_rows, weighted_order, window_rows
+from errors import UserError
 from train import train
+from training import parts as build
 
 DELTAS = {  # what act, and a policy with history, look at
     "chunk": {"action": [0, 1, 2, 3, 4]},
@@ -64,7 +65,7 @@ def assert_same_batch(ours: dict, theirs: dict, cameras):
 def decoder(request, monkeypatch):
     """Video decoded by torchcodec, and by PyAV as if torchcodec could not be loaded."""
     if request.param == "pyav":
-        monkeypatch.setattr(decode, "load_torchcodec", lambda: (None, ["told"]))
+        monkeypatch.setattr(decode, "load_torchcodec", lambda: (None, ["message"]))
     elif decode.load_torchcodec()[0] is None:
         pytest.skip(decode.load_torchcodec()[1][0])
 
@@ -210,19 +211,19 @@ def test_the_loops_buffer_is_not_overwritten_while_in_use(made, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def v21(cr5):
+def v2(cr5):
     return REAL / "cr5_banana_v21"
 
 
-def test_v21_is_what_lerobot_makes_of_it(v21, tmp_path):
+def test_v21_is_what_lerobot_makes_of_it(v2, tmp_path):
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
     from lerobot.scripts.convert_dataset_v21_to_v30 import convert_dataset
 
-    shutil.copytree(v21, tmp_path / "converted", copy_function=shutil.copyfile)
+    shutil.copytree(v2, tmp_path / "converted", copy_function=shutil.copyfile)
     subprocess.run(["chmod", "-R", "u+w", tmp_path / "converted"], check=True)
     convert_dataset("x", root=tmp_path / "converted", push_to_hub=False)
     theirs = LeRobotDatasetMetadata("x", root=tmp_path / "converted")
-    old, new = open_dataset(str(v21)), open_dataset(str(tmp_path / "converted"))
+    old, new = open_dataset(str(v2)), open_dataset(str(tmp_path / "converted"))
     assert old.meta.stats.keys() == theirs.stats.keys()
     for key, stats in theirs.stats.items():
         assert all((old.meta.stats[key][name] == value).all() for name, value in stats.items())
@@ -235,8 +236,8 @@ def test_v21_is_what_lerobot_makes_of_it(v21, tmp_path):
     )
 
 
-def test_v21_with_clock_jitter_warns_in_one_line_and_trains(v21, tmp_path, capsys):
-    result = train(**small(dataset_id=str(v21), episodes="0:2", image_size=[32, 48], output_dir=str(tmp_path), steps=2))
+def test_v21_with_clock_jitter_warns_in_one_line_and_trains(v2, tmp_path, capsys):
+    result = train(**small(dataset_id=str(v2), episodes="0:2", image_size=[32, 48], output_dir=str(tmp_path), steps=2))
     assert result.steps == 2
     lines = capsys.readouterr().out.splitlines()
     warnings = [line for line in lines if line.startswith("warning: ")]
@@ -246,9 +247,9 @@ def test_v21_with_clock_jitter_warns_in_one_line_and_trains(v21, tmp_path, capsy
 
 
 @pytest.mark.parametrize("frames", ["fewer", "more"])
-def test_v21_video_with_other_frames_than_rows_is_refused_by_name(v21, tmp_path, frames):
-    root = tmp_path / "v21"
-    shutil.copytree(v21, root, copy_function=shutil.copyfile)
+def test_v21_video_with_other_frames_than_rows_is_refused_by_name(v2, tmp_path, frames):
+    root = tmp_path / "v2"
+    shutil.copytree(v2, root, copy_function=shutil.copyfile)
     videos = root / "videos" / "chunk-000" / "observation.images.top"
     subprocess.run(["chmod", "-R", "u+w", root], check=True)
     shutil.copyfile(
@@ -310,7 +311,7 @@ def test_datasets_whose_videos_are_encoded_otherwise_are_one(made, copy_of):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda root: (root / "meta" / "stats.json").unlink(), "meta/stats.json is missing: lerobot-edit-dataset"),
         (lambda root: drop(root, "observation.state"), "its table has no column observation.state, which info.json"),
@@ -318,13 +319,13 @@ def test_datasets_whose_videos_are_encoded_otherwise_are_one(made, copy_of):
         (lambda root: edit(root / "meta" / "stats.json", lambda stats: stats.pop("action")), "no mean and std of action"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_one_of_several_datasets_is_told(made, copy_of, tmp_path, change, told):
+def test_what_is_wrong_with_one_of_several_datasets_is_told(made, copy_of, tmp_path, change, message):
     root = copy_of("no_camera")
     change(root)
     for names in ([str(made("no_camera")), str(root)], [str(root), str(made("no_camera"))]):
         with pytest.raises(UserError) as caught:
             train(**small(dataset_id=names, output_dir=str(tmp_path / "run")))
-        assert told in str(caught.value)
+        assert message in str(caught.value)
         assert str(root) in str(caught.value)
 
 

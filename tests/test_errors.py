@@ -27,7 +27,7 @@ def damaged(run, tmp_path):
     return Path(shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2"))
 
 
-def told(capsys, **settings) -> str:
+def message(capsys, **settings) -> str:
     """The one line that a run with these settings ends with."""
     capsys.readouterr()
     assert main(settings) == 2
@@ -40,50 +40,50 @@ def told(capsys, **settings) -> str:
 
 def test_unknown_dataset(capsys):
     assert (
-        told(capsys, dataset_id="nowhere")
+        message(capsys, dataset_id="nowhere")
         == "no dataset nowhere: there is no such folder, and a Hub id is written user/name"
     )
 
 
 def test_offline_hub_id(capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    line = told(capsys, dataset_id="nobody/nothing", output_dir="outputs/never")
+    line = message(capsys, dataset_id="nobody/nothing", output_dir="outputs/never")
     assert line.startswith("no dataset nobody/nothing: no such folder, and the Hub cannot be reached (")
     assert line.endswith("pass a folder, or try again online")
 
 
 def test_offline_policy_path(capsys, made):
-    line = told(capsys, dataset_id=str(made("video")), policy_path="nobody/nothing", device="cpu")
+    line = message(capsys, dataset_id=str(made("video")), policy_path="nobody/nothing", device="cpu")
     assert line.startswith("--policy_path nobody/nothing: no such folder, and the Hub cannot be reached (")
 
 
 def test_offline_resume(capsys):
-    line = told(capsys, resume_from_checkpoint="nobody/nothing")
+    line = message(capsys, resume_from_checkpoint="nobody/nothing")
     assert line.startswith("--resume_from_checkpoint nobody/nothing: no such folder, and the Hub cannot be reached (")
 
 
 def test_folder_that_is_no_dataset(capsys, tmp_path):
     assert (
-        told(capsys, dataset_id=str(tmp_path))
+        message(capsys, dataset_id=str(tmp_path))
         == f"{tmp_path} is a folder without meta/info.json: not a LeRobot dataset"
     )
 
 
 def test_no_such_checkpoint(capsys, run):
-    line = told(capsys, resume_from_checkpoint=str(run / "checkpoint-3"))
+    line = message(capsys, resume_from_checkpoint=str(run / "checkpoint-3"))
     assert "there is no such folder, did you mean 'checkpoint-" in line
     assert line.endswith(f"{run} has checkpoint-2, checkpoint-4")
 
 
 def test_run_folder_instead_of_a_checkpoint(capsys, run):
-    line = told(capsys, resume_from_checkpoint=str(run))
+    line = message(capsys, resume_from_checkpoint=str(run))
     assert line.endswith(
         f"is no complete checkpoint (it has no manifest.json): it holds checkpoint-4, pass {run}/checkpoint-4"
     )
 
 
 def test_latest_where_there_is_none(capsys, tmp_path, made):
-    line = told(
+    line = message(
         capsys, dataset_id=str(made("video")), output_dir=str(tmp_path / "new"), resume_from_checkpoint="latest"
     )
     assert line == (
@@ -93,31 +93,31 @@ def test_latest_where_there_is_none(capsys, tmp_path, made):
 
 def test_step_in_the_name_against_trainer_state(capsys, damaged):
     wrong = damaged.rename(damaged.with_name("checkpoint-9"))
-    line = told(capsys, resume_from_checkpoint=str(wrong))
+    line = message(capsys, resume_from_checkpoint=str(wrong))
     assert line == ("the name checkpoint-9 says step 9, trainer_state.json inside says 2: "
                     "rename the folder to checkpoint-2 or pass --resume_step 2")  # fmt: skip
     nameless = wrong.rename(wrong.with_name("best"))
-    line = told(capsys, resume_from_checkpoint=str(nameless))
+    line = message(capsys, resume_from_checkpoint=str(nameless))
     assert line == "best has no step in its name: pass --resume_step 2 if that is the step it holds"
-    assert told(capsys, resume_from_checkpoint=str(nameless), resume_step=5).startswith(
+    assert message(capsys, resume_from_checkpoint=str(nameless), resume_step=5).startswith(
         "--resume_step 5 says step 5, trainer_state.json"
     )
 
 
 def test_other_dims_than_the_checkpoint(capsys, run, made):
-    line = told(capsys, dataset_id=str(made("wide")), resume_from_checkpoint=str(run / "checkpoint-4"), steps=6)
+    line = message(capsys, dataset_id=str(made("wide")), resume_from_checkpoint=str(run / "checkpoint-4"), steps=6)
     assert line.endswith(
         "observation.state has 5 dims, checkpoint-4 expects 3: train afresh or pass the dataset it was trained on"
     )
 
 
 def test_other_camera_than_the_checkpoint(capsys, run, made):
-    line = told(capsys, dataset_id=str(made("no_camera")), resume_from_checkpoint=str(run / "checkpoint-4"), steps=6)
+    line = message(capsys, dataset_id=str(made("no_camera")), resume_from_checkpoint=str(run / "checkpoint-4"), steps=6)
     assert "it has no observation.images.top, which checkpoint-4 expects" in line
 
 
 def test_other_policy_than_the_checkpoint(capsys, run):
-    line = told(capsys, resume_from_checkpoint=str(run / "checkpoint-4"), policy="diffusion")
+    line = message(capsys, resume_from_checkpoint=str(run / "checkpoint-4"), policy="diffusion")
     assert line.startswith("--policy: checkpoint-4 was trained with act, got diffusion: a resumed run keeps its policy")
 
 
@@ -127,7 +127,7 @@ def test_corrupt_weights(capsys, damaged):
     content[len(content) // 2] ^= 1
     weights.unlink()  # model.safetensors is the same file
     weights.write_bytes(content)
-    line = told(capsys, resume_from_checkpoint=str(damaged))
+    line = message(capsys, resume_from_checkpoint=str(damaged))
     assert line == f"{damaged} is damaged: policy.safetensors does not match its sha256: take another checkpoint"
 
 
@@ -136,20 +136,22 @@ def test_truncated_weights(capsys, damaged):
     content = weights.read_bytes()
     weights.unlink()
     weights.write_bytes(content[:-1])
-    line = told(capsys, resume_from_checkpoint=str(damaged))
+    line = message(capsys, resume_from_checkpoint=str(damaged))
     assert f"policy.safetensors has {len(content) - 1} bytes, expected {len(content)}" in line
 
 
 def test_missing_file(capsys, damaged):
     (damaged / "config.json").unlink()
-    assert told(capsys, resume_from_checkpoint=str(damaged)).endswith("config.json is missing: take another checkpoint")
+    assert message(capsys, resume_from_checkpoint=str(damaged)).endswith(
+        "config.json is missing: take another checkpoint"
+    )
 
 
 def test_pickle_that_runs_code_is_refused(capsys, damaged):
     import pickle
     import zipfile
 
-    from checkpoint import seal
+    from checkpoints.folder import write_manifest
 
     class Evil:
         def __reduce__(self):
@@ -161,31 +163,31 @@ def test_pickle_that_runs_code_is_refused(capsys, damaged):
         for item in inside.infolist():
             evil.writestr(item, pickle.dumps(Evil(), 2) if item.filename.endswith("data.pkl") else inside.read(item))
     (damaged / "evil").rename(state)
-    seal(damaged)
-    line = told(capsys, resume_from_checkpoint=str(damaged), steps=6)
+    write_manifest(damaged)
+    line = message(capsys, resume_from_checkpoint=str(damaged), steps=6)
     assert line.endswith("optimizer_state.pth is refused: it would run print, and may hold tensors and numbers alone")
 
 
 def test_resumed_from_a_folder_without_a_name(capsys, run, monkeypatch):
     monkeypatch.chdir(run / "checkpoint-2")
-    assert "has no step in its name" in told(capsys, resume_from_checkpoint=".")
+    assert "has no step in its name" in message(capsys, resume_from_checkpoint=".")
 
 
 def test_output_dir_in_use(capsys, run, made):
     before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
-    line = told(capsys, dataset_id=str(made("video")), output_dir=str(run))
+    line = message(capsys, dataset_id=str(made("video")), output_dir=str(run))
     assert line == (f"--output_dir {run} already holds checkpoint-4: pass --resume_from_checkpoint latest to go on from it, "
                     "or another --output_dir")  # fmt: skip
     assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
 
 
 def test_episodes_out_of_range(capsys, made):
-    line = told(capsys, dataset_id=str(made("video")), episodes="1:9")
+    line = message(capsys, dataset_id=str(made("video")), episodes="1:9")
     assert line == "--episodes 1:9: 1:9 is out of range, the dataset has episodes 0 to 2"
 
 
 def test_unknown_policy(capsys, made):
-    line = told(capsys, dataset_id=str(made("video")), policy="atc")
+    line = message(capsys, dataset_id=str(made("video")), policy="atc")
     assert line.startswith("unknown policy 'atc', did you mean 'act'?: LeRobot has act, diffusion, ")
 
 
@@ -200,7 +202,7 @@ def test_unknown_policy(capsys, made):
     ],
 )
 def test_policy_args(capsys, made, pairs, expected):
-    assert told(capsys, dataset_id=str(made("video")), policy_args=[pairs]) == expected
+    assert message(capsys, dataset_id=str(made("video")), policy_args=[pairs]) == expected
 
 
 def test_policy_whose_extra_is_missing(capsys, made):
@@ -208,7 +210,7 @@ def test_policy_whose_extra_is_missing(capsys, made):
 
     if importlib.util.find_spec("transformers"):
         pytest.skip("transformers is installed, so smolvla's extra is not missing")
-    line = told(capsys, dataset_id=str(made("video")), policy="smolvla", device="cpu")
+    line = message(capsys, dataset_id=str(made("video")), policy="smolvla", device="cpu")
     assert line.startswith("policy smolvla needs more than is installed: ")
     assert "lerobot[smolvla]" in line
 
@@ -218,17 +220,17 @@ def test_backbone_that_cannot_be_fetched(capsys, made, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "torch.hub.urlopen", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("Name or service not known"))
     )
-    line = told(capsys, dataset_id=str(made("video")), device="cpu", output_dir=str(tmp_path / "run"))
+    line = message(capsys, dataset_id=str(made("video")), device="cpu", output_dir=str(tmp_path / "run"))
     assert line.startswith(
         "policy act: pretrained weights cannot be fetched (Name or service not known): go online once, or pass"
     )
 
 
 def test_device_that_is_not_here(capsys, made):
-    assert told(capsys, dataset_id=str(made("video")), device="cuda:99").startswith(
+    assert message(capsys, dataset_id=str(made("video")), device="cuda:99").startswith(
         "--device cuda:99 cannot be used here ("
     )
-    assert told(capsys, dataset_id=str(made("video")), device="gpu").startswith("--device gpu cannot be used here (")
+    assert message(capsys, dataset_id=str(made("video")), device="gpu").startswith("--device gpu cannot be used here (")
 
 
 def test_frames_all_dropped(capsys, made, tmp_path):
@@ -238,12 +240,12 @@ def test_frames_all_dropped(capsys, made, tmp_path):
         "drop_n_last_frames=7",
         "pretrained_backbone_weights=none",
     ]
-    assert "no episode is longer than the 7 frames that the policy leaves out at its end" in told(capsys, **settings)
+    assert "no episode is longer than the 7 frames that the policy leaves out at its end" in message(capsys, **settings)
 
 
 def test_output_dir_that_cannot_be_written(capsys, made, tmp_path):
     (tmp_path / "file").write_text("")
-    line = told(capsys, **small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path / "file" / "run")))
+    line = message(capsys, **small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path / "file" / "run")))
     assert line == f"--output_dir {tmp_path}/file/run cannot be written: Not a directory"
 
 
@@ -251,7 +253,7 @@ def test_output_dir_that_cannot_be_written(capsys, made, tmp_path):
 def test_output_dir_that_is_no_run_of_ours(capsys, made, tmp_path, file):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text("mine")
-    line = told(capsys, **small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path)))
+    line = message(capsys, **small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path)))
     assert line.startswith(f"--output_dir {tmp_path} is no run's folder, it holds {file.split('/')[0]}: pass another")
     assert [path.name for path in tmp_path.iterdir()] == [file.split("/")[0]]
 

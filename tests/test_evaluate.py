@@ -16,16 +16,19 @@ from conftest import ROOT, SHIPPED, small
 from test_resume import assert_same_run
 
 import evaluate
-import exam
-import sim
-from checkpoint import find_checkpoints, main
-from config import TrainConfig, UserError, merge
+from checkpoints.folder import find_checkpoints
+from config import TrainConfig, merge
 from data.source import open_dataset
-from infer import load_policy
-from processors import is_still
+from data.split import split
+from errors import UserError
+from policy.loaded import load_policy
+from processors.statistics import is_still
+from runs import main
+from sim.environments import make_env
 from sim.rollout import Episode, check_fits, run_episodes, summary, wilson
 from train import train
-from validation import Errors, action_names, measure, reliance, split, spread
+from training import evaluation as exam
+from training.evaluation import Errors, action_names, measure, permutation_importance, spread
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +138,9 @@ def test_reliance_of_a_policy_that_does_not_look(made):
     loader = Loader(source, Frames(source), {"action": [0, 1, 2, 3]}, batch_size=5, seed=0)
     same = [lambda x: x] * 2
     keys, two = ["observation.state", camera], torch.tensor([3, 8])
-    used = reliance(Doubled(0), *same, loader, keys, two, scale, seed=0)
-    none = [reliance(Doubled(0), *same, loader, keys, two, 0 * scale, seed=0)]
-    none += [reliance(Offset(0), *same, loader, ["action"], torch.arange(1), scale, seed=0)]
+    used = permutation_importance(Doubled(0), *same, loader, keys, two, scale, seed=0)
+    none = [permutation_importance(Doubled(0), *same, loader, keys, two, 0 * scale, seed=0)]
+    none += [permutation_importance(Offset(0), *same, loader, ["action"], torch.arange(1), scale, seed=0)]
     loader.close()
     a, b = source.columns["observation.state"][two].double().numpy()
     assert used == {"observation.state": pytest.approx(np.mean(2 * np.abs(a - b)[[0, 2]] / scale[[0, 2]])), camera: 0.0}
@@ -150,11 +153,11 @@ def test_a_joint_that_is_still_up_to_rounding_is_still():
 
 
 @pytest.mark.parametrize(
-    ("names", "told"), [(["a", "b"], ["a", "b"]), (["a", "a"], ["action 0", "action 1"]), ([1, 2], ["1", "2"])]
+    ("names", "message"), [(["a", "b"], ["a", "b"]), (["a", "a"], ["action 0", "action 1"]), ([1, 2], ["1", "2"])]
 )
-def test_names_of_joints(names, told):
+def test_names_of_joints(names, message):
     meta = SimpleNamespace(features={"action": {"shape": (2,), "names": names}})
-    assert action_names(meta) == told
+    assert action_names(meta) == message
 
 
 def test_a_simulation_that_does_not_fit_is_told_before_training(made, tmp_path, renderer):
@@ -170,7 +173,7 @@ def test_a_simulation_that_does_not_fit_is_told_before_training(made, tmp_path, 
 
 def stand_in(monkeypatch, run_episodes):
     """A simulation that fits any policy, whose episodes are run so."""
-    monkeypatch.setattr(exam.sim, "make_env", lambda *args: (SimpleNamespace(close=lambda: None), None))
+    monkeypatch.setattr(exam, "make_env", lambda *args: (SimpleNamespace(close=lambda: None), None))
     monkeypatch.setattr(exam, "first_observation", lambda *args: None)
     monkeypatch.setattr(exam, "check_fits", lambda *args: None)
     monkeypatch.setattr(exam, "run_episodes", run_episodes)
@@ -183,8 +186,8 @@ def test_a_simulation_that_fails_does_not_end_the_run(made, tmp_path, monkeypatc
     stand_in(monkeypatch, fail)
     result = train(**small("flow", dataset_id=str(made("no_camera")), eval_env="pusht", output_dir=str(tmp_path)))
     assert result.steps == 4
-    told = "warning: --eval_env pusht failed, no success rate: the simulator has gone"
-    assert capsys.readouterr().out.count(told) == 2
+    message = "warning: --eval_env pusht failed, no success rate: the simulator has gone"
+    assert capsys.readouterr().out.count(message) == 2
 
 
 def test_a_validation_that_fails_does_not_end_the_run(made, tmp_path, monkeypatch, capsys):
@@ -194,8 +197,8 @@ def test_a_validation_that_fails_does_not_end_the_run(made, tmp_path, monkeypatc
     monkeypatch.setattr(exam, "measure", fail)
     settings = small("flow", dataset_id=str(made("no_camera")), val_fraction=0.4, output_dir=str(tmp_path))
     assert train(**settings).steps == 4
-    told = "warning: validation failed, no figures: a chunk of another shape"
-    assert capsys.readouterr().out.count(told) == 2
+    message = "warning: validation failed, no figures: a chunk of another shape"
+    assert capsys.readouterr().out.count(message) == 2
 
 
 def test_a_stop_signal_ends_a_simulation(made, tmp_path, monkeypatch, capsys):
@@ -282,7 +285,7 @@ def test_open_loop_report(trained, tmp_path, capsys):
     np.testing.assert_allclose(list(numbers["error_by_joint"].values()), np.mean(errors, 0), rtol=1e-4)
     assert len(numbers["error_by_step"]) == 6
     assert [episode["episode"] for episode in numbers["episodes"]] == [1, 4]
-    assert set(numbers["reliance"]) == set(policy.expected)
+    assert set(numbers["permutation_importance"]) == set(policy.expected)
     assert numbers["latency_ms"]["p50"] <= numbers["latency_ms"]["p99"]
     report = (tmp_path / "open_loop" / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 4  # error along the chunk, worst moments, two episodes
@@ -290,7 +293,7 @@ def test_open_loop_report(trained, tmp_path, capsys):
 
 
 def test_results_lie_beside_the_checkpoint_not_in_it(trained):
-    from checkpoint import verify
+    from checkpoints.folder import verify
 
     folder = evaluate.folder_for(str(trained), None, "open_loop")
     assert folder == trained.parent / "evaluation" / trained.name / "open_loop"
@@ -299,13 +302,13 @@ def test_results_lie_beside_the_checkpoint_not_in_it(trained):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ([], "nothing to evaluate on: pass --dataset_id with --episodes, or --env with --task"),
         (["--env", "metawrld"], "--env metawrld: there is no such environment, did you mean 'metaworld'?"),
-        (["--env", "metaworld", "--task", "drawer-opn-v3"], "Meta-World has no task 'drawer-opn-v3', did you mean 'drawer-open-v3'"),
+        (["--env", "metaworld", "--task", "drawer-opn-v3"], "Meta-Distributed has no task 'drawer-opn-v3', did you mean 'drawer-open-v3'"),
         (["--env", "metaworld", "--env_args", "lok=plain"], "--env_args lok: armature_metaworld has no such setting, did you mean"),
-        (["--env", "metaworld", "--env_args", "camera=corner9"], "Meta-World has no camera 'corner9', did you mean 'corner'"),
+        (["--env", "metaworld", "--env_args", "camera=corner9"], "Meta-Distributed has no camera 'corner9', did you mean 'corner'"),
         (["--env", "metaworld", "--max_steps", "501"], "episode_length must be 1 to 500, got 501"),
         (["--env", "metaworld", "--env_args", "camera=corner"], "the policy takes observation.images.corner2, the environment gives"),
         (["--env", "pusht"], "--env pusht needs a package that is not installed"),
@@ -314,7 +317,7 @@ def test_results_lie_beside_the_checkpoint_not_in_it(trained):
         (["--dataset_id", "DATA", "--episodes", "9"], "--episodes 9: 9 is out of range, the dataset has episodes 0 to 2"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told(trained, made, tmp_path, capsys, renderer, flags, told):
+def test_mistakes_are_told(trained, made, tmp_path, capsys, renderer, flags, message):
     flags = [str(made("video")) if flag == "DATA" else flag for flag in flags]
     assert (
         evaluate.main([str(trained), *flags, "--device", "cpu", "--num_episodes", "1", "--output_dir", str(tmp_path)])
@@ -322,7 +325,7 @@ def test_mistakes_are_told(trained, made, tmp_path, capsys, renderer, flags, tol
     )
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ")
-    assert told in line
+    assert message in line
 
 
 # --- simulation ---
@@ -337,10 +340,10 @@ def test_wilson_interval():
 
 def test_summary_counts():
     episodes = [Episode(seed, seed % 2 == 0, 10 + seed, 1.0, []) for seed in range(5)]
-    told = summary(episodes)
-    assert (told["successes"], told["num_episodes"], told["success_rate"]) == (3, 5, 0.6)
-    assert told["median_steps_of_successes"] == 12.0
-    assert [episode["seed"] for episode in told["episodes"]] == [0, 1, 2, 3, 4]
+    message = summary(episodes)
+    assert (message["successes"], message["num_episodes"], message["success_rate"]) == (3, 5, 0.6)
+    assert message["median_steps_of_successes"] == 12.0
+    assert [episode["seed"] for episode in message["episodes"]] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("episodes", [3, pytest.param(50, marks=pytest.mark.slow)])
@@ -362,7 +365,7 @@ def test_expert_succeeds_through_the_same_path(tmp_path, renderer, capsys, episo
 
 def test_simulation_is_a_function_of_the_seed_and_shows_its_own_beginning(trained, renderer):
     """In whatever order the episodes come; the first picture is of this episode, not of the one before."""
-    env, config = sim.make_env("metaworld", "drawer-open-v3", ["episode_length=20"])
+    env, config = make_env("metaworld", "drawer-open-v3", ["episode_length=20"])
     policy = load_policy(trained, "cpu")
     there = run_episodes(env, config, policy, [1, 2, 3], num_videos=3)
     back = run_episodes(env, config, policy, [3, 2, 1], num_videos=3)[::-1]
@@ -409,7 +412,7 @@ def test_lerobot_eval_runs_our_environment_type(trained, tmp_path, renderer, bat
 
 
 def test_examined_when_it_is_saved_unless_told_when():
-    due = exam.Exam.__new__(exam.Exam)
+    due = exam.Evaluator.__new__(exam.Evaluator)
     due.rows, due.env = torch.arange(3), None
     due.config = TrainConfig(dataset_id=["x"], steps=10, val_fraction=0.5)
     assert [due.is_due(step, saving=step in (3, 7)) for step in (1, 3, 5, 7, 10)] == [False, True, False, True, True]

@@ -14,13 +14,13 @@ from conftest import SMALL, small
 from safetensors.torch import load_file, save_file
 
 import export
-from checkpoint import place_of, read_json
-from config import TrainConfig, UserError
-from convert import from_lerobot
-from export import own_optimizer, to_lerobot
+from checkpoints.folder import read_json, sort_key
+from config import TrainConfig
+from errors import UserError
+from exchange.lerobot_runs import from_lerobot, own_optimizer, to_lerobot
 from hub import create_repo, newest_checkpoint
-from infer import load_policy
-from policy import policy_config
+from policy.factory import policy_config
+from policy.loaded import load_policy
 from train import train
 
 BIN = Path(sys.executable).parent
@@ -341,7 +341,7 @@ def test_hub_up_and_down(hub, made, tmp_path, capsys):
     )  # nothing is fetched that is not needed
     state = "checkpoint-2/trainer_state.json"
     hub.repos["me/arm"].append({**files, state: json.dumps({**json.loads(files[state]), "course": 1}).encode()})
-    assert newest_checkpoint("me/arm", "", place_of).name == "checkpoint-2"  # the run went back to it
+    assert newest_checkpoint("me/arm", "", sort_key).name == "checkpoint-2"  # the run went back to it
 
 
 def test_a_repo_without_its_user_is_refused_at_once(hub):
@@ -369,8 +369,8 @@ def test_hub_repo_without_checkpoint(hub, made, tmp_path):
 
 def test_an_optimizers_state_goes_to_the_device_of_its_kernels(tmp_path):
     """lerobot-train's optimizer is not fused, ours is: its count of steps goes to the weights' device ("meta" in a GPU's place)."""
-    from checkpoint import load_optimizer
-    from world import World
+    from checkpoints.folder import load_optimizer
+    from training.distributed import Distributed
 
     theirs, mine = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta")
     optimizer = torch.optim.AdamW(theirs.parameters())
@@ -379,6 +379,6 @@ def test_an_optimizers_state_goes_to_the_device_of_its_kernels(tmp_path):
     torch.save(optimizer.state_dict(), tmp_path / "optimizer_state.pth")
     optimizer = torch.optim.AdamW(mine.parameters(), lr=0.5)
     optimizer.param_groups[0]["fused"] = True
-    load_optimizer(tmp_path, World("cpu"), mine, optimizer)
+    load_optimizer(tmp_path, Distributed("cpu"), mine, optimizer)
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert optimizer.state[mine.weight]["step"].device.type == "meta"

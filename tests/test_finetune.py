@@ -7,8 +7,8 @@ import torch
 from conftest import SMALL, small
 from safetensors.torch import load_file
 
-from config import UserError
-from infer import load_policy
+from errors import UserError
+from policy.loaded import load_policy
 from train import train
 
 
@@ -35,7 +35,7 @@ def test_frozen_weights_stay(made, tmp_path, trained, capsys):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"freeze": ["backbon3"]}, "--freeze backbon3 matches no parameter: their names begin with encoder.eyes"),
         ({"freeze": ["("]}, "--freeze ( is no regular expression"),
@@ -44,10 +44,10 @@ def test_frozen_weights_stay(made, tmp_path, trained, capsys):
         ({"policy": "act", "policy_args": SMALL["act"].split(), "gradient_checkpointing": True}, "policy act has none"),
     ],
 )
-def test_mistakes(made, tmp_path, settings, told):
+def test_mistakes(made, tmp_path, settings, message):
     with pytest.raises(UserError, match=r"^[^\n]*$") as error:
         train(**{**small("flow", dataset_id=[str(made("video"))]), **settings}, output_dir=str(tmp_path / "run"))
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_gradient_checkpointing_changes_no_loss(made, tmp_path):

@@ -10,11 +10,12 @@ import torch
 from conftest import SMALL, small
 from test_resume import assert_same_run
 
-from ahead import Ahead
-from config import UserError
-from infer import LoadedPolicy, expected_observation, load_policy, recorded_observations
-from policy import build_policy, policy_config
-from policy.flow import Eye, FlowConfig, choose, make_flow_pre_post_processors
+from errors import UserError
+from infer import recorded_observations
+from policy.async_policy import AsyncPolicy
+from policy.factory import build_policy, policy_config
+from policy.flow import CameraEncoder, FlowConfig, make_flow_pre_post_processors, medoid
+from policy.loaded import LoadedPolicy, expected_observation, load_policy
 from train import train
 
 TINY = SMALL["flow"].split()
@@ -72,7 +73,7 @@ def test_actions_relative_to_the_state_are_undone_by_the_one_they_were_predicted
             chunk = policy.predict_action_chunk({"observation.state": torch.from_numpy(state)[None]})[0] + state
         np.testing.assert_allclose(loaded.act({"observation.state": state}), chunk[tick % count], atol=1e-5)
     with pytest.raises(UserError, match="relative to the state"):
-        Ahead(loaded, 1)
+        AsyncPolicy(loaded, 1)
 
 
 def test_activations_computed_twice_are_counted_once():
@@ -142,7 +143,7 @@ def test_learns_two_ways_of_doing_a_thing(monkeypatch):
             optimizer.step()
         ends[head] = policy.predict_action_chunk({"observation.state": state})[:, 0, 0]
         if head == "flow":
-            monkeypatch.setattr("policy.flow.choose", lambda plain, draws: draws[:, 0])
+            monkeypatch.setattr("policy.flow.medoid", lambda plain, draws: draws[:, 0])
             ends["drawn"] = policy.predict_action_chunk({"observation.state": state})[:, 0, 0]
     for which in ("flow", "drawn"):
         assert (ends[which].abs() - 1).abs().mean() < 0.25
@@ -154,11 +155,11 @@ def test_learns_two_ways_of_doing_a_thing(monkeypatch):
 def test_takes_the_plain_chunk_among_the_draws_or_the_commonest_of_several_ways():
     around = 0.1 * torch.randn(1, 8, 6, 2, generator=torch.Generator().manual_seed(0))  # about the plain one, 0
     plain = torch.zeros(1, 6, 2)
-    assert torch.equal(choose(plain, around), plain)
+    assert torch.equal(medoid(plain, around), plain)
     apart = around + torch.tensor([1.0] * 5 + [-1.0] * 3)[:, None, None]  # five go one way, three another
-    chosen = choose(plain, apart)
+    chosen = medoid(plain, apart)
     assert any(torch.equal(chosen, apart[:, i]) for i in range(5))
-    both = choose(plain.repeat(2, 1, 1), torch.cat([around, apart]))  # each sample by itself
+    both = medoid(plain.repeat(2, 1, 1), torch.cat([around, apart]))  # each sample by itself
     assert torch.equal(both, torch.cat([plain, chosen]))
 
 
@@ -172,7 +173,7 @@ def test_padded_steps_do_not_count():
 
 
 def test_keypoints_find_a_spot():
-    eye = Eye(FlowConfig(device="cpu", num_keypoints=1), (8, 8))
+    eye = CameraEncoder(FlowConfig(device="cpu", num_keypoints=1), (8, 8))
     eye.backbone = torch.nn.Identity()
     eye.maps = torch.nn.Identity()
     pictures = torch.zeros(1, 1, 9, 17)
@@ -230,7 +231,7 @@ def test_learning_rate_ends_with_the_run(made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pair", "told"),
+    ("pair", "message"),
     [
         ("size=huge", "size must be one of tiny, small, base, got 'huge'"),
         ("head=flw", "head must be flow or regression, got 'flw'"),
@@ -239,8 +240,8 @@ def test_learning_rate_ends_with_the_run(made, tmp_path):
         ("num_draws=1", "num_draws must be 2 or more, got 1"),
     ],
 )
-def test_settings_are_checked(pair, told):
-    with pytest.raises(UserError, match=told):
+def test_settings_are_checked(pair, message):
+    with pytest.raises(UserError, match=message):
         a_policy(pair)
 
 

@@ -13,11 +13,12 @@ import torch
 from conftest import ROOT, SHIPPED, small
 from test_problems import edit
 
-from config import UserError
 from data import decode
 from data import frames as module
-from data.frames import Frames, main
+from data.frames import Frames
 from data.source import open_dataset
+from errors import UserError
+from runs import main
 from train import train
 
 TOP = "observation.images.top"
@@ -260,8 +261,8 @@ def test_pictures_of_another_size_than_info_says(copy_of, tmp_path, shape, mode)
     root = copy_of("images")
     edit(root / "meta" / "info.json", lambda info: info["features"][TOP].update(shape=shape))
     says = "x".join(map(str, shape))
-    told = rf"{TOP}: the picture of row \d+ is 64x96x3 as RGB, info\.json says {says}: mend one of them"
-    with pytest.raises(UserError, match=told):
+    message = rf"{TOP}: the picture of row \d+ is 64x96x3 as RGB, info\.json says {says}: mend one of them"
+    with pytest.raises(UserError, match=message):
         all_frames(Frames(open_dataset(str(root)), None, mode, tmp_path / "cache"))
 
 
@@ -307,10 +308,10 @@ def test_list_and_prune(made, tmp_path, capsys):
                            capture_output=True, text=True, check=True).stdout  # fmt: skip
     assert shown.count("33 frames of 3x64x96") == 2
     assert f"observation.images.wrist of {made('two_cameras')}" in shown
-    assert main(["prune", "--cache_dir", str(tmp_path), "--days", "1"]) == 0
+    assert main(["cache", "prune", "--cache_dir", str(tmp_path), "--days", "1"]) == 0
     assert len(stores(tmp_path)) == 2
     capsys.readouterr()
-    assert main(["prune", "--cache_dir", str(tmp_path)]) == 0
+    assert main(["cache", "prune", "--cache_dir", str(tmp_path)]) == 0
     assert "0.00 GB freed" in capsys.readouterr().out
     assert stores(tmp_path) == []
 
@@ -319,11 +320,11 @@ def test_list_and_prune_an_unfinished_store(unfinished, capsys):
     source, folder = unfinished
     Frames(source, [30, 40], "on", folder)
     for command in ("list", "prune"):
-        assert main([command, "--cache_dir", str(folder)]) == 0
+        assert main(["cache", command, "--cache_dir", str(folder)]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line.split(": ")[0].split()[-1] for line in lines[:-1]] == ["unfinished", "ago"]
     assert stores(folder) == []
-    assert main(["list", "--cache_dir", str(folder)]) == 0
+    assert main(["cache", "list", "--cache_dir", str(folder)]) == 0
     assert capsys.readouterr().out == f"    0.00 GB in {folder}\n"
 
 
@@ -332,9 +333,9 @@ def test_list_and_prune_what_is_left_of_a_store_and_nothing_else(tmp_path, capsy
     for folder in (left, other):
         folder.mkdir()
         (folder / "frames.u8").write_bytes(bytes(9000))
-    assert main(["list", "--cache_dir", str(tmp_path)]) == 0
+    assert main(["cache", "list", "--cache_dir", str(tmp_path)]) == 0
     assert f"of {left.name}, broken off" in capsys.readouterr().out
-    assert main(["prune", "--cache_dir", str(tmp_path)]) == 0
+    assert main(["cache", "prune", "--cache_dir", str(tmp_path)]) == 0
     assert stores(tmp_path) == ["pictures"]
 
 

@@ -10,12 +10,12 @@ from conftest import small
 from test_resume import assert_same_run
 from test_world import ACT
 
-from ahead import Ahead
-from checkpoint import load_optimizer
-from infer import load_policy
-from resume import settle
+from checkpoints.folder import load_optimizer
+from policy.async_policy import AsyncPolicy
+from policy.loaded import load_policy
 from train import Run, train
-from world import World
+from training.distributed import Distributed
+from training.plan import settle
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,7 +84,7 @@ def test_chunks_predicted_ahead_are_those_of_act(run):
     picture = np.zeros((64, 96, 3), np.uint8)
     still = {"observation.state": np.zeros(3), **{f"observation.images.{name}": picture for name in ("top", "wrist")}}
     chunk = [policy.act(still) for _ in range(4)]
-    ahead = Ahead(policy, 1)
+    ahead = AsyncPolicy(policy, 1)
     for _ in range(12):
         action = ahead.act(still)
         assert any(np.allclose(action, other, atol=1e-4) for other in chunk)
@@ -98,7 +98,7 @@ def test_goes_on_from_an_optimizer_that_is_not_fused(tmp_path):
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "optimizer_state.pth")
     optimizer = torch.optim.AdamW(mine.parameters(), fused=True)
-    load_optimizer(tmp_path, World("cuda"), mine, optimizer)
+    load_optimizer(tmp_path, Distributed("cuda"), mine, optimizer)
     mine(torch.ones(1, 2, device="cuda")).sum().backward()
     optimizer.step()
     assert optimizer.state[mine.weight]["step"].item() == 2

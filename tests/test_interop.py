@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import small
 
-from checkpoint import verify
-from infer import load_policy, main
+from checkpoints.folder import verify
+from infer import main
+from policy.loaded import load_policy
 from train import train
 
 FILES = {
@@ -131,7 +132,7 @@ PICTURE = f"{TOP}: expected uint8 of shape (any, any, 3) (height, width, channel
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         (STATE, None, f"the observation has no '{STATE}': expected float of shape (3,), got keys"),
         (STATE, np.zeros(4), f"{STATE}: expected numbers of shape (3,), got float64 of shape (4,)"),
@@ -145,13 +146,13 @@ PICTURE = f"{TOP}: expected uint8 of shape (any, any, 3) (height, width, channel
         ),
     ],
 )
-def test_wrong_observation(run, key, value, told):
+def test_wrong_observation(run, key, value, message):
     observation = {**an_observation(), key: value}
     if value is None:
         del observation[key]
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         load_policy(run.checkpoint, device="cpu").act(observation)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_infer_command(run, made, capsys):

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, SHIPPED, small
 from test_resume import assert_same_run, logged
 
-from checkpoint import find_checkpoints
+from checkpoints.folder import find_checkpoints
 
 STEPS = 16
 SETTINGS = {  # batches of 16 from one episode of 103 frames: epochs end inside the run
@@ -36,9 +36,9 @@ def lives(output_dir, settings, *plan):
     command = [sys.executable, "tests/lives.py", str(path), *map(str, plan)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert told[-1]["status"] == 0, output_dir.with_suffix(".log").read_text()[-2000:]
-    return told
+    message = [json.loads(line) for line in done.stdout.splitlines()]
+    assert message[-1]["status"] == 0, output_dir.with_suffix(".log").read_text()[-2000:]
+    return message
 
 
 def assert_equal(whole, folder):
@@ -69,8 +69,8 @@ def test_terminated_and_resumed_by_the_command_it_tells(whole, tmp_path):
 
 @pytest.mark.slow
 def test_killed_before_every_file_operation_of_saving_and_pruning(whole, tmp_path):
-    told = lives(tmp_path / "run", {**SETTINGS, "save_freq": 1, "keep_last": 1}, "operation", *range(1, 60))
-    assert [life["status"] for life in told] == [-signal.SIGKILL] * 59 + [0]
+    message = lives(tmp_path / "run", {**SETTINGS, "save_freq": 1, "keep_last": 1}, "operation", *range(1, 60))
+    assert [life["status"] for life in message] == [-signal.SIGKILL] * 59 + [0]
     assert_equal(whole, tmp_path / "run")
 
 
@@ -79,17 +79,17 @@ def test_killed_before_every_file_operation_of_replacing(whole, tmp_path):
     """A checkpoint that an earlier course of the run has left gives way to the new one, or stays whole."""
     run = shutil.copytree(whole, tmp_path / "run")
     again = {**SETTINGS, "keep_last": None, "resume_from_checkpoint": str(run / f"checkpoint-{STEPS - 4}")}
-    told = lives(run, again, "operation", *range(1, 56))
-    assert [life["status"] for life in told] == [-signal.SIGKILL] * 55 + [0]
-    assert all(life["checkpoints"] == [STEPS - 4, STEPS - 2, STEPS] for life in told[:47])
+    message = lives(run, again, "operation", *range(1, 56))
+    assert [life["status"] for life in message] == [-signal.SIGKILL] * 55 + [0]
+    assert all(life["checkpoints"] == [STEPS - 4, STEPS - 2, STEPS] for life in message[:47])
     assert_equal(whole, run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "seed"), [("SIGKILL", 1), ("SIGKILL", 2), ("SIGTERM", 3)])
 def test_stopped_at_random_moments(whole, tmp_path, name, seed):
-    told = lives(tmp_path / "run", SETTINGS, "signal", name, seed)
+    message = lives(tmp_path / "run", SETTINGS, "signal", name, seed)
     number = getattr(signal, name)
-    assert {life["status"] for life in told[:-1]} <= {-number if name == "SIGKILL" else 128 + number}
-    print(f"{len(told) - 1} times stopped by {name}")
+    assert {life["status"] for life in message[:-1]} <= {-number if name == "SIGKILL" else 128 + number}
+    print(f"{len(message) - 1} times stopped by {name}")
     assert_equal(whole, tmp_path / "run")

@@ -8,7 +8,7 @@ import nbformat
 from conftest import ROOT, SHIPPED
 from nbclient import NotebookClient
 
-from checkpoint import find_checkpoints, verify
+from checkpoints.folder import find_checkpoints, verify
 
 
 def test_quickstart_notebook(tmp_path):

@@ -10,11 +10,12 @@ import torch
 from conftest import SHIPPED, small
 from safetensors.torch import load_file
 
-from config import TrainConfig, UserError
-from infer import load_policy
-from optim import make_schedule
-from policy import build_policy, policy_config
+from config import TrainConfig
+from errors import UserError
+from policy.factory import build_policy, policy_config
+from policy.loaded import load_policy
 from train import train
+from training.learner import make_schedule
 
 
 @pytest.mark.parametrize("policy", ["act", "diffusion"])
@@ -118,6 +119,7 @@ def test_a_step_that_logs_nothing_does_not_wait_for_the_device(made, tmp_path):
     from torch.overrides import TorchFunctionMode
 
     import train as module
+    from training.plan import settle
 
     waits = (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__,
              torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.__index__, torch.Tensor.nonzero)  # fmt: skip
@@ -131,7 +133,7 @@ def test_a_step_that_logs_nothing_does_not_wait_for_the_device(made, tmp_path):
 
     with contextlib.ExitStack() as held:
         settings = small(dataset_id=str(made("two_cameras")), output_dir=str(tmp_path), ema_decay=0.9)
-        run = module.Run(*module.settle(settings, held), held)
+        run = module.Run(*settle(settings, held), held)
         run.train_step(next(run.loader))  # the first step sets up the optimizer's state
         batch = next(run.loader)
         with Watch():

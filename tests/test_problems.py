@@ -10,15 +10,16 @@ import pytest
 import torch
 from conftest import SMALL, small
 
-import step
-from config import UserError
 from data.loader import Loader
 from data.source import open_dataset
-from exam import Exam
-from infer import compare, load_policy
+from errors import UserError
+from infer import compare
+from policy.loaded import load_policy
+from reports.pages import last
 from runtime import enough_memory
-from summary import last
 from train import train
+from training import learner as step
+from training.evaluation import Evaluator
 
 
 def rewrite(root, column, change):
@@ -61,8 +62,8 @@ def test_truncated_video(copy_of, kept, capfd):
     root = copy_of("video")
     whole = video_of(root).read_bytes()
     video_of(root).write_bytes(whole[: {"none": 20, "header": len(whole) // 2, "all but 10 bytes": -10}[kept]])
-    told = refusal(root)
-    assert "file-000.mp4 " + ("cannot be read as a video" if kept == "none" else "is cut short") in told
+    message = refusal(root)
+    assert "file-000.mp4 " + ("cannot be read as a video" if kept == "none" else "is cut short") in message
     assert capfd.readouterr().err == ""
 
 
@@ -107,9 +108,9 @@ def test_metadata_of_fewer_episodes_than_the_table_has(copy_of):
     assert refusal(root) == f"dataset {root}: its metadata does not describe episodes [2]"
     assert refusal(root, episodes="1:3") == f"dataset {root}: its metadata does not describe episodes [2]"
     edit(root / "meta" / "info.json", lambda info: info.update(total_episodes=2))
-    told = refusal(root)
-    assert "info.json counts 2 episodes, its table has also [2]" in told
-    assert "its metadata does not describe episodes [2]" in told
+    message = refusal(root)
+    assert "info.json counts 2 episodes, its table has also [2]" in message
+    assert "its metadata does not describe episodes [2]" in message
     edit(root / "meta" / "info.json", lambda info: info.update(total_episodes=0))
     assert "info.json counts 0 episodes, its table has also [0, 1, 2]" in refusal(root)
 
@@ -166,8 +167,8 @@ def test_a_camera_whose_axes_have_other_names_or_none(copy_of, kind, shape, name
 def test_a_camera_without_three_channels(copy_of):
     root = copy_of("video")
     set_camera(root, shape=[64, 96, 1])
-    told = "camera observation.images.top has shape (64, 96, 1) by info.json, expected (height, width, 3)"
-    assert refusal(root) == f"dataset {root}: {told}"
+    message = "camera observation.images.top has shape (64, 96, 1) by info.json, expected (height, width, 3)"
+    assert refusal(root) == f"dataset {root}: {message}"
 
 
 def rename_camera(root, new):
@@ -188,8 +189,8 @@ def rename_camera(root, new):
 def test_a_camera_that_lerobot_does_not_resize(copy_of):
     root, old, new = copy_of("images"), "observation.cam_high", "observation.images.cam_high"
     rename_camera(root, old)
-    told = f"LeRobot resizes no camera called {old}, only those with image in their name: pass --rename {old}={new}"
-    assert refusal(root, image_size=[32, 48]) == f"dataset {root}: {told}"
+    message = f"LeRobot resizes no camera called {old}, only those with image in their name: pass --rename {old}={new}"
+    assert refusal(root, image_size=[32, 48]) == f"dataset {root}: {message}"
     settings = small(dataset_id=str(root), image_size=[32, 48], rename=[f"{old}={new}"], steps=1)
     loaded = load_policy(train(**settings, output_dir=str(root / "run")).checkpoint, "cpu")
     batch = loaded.batch_of({old: np.zeros((64, 96, 3), np.uint8), "observation.state": np.zeros(3)})
@@ -209,8 +210,8 @@ def test_names_that_lerobot_hands_to_no_policy(copy_of):
 def test_pictures_without_a_state(copy_of, policy):
     root = copy_of("images")
     edit(root / "meta" / "info.json", lambda info: info["features"].pop("observation.state"))
-    told = f"it has no observation.state, which policy {policy} needs: pass --policy flow"
-    assert refusal(root, policy=policy, policy_args=SMALL[policy].split()) == f"dataset {root}: {told}"
+    message = f"it has no observation.state, which policy {policy} needs: pass --policy flow"
+    assert refusal(root, policy=policy, policy_args=SMALL[policy].split()) == f"dataset {root}: {message}"
     assert train(**small("flow", dataset_id=str(root), output_dir=str(root / "run"), steps=1)).steps == 1
 
 
@@ -311,11 +312,11 @@ def test_all_at_once(copy_of):
     for video in (root / "videos").glob("*/*/*.mp4"):
         video.unlink()
     edit(root / "meta" / "stats.json", lambda stats: stats.pop("observation.state"))
-    told = refusal(root)
-    assert "has 3 problems:" in told
-    assert "top/chunk-000/file-000.mp4 is missing" in told
-    assert "wrist/chunk-000/file-000.mp4 is missing" in told
-    assert "no mean and std of observation.state" in told
+    message = refusal(root)
+    assert "has 3 problems:" in message
+    assert "top/chunk-000/file-000.mp4 is missing" in message
+    assert "wrist/chunk-000/file-000.mp4 is missing" in message
+    assert "no mean and std of observation.state" in message
 
 
 @pytest.mark.parametrize(
@@ -330,7 +331,7 @@ def test_out_of_memory_is_told(made, tmp_path, monkeypatch, error):
     def full(*args):
         raise error
 
-    for place, name in ((step.Learner, "forward"), (Loader, "__next__"), (Exam, "results")):
+    for place, name in ((step.Learner, "forward"), (Loader, "__next__"), (Evaluator, "results")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, full)
             with pytest.raises(UserError, match="out of memory with --batch_size 4: pass a smaller one"):
@@ -342,13 +343,13 @@ def test_what_a_killed_compilation_left_is_told():
     error = RuntimeError(
         "ImportError: /tmp/torchinductor_me/ii/abc.main.so: file too short\n\nSet TORCHDYNAMO_VERBOSE=1"
     )
-    told = r"left /tmp/torchinductor_me/ii/abc\.main\.so half-written: delete that file"
-    with pytest.raises(UserError, match=told), enough_memory(4):
+    message = r"left /tmp/torchinductor_me/ii/abc\.main\.so half-written: delete that file"
+    with pytest.raises(UserError, match=message), enough_memory(4):
         raise error
 
 
 def test_loss_not_finite_names_step_and_frames(made, tmp_path, monkeypatch):
-    import step as module
+    from training import learner as module
 
     real = module.as_floats
 
@@ -363,9 +364,9 @@ def test_loss_not_finite_names_step_and_frames(made, tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         train(**settings, output_dir=str(tmp_path))
     monkeypatch.undo()
-    told = str(caught.value)
-    assert "not finite at step 6" in told
-    assert f"last good checkpoint: {tmp_path}/checkpoint-4" in told
+    message = str(caught.value)
+    assert "not finite at step 6" in message
+    assert f"last good checkpoint: {tmp_path}/checkpoint-4" in message
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     from data.frames import Frames
     from data.loader import Loader
@@ -376,4 +377,4 @@ def test_loss_not_finite_names_step_and_frames(made, tmp_path, monkeypatch):
     batch = next(loader)
     loader.close()
     pairs = zip(batch["episode_index"].tolist(), batch["frame_index"].tolist(), strict=True)
-    assert ", ".join(f"{episode}:{frame}" for episode, frame in pairs) in told
+    assert ", ".join(f"{episode}:{frame}" for episode, frame in pairs) in message

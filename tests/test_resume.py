@@ -11,16 +11,17 @@ from conftest import record, small
 from safetensors.torch import load_file
 from test_problems import edit, rewrite
 
-from checkpoint import seal
-from config import UserError, merge
-from infer import load_policy
+from checkpoints.folder import write_manifest
+from config import merge
+from data.split import split
+from errors import UserError
 from policy.flow import FlowPolicy
-from report import Report, training_info
-from resume import together
+from policy.loaded import load_policy
 from runtime import without_collector
-from step import Learner
 from train import train
-from validation import split
+from training.learner import Learner
+from training.plan import together
+from training.progress import Report, training_info
 
 STEPS, SAVE_FREQ = 12, 3  # 33 frames in batches of 4: the first epoch ends inside step 9
 
@@ -208,15 +209,15 @@ def test_changed_settings_are_told_and_a_finished_run_is_left_alone(made, tmp_pa
 
 
 def test_a_learning_rate_that_ends_with_the_run_is_told(made, tmp_path, capsys):
-    for policy, told in (("flow", "warning: --steps: 4 -> 8: the learning rate ends with the run, "), ("act", "")):
+    for policy, message in (("flow", "warning: --steps: 4 -> 8: the learning rate ends with the run, "), ("act", "")):
         run = tmp_path / policy
         train(**small(policy, dataset_id=str(made("no_camera")), output_dir=str(run)))
         train(resume_from_checkpoint=str(run / "checkpoint-4"), steps=8)
         shown = capsys.readouterr().out
-        assert told in shown
-        assert ("warning" in shown) == bool(told)
+        assert message in shown
+        assert ("warning" in shown) == bool(message)
         train(resume_from_checkpoint=str(run / "checkpoint-2"), output_dir=str(tmp_path / f"{policy}-early"), steps=8)
-        assert told in capsys.readouterr().out
+        assert message in capsys.readouterr().out
 
 
 def test_more_steps_with_a_warmup_longer_than_the_old_ones(made, tmp_path, capsys):
@@ -243,8 +244,8 @@ def test_going_back_to_an_earlier_checkpoint_is_told(made, tmp_path, capsys):
     settings = small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path))
     train(**settings)
     train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    told = f"warning: {tmp_path}/checkpoint-4 is further on: checkpoints after checkpoint-2 are replaced as this run comes to them"
-    assert told in capsys.readouterr().out
+    message = f"warning: {tmp_path}/checkpoint-4 is further on: checkpoints after checkpoint-2 are replaced as this run comes to them"
+    assert message in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
 
 
@@ -271,11 +272,11 @@ def test_a_dataset_that_changed_in_its_place_is_told_and_what_was_held_out_stays
     shutil.rmtree(root)
     record(root, cameras=(), lengths=lengths)
     assert draws(5) != draws(3)
-    told = "warning: dataset: 3 episodes of 33 frames -> 5 episodes of 46 frames; from here on this is another run"
-    assert resume(6) == ([told], draws(3))
+    message = "warning: dataset: 3 episodes of 33 frames -> 5 episodes of 46 frames; from here on this is another run"
+    assert resume(6) == ([message], draws(3))
     rewrite(root, "action", lambda actions: [action + 1 for action in actions])
-    told = "warning: dataset: 5 episodes of 46 frames, but with other values; from here on this is another run"
-    assert resume(7) == ([told], draws(3))
+    message = "warning: dataset: 5 episodes of 46 frames, but with other values; from here on this is another run"
+    assert resume(7) == ([message], draws(3))
 
 
 def test_several_datasets_that_were_moved_hold_out_the_same_episodes(copy_of, tmp_path, capsys):
@@ -302,8 +303,10 @@ def test_videos_that_were_encoded_anew_are_told(copy_of, tmp_path, capsys):
     size = video.stat().st_size
     video.write_bytes(video.read_bytes() + b"\0\0\0\x10free12345678")  # a box that players skip
     train(resume_from_checkpoint="latest", output_dir=str(run), steps=6)
-    told = f"dataset: its videos or pictures are others ({size} -> {size + 16} bytes); from here on this is another run"
-    assert warnings_of(capsys) == [f"warning: {told}"]
+    message = (
+        f"dataset: its videos or pictures are others ({size} -> {size + 16} bytes); from here on this is another run"
+    )
+    assert warnings_of(capsys) == [f"warning: {message}"]
 
 
 def test_a_checkpoint_that_does_not_know_its_data_resumes_as_ever(made, tmp_path, capsys):
@@ -311,7 +314,7 @@ def test_a_checkpoint_that_does_not_know_its_data_resumes_as_ever(made, tmp_path
     train(**settings)
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "old" / "checkpoint-2")
     edit(tmp_path / "old" / "checkpoint-2" / "trainer_state.json", lambda state: state.pop("data"))
-    seal(tmp_path / "old" / "checkpoint-2")
+    write_manifest(tmp_path / "old" / "checkpoint-2")
     train(resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-2"))
     assert warnings_of(capsys) == []
     assert_same_run(tmp_path / "run", tmp_path / "old", 4)

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, small
 
 import serve
-from infer import load_policy
+from policy.loaded import load_policy
 from serve import Handler, Server, pack, unpack
 from train import train
 
@@ -50,7 +50,7 @@ def test_actions_are_the_policys(client, checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("observation", "told"),
+    ("observation", "message"),
     [
         ({"observation.images.top": PICTURE}, "the observation has no 'observation.state'"),
         (
@@ -73,10 +73,10 @@ def test_actions_are_the_policys(client, checkpoint):
         ({"observation.images.top": np.zeros((600, 600, 3), np.uint8)}, "at most 1 MB are taken"),
     ],
 )
-def test_bad_requests_are_answered(client, observation, told):
+def test_bad_requests_are_answered(client, observation, message):
     with pytest.raises(RuntimeError) as error:
         client.act(observation)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert client.health()["status"] == "ok"  # and the server goes on
 
 
@@ -96,9 +96,9 @@ def test_a_connection_that_the_server_has_closed_is_made_again(client, monkeypat
 def test_answers_are_sent_at_once(client, monkeypatch):
     options, answer = [], Handler.answer
 
-    def noted(self, *told):
+    def noted(self, *message):
         options.append(self.connection.getsockopt(IPPROTO_TCP, TCP_NODELAY))
-        answer(self, *told)
+        answer(self, *message)
 
     monkeypatch.setattr(Handler, "answer", noted)
     client.health()

@@ -7,15 +7,14 @@ from types import SimpleNamespace
 import pytest
 from conftest import small
 
-import report
-import trackers
 from command_line import parse_command_line
-from config import UserError
-from report import main
+from errors import UserError
+from reports.model_card import as_command, model_card
+from runs import main
 from runtime import in_notebook
-from summary import as_command, model_card
-from trackers import Trackers
 from train import train
+from training import progress, trackers
+from training.trackers import Trackers
 
 
 @pytest.fixture
@@ -67,10 +66,10 @@ def test_wandb_goes_on_as_the_same_run(settings, tmp_path, monkeypatch):
 
 def test_trackio_gets_numbers_under_one_name(monkeypatch, tmp_path):
     """With a stand-in for the package, which is not among ours."""
-    told = []
+    message = []
     fake = SimpleNamespace(
-        init=lambda **kwargs: told.append(kwargs),
-        log=lambda values, step: told.append((values, step)),
+        init=lambda **kwargs: message.append(kwargs),
+        log=lambda values, step: message.append((values, step)),
         finish=lambda: None,
     )
     monkeypatch.setitem(sys.modules, "trackio", fake)
@@ -78,8 +77,8 @@ def test_trackio_gets_numbers_under_one_name(monkeypatch, tmp_path):
         tracker = Trackers("trackio", tmp_path / "run", "abc", {"lr": 1}, start, print)
         tracker.log({"step": start + 1, "loss": 2.0, "val_error_by_joint": {"elbow": 0.5}, "val_error_by_step": [1.0]})
         tracker.close()
-    assert [call["name"] for call in told if isinstance(call, dict)] == ["run-abc", "run-abc"]
-    assert told[1] == ({"loss": 2.0, "val_error_by_joint/elbow": 0.5}, 1)
+    assert [call["name"] for call in message if isinstance(call, dict)] == ["run-abc", "run-abc"]
+    assert message[1] == ({"loss": 2.0, "val_error_by_joint/elbow": 0.5}, 1)
 
 
 def test_unknown_and_missing_trackers_are_told(settings, monkeypatch):
@@ -110,8 +109,8 @@ def test_a_tracker_that_fails_is_left_and_the_run_goes_on(settings, monkeypatch,
 
     monkeypatch.setattr(trackers.TensorBoard, "log", broken)
     assert train(**settings, tracker="tensorboard").steps == 4
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert told == ["warning: --tracker tensorboard failed and is left: the network is gone"]
+    message = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert message == ["warning: --tracker tensorboard failed and is left: the network is gone"]
 
 
 def test_pages_of_runs(settings, tmp_path, capsys):
@@ -120,11 +119,11 @@ def test_pages_of_runs(settings, tmp_path, capsys):
     page = result.report()
     assert "data:image/png;base64," in page
     assert page._repr_html_().startswith("<iframe srcdoc=")
-    assert main([str(tmp_path / "run"), str(tmp_path / "run"), "--output", str(tmp_path / "both")]) == 0
+    assert main(["compare", str(tmp_path / "run"), str(tmp_path / "run"), "--output", str(tmp_path / "both")]) == 0
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "both.html").read_text()
     assert f"{result.final_loss:.4g}" in table
-    assert main([str(tmp_path)]) == 2
+    assert main(["compare", str(tmp_path)]) == 2
     assert "is no run's folder: its metrics.jsonl cannot be read" in capsys.readouterr().err
 
 
@@ -167,7 +166,7 @@ def test_notebook_draws_in_one_place(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "IPython.display", ipython)
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: "the kernel"))
     monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
-    monkeypatch.setattr(report, "DRAW_EVERY", 0.0)
+    monkeypatch.setattr(progress, "DRAW_EVERY", 0.0)
     train(**{**settings, "quiet": False})
     assert len(shown) == 4
     assert all(figure._repr_png_().startswith(b"\x89PNG") for figure in shown)

@@ -12,10 +12,11 @@ import torch
 from conftest import ROOT, small
 from safetensors.torch import load_file
 
-from config import UserError
-from summary import read_history
+from errors import UserError
+from reports.pages import read_history
 from train import train
-from world import is_lost_peer, make_accelerator
+from training.distributed import is_lost_peer
+from training.launch import make_accelerator
 
 WAYS = {
     "DDP": {},
@@ -148,7 +149,7 @@ def two_are_one(team, made, tmp_path, way: str):
 
 def test_a_killed_process_ends_the_run(team, made, tmp_path):
     """kill -9 of one: the other says so in a line and ends, and the last checkpoint is whole."""
-    from checkpoint import find_checkpoints, verify
+    from checkpoints.folder import find_checkpoints, verify
 
     settings = {**small(dataset_id=[str(made("video"))], steps=100_000, save_freq=50), **ACT, "log_freq": 50}
     settings["output_dir"] = str(tmp_path / "run")

@@ -14,14 +14,15 @@ import pytest
 import torch
 from conftest import ROOT, small
 
-import checkpoint as checkpoint_module
 import train as train_module
-import writer
-from checkpoint import MANIFEST, find_checkpoints, main, manifest_text, sha256, verify
-from config import UserError
-from summary import read_history
+from checkpoints import folder as checkpoint_module
+from checkpoints import writer
+from checkpoints.folder import MANIFEST, find_checkpoints, manifest_text, sha256, verify
+from checkpoints.writer import StagingBuffers, sole_writer
+from errors import UserError
+from reports.pages import read_history
+from runs import main
 from train import train
-from writer import HostCopies, sole_writer
 
 
 @pytest.fixture
@@ -62,15 +63,15 @@ def test_background_or_not_gives_the_same_bytes(made, tmp_path, policy):
     for how in ("on", "off"):
         train(**small(policy, dataset_id=str(made("video")), output_dir=str(tmp_path / how), save_async=how))
     one, other = ([tmp_path / how / f"checkpoint-{step}" for step in (2, 4)] for how in ("on", "off"))
-    told = {MANIFEST, "train_config.json", "training_info.json"}  # the flag itself, the folder's name, times
+    message = {MANIFEST, "train_config.json", "training_info.json"}  # the flag itself, the folder's name, times
     for a, b in zip(one, other, strict=True):
         names = {path.name for path in a.iterdir()}
         assert names == {path.name for path in b.iterdir()}
-        assert all(sha256(a / name) == sha256(b / name) for name in names - told)
+        assert all(sha256(a / name) == sha256(b / name) for name in names - message)
 
 
 def test_copies_are_apart_from_the_original_keep_ties_and_reuse_their_memory():
-    copies, weight = HostCopies(), torch.arange(6.0).reshape(2, 3)
+    copies, weight = StagingBuffers(), torch.arange(6.0).reshape(2, 3)
     tree = {"a": weight, "tied": weight, "transposed": weight.T, "groups": [{"lr": 1e-3, "params": [0, 1]}], "n": 3}
     first = copies.of(tree)
     kept = first["a"].data_ptr()
@@ -144,7 +145,7 @@ def test_a_second_run_in_the_folder_is_refused(settings, tmp_path):
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
-    hold = "import sys, time; sys.path.insert(0, 'src'); from pathlib import Path; from writer import sole_writer\n"
+    hold = "import sys, time; sys.path.insert(0, 'src'); from pathlib import Path; from checkpoints.writer import sole_writer\n"
     hold += "with sole_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", hold, str(tmp_path / "run")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
@@ -188,11 +189,11 @@ def test_a_full_disk_harms_nothing_and_the_next_save_succeeds(settings, small_di
     at_step(monkeypatch, 2, fill)
     at_step(monkeypatch, 3, look_and_free)
     assert train(**settings).checkpoint == run / "checkpoint-4"
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert len(told) == 1
-    assert told[0].startswith(f"warning: checkpoint-2 could not be written to {run}: ")
-    assert "No space left on device" in told[0]
-    assert told[0].endswith("; training goes on, and the next save tries again")
+    message = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(message) == 1
+    assert message[0].startswith(f"warning: checkpoint-2 could not be written to {run}: ")
+    assert "No space left on device" in message[0]
+    assert message[0].endswith("; training goes on, and the next save tries again")
     assert steps(run) == [4]
 
 
@@ -207,9 +208,9 @@ def test_metrics_on_a_full_disk_are_kept_until_there_is_room(settings, small_dis
     at_step(monkeypatch, 5, fill)
     at_step(monkeypatch, 55, filling.unlink)
     result = train(**{**settings, "output_dir": str(run), "steps": 60, "save_freq": 0, "log_freq": 1})
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    message = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     there = f"warning: {run}/metrics.jsonl cannot be written (No space left on device)"
-    assert told == [f"{there}; its lines are added once there is room"]
+    assert message == [f"{there}; its lines are added once there is room"]
     assert [line["step"] for line in read_history(run)] == list(range(1, 61))
     assert result.checkpoint.name == "checkpoint-60"
 
@@ -246,7 +247,7 @@ def test_a_failed_last_save_is_tried_again(settings, tmp_path, monkeypatch, caps
 
 
 def test_our_own_mistake_in_the_thread_is_no_warning(settings, monkeypatch):
-    monkeypatch.setattr(writer, "seal", lambda folder: {}["ours"])
+    monkeypatch.setattr(writer, "write_manifest", lambda folder: {}["ours"])
     with pytest.raises(KeyError, match="ours"):
         train(**settings)
 
@@ -276,9 +277,9 @@ def test_latest_and_auto_pass_over_what_is_damaged(settings, tmp_path, capsys):
     weights = run / "checkpoint-4" / "trainer_state.json"
     weights.write_bytes(weights.read_bytes()[:-3])
     assert train(**settings, resume_from_checkpoint="auto").checkpoint == run / "checkpoint-4"
-    told = capsys.readouterr().out
-    assert f"warning: {run}/checkpoint-4 is damaged: trainer_state.json has " in told
-    assert "it is passed over" in told
+    message = capsys.readouterr().out
+    assert f"warning: {run}/checkpoint-4 is damaged: trainer_state.json has " in message
+    assert "it is passed over" in message
     verify(run / "checkpoint-4")
     for path in find_checkpoints(run):
         (path / "config.json").unlink()
@@ -344,7 +345,7 @@ def test_slurm_job_queues_itself_again_when_it_was_stopped(tmp_path, status, req
     """With stand-ins for SLURM's two commands."""
     for name, text in (
         ("srun", f'echo "$@" > {tmp_path}/ran; exit {status}'),
-        ("scontrol", f'echo "$@" >> {tmp_path}/told'),
+        ("scontrol", f'echo "$@" >> {tmp_path}/message'),
     ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
@@ -354,5 +355,5 @@ def test_slurm_job_queues_itself_again_when_it_was_stopped(tmp_path, status, req
     assert (
         tmp_path / "ran"
     ).read_text() == ".venv/bin/python src/train.py --output_dir a b --resume_from_checkpoint auto\n"
-    assert ((tmp_path / "told").read_text() if requeued else "") == requeued
-    assert (tmp_path / "told").exists() == bool(requeued)
+    assert ((tmp_path / "message").read_text() if requeued else "") == requeued
+    assert (tmp_path / "message").exists() == bool(requeued)

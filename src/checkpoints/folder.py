@@ -12,16 +12,14 @@ import os
 import pickle
 import re
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import OneLineParser, command
-from config import UserError, nearest, one_line
+from errors import UserError, nearest, one_line
 from hub import newest_checkpoint
 
 WEIGHTS, MANIFEST, OPTIMIZER = "policy.safetensors", "manifest.json", "optimizer_state.pth"
-OWN_WEIGHTS = "training_weights.safetensors"  # with --ema_decay: those being trained, WEIGHTS being their average
+TRAINED_WEIGHTS = "training_weights.safetensors"  # with --ema_decay: those being trained, WEIGHTS being their average
 ALIASES = {  # LeRobot's name: ours, one file under both
     "model.safetensors": WEIGHTS,
     "policy_preprocessor.json": "preprocessor_config.json",
@@ -29,7 +27,7 @@ ALIASES = {  # LeRobot's name: ours, one file under both
 }
 NOT_FINAL = (
     OPTIMIZER,
-    OWN_WEIGHTS,
+    TRAINED_WEIGHTS,
     "trainer_state.json",
     MANIFEST,
 )  # what resuming needs and running the policy does not
@@ -61,7 +59,7 @@ def manifest_text(files: dict[str, dict]) -> str:
     return json.dumps({**files, MANIFEST: {"sha256": own}}, indent=2) + "\n"
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Write the manifest of all files that lie in `folder`."""
     files = {
         path.name: {"size": path.stat().st_size, "sha256": sha256(path)}
@@ -83,7 +81,7 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def place_of(path: Path) -> tuple[int, int]:
+def sort_key(path: Path) -> tuple[int, int]:
     """(course, step) of a checkpoint, by which the newest is the largest: a run that goes back to an earlier step begins another course."""
     try:
         return int(read_json(path / "trainer_state.json").get("course", 0)), step_of(path)
@@ -91,16 +89,16 @@ def place_of(path: Path) -> tuple[int, int]:
         return 0, step_of(path)
 
 
-def prune(output_dir: Path, step: int, keep_last: int | None, keep_every: int | None, never=()) -> None:
+def prune(output_dir: Path, step: int, keep_last: int | None, keep_every: int | None, protected=()) -> None:
     """Delete checkpoints up to `step` but the `keep_last` newest (None keeps all), multiples of `keep_every`, and `never`.
 
     Those after `step` are an earlier course of the run, which it replaces as it comes to them.
     """
     if keep_last is None:
         return
-    kept = {path.resolve() for path in never}
+    kept = {path.resolve() for path in protected}
     up_to_now = [path for path in find_checkpoints(output_dir) if step_of(path) <= step]
-    for path in sorted(up_to_now, key=place_of)[:-keep_last]:
+    for path in sorted(up_to_now, key=sort_key)[:-keep_last]:
         if path.resolve() not in kept and not (keep_every and step_of(path) % keep_every == 0):
             gone = path.with_name(f".{path.name}.tmp")
             os.rename(path, gone)  # a half-deleted folder is never called checkpoint-<step>
@@ -117,16 +115,16 @@ def best_checkpoint(output_dir: Path) -> tuple[Path | None, float | None]:
     return min(losses.items(), key=lambda item: item[1], default=(None, None))
 
 
-def make_ready(output_dir: Path) -> None:
+def recover(output_dir: Path) -> None:
     """Remove what a process that is gone left half-written, and put back what it was replacing.
 
     Raises:
         OSError: the folder cannot be written.
     """
     (output_dir / ".writable.tmp").write_bytes(b"?" * 4096)
-    for aside in output_dir.glob(".checkpoint-*.old"):
-        place = output_dir / aside.name[1:].removesuffix(".old")
-        shutil.rmtree(aside) if place.exists() else os.rename(aside, place)
+    for backup in output_dir.glob(".checkpoint-*.old"):
+        place = output_dir / backup.name[1:].removesuffix(".old")
+        shutil.rmtree(backup) if place.exists() else os.rename(backup, place)
     for path in output_dir.glob(".*.tmp"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -141,8 +139,8 @@ def verify_policy(folder: Path) -> None:
         verify(folder, ".safetensors")
 
 
-def is_aside(path: Path) -> bool:
-    """Whether a checkpoint was being replaced when the process was killed: `make_ready` puts it back."""
+def has_backup(path: Path) -> bool:
+    """Whether a checkpoint was being replaced when the process was killed: `recover` puts it back."""
     return (path.parent / f".{path.name}.old").is_dir()
 
 
@@ -157,11 +155,11 @@ def find_resume(asked: str, output_dir: Path) -> tuple[Path | None, list[str]]:
     path = Path(asked).expanduser()
     if path.is_dir():
         if not (path / MANIFEST).is_file():
-            newest = max(find_checkpoints(path), key=place_of, default=None)
+            newest = max(find_checkpoints(path), key=sort_key, default=None)
             hint = f": it holds {newest.name}, pass {newest}" if newest else ": pass a checkpoint-<step> folder"
             raise UserError(f"--resume_from_checkpoint {asked} is no complete checkpoint (it has no {MANIFEST}){hint}")
     elif asked.count("/") == 1 and not path.parent.exists() and not asked.startswith((".", "~")):
-        path = newest_checkpoint(asked, "--resume_from_checkpoint", place_of)
+        path = newest_checkpoint(asked, "--resume_from_checkpoint", sort_key)
     else:
         names = [p.name for p in find_checkpoints(path.parent)]
         there = ": latest and auto find one by themselves"
@@ -177,7 +175,7 @@ def find_resume(asked: str, output_dir: Path) -> tuple[Path | None, list[str]]:
 
 def newest_whole(output_dir: Path, asked: str) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is not damaged, and a warning for each newer one that is."""
-    found, warnings = sorted(find_checkpoints(output_dir), key=place_of), []
+    found, warnings = sorted(find_checkpoints(output_dir), key=sort_key), []
     for path in reversed(found):
         try:
             verify(path)
@@ -251,7 +249,7 @@ def read_state(path: Path, resume_step: int | None) -> TrainState:
     return state
 
 
-def load_optimizer(path: Path, world, policy, optimizer) -> None:
+def load_optimizer(path: Path, distributed, policy, optimizer) -> None:
     """Load optimizer_state.pth, which may hold tensors and numbers and no code; rates, decay and kernels stay as they are."""
     import torch
 
@@ -269,7 +267,7 @@ def load_optimizer(path: Path, world, policy, optimizer) -> None:
         raise UserError(f"{path / OPTIMIZER} is refused: {why}") from error
     try:
         with_settings(state["param_groups"])  # by which torch chooses the state's device
-        world.load_optimizer_state(policy, optimizer, state)
+        distributed.load_optimizer_state(policy, optimizer, state)
         with_settings(optimizer.param_groups)  # FSDP's way changes them
     except (ValueError, KeyError) as error:
         raise UserError(f"{path / OPTIMIZER} does not fit this policy's optimizer: {one_line(error)[:160]}") from error
@@ -280,53 +278,3 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)[:160]}") from None
-
-
-def describe(path: Path) -> str:
-    """One line about a checkpoint: name, bytes, when and with what loss it was saved, and whether it is whole."""
-    try:
-        verify(path)
-        info, state = read_json(path / "training_info.json"), "whole"
-        loss = "-" if info["loss"] is None else f"{info['loss']:.4g}"
-        said = f"loss {loss:>8}  saved {info['saved_at']}"
-        said += "  best by validation" if best_checkpoint(path.parent)[0] == path else ""
-    except UserError as error:
-        said, state = "", str(error).removeprefix(f"{path} is ")
-    inodes = {file.stat().st_ino: file.stat().st_size for file in path.iterdir()}  # links counted once
-    return f"{path.name:<20} {sum(inodes.values()) / 1e6:9.1f} MB  {said}  {state}"
-
-
-def show(path: Path) -> str:
-    """What a checkpoint is: facts of its run, the settings that are not the defaults, its files."""
-    from config import FIELDS
-
-    info, config = read_json(path / "training_info.json"), read_json(path / "train_config.json")
-    lines = [f"{name:<15} {value}" for name, value in info.items() if not isinstance(value, dict)]
-    lines += [f"--{name} {value}" for name, value in config.items() if name in FIELDS and value != FIELDS[name].default]
-    return "\n".join([*lines, *(f"{file.stat().st_size:>12,}  {file.name}" for file in sorted(path.iterdir()))])
-
-
-@command
-def main(argv: list[str]) -> int:
-    parser = OneLineParser(prog="checkpoint.py", description="Look at checkpoints.")
-    parser.add_argument("what", choices=("list", "verify", "show"), help="list or verify a run's, or show one")
-    parser.add_argument("path", type=Path, help="a run's folder or a checkpoint-<step> folder")
-    args = parser.parse_args(argv)
-    found = [args.path] if (args.path / MANIFEST).is_file() else sorted(find_checkpoints(args.path), key=place_of)
-    if not found:
-        raise UserError(f"{args.path} is no checkpoint and holds none")
-    damaged = 0
-    for path in found if args.what == "verify" else found[-1:] if args.what == "show" else []:
-        try:
-            verify(path)
-            print(show(path) if args.what == "show" else f"{path}: whole")
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            damaged = 2
-    if args.what == "list":
-        print("\n".join(describe(path) + ("  newest" if path == found[-1] != args.path else "") for path in found))
-    return damaged
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

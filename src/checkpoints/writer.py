@@ -19,20 +19,21 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor
 
-from checkpoint import (
+from checkpoints.folder import (
     ALIASES,
     NOT_FINAL,
     OPTIMIZER,
-    OWN_WEIGHTS,
+    TRAINED_WEIGHTS,
     WEIGHTS,
     TrainState,
     best_checkpoint,
     find_checkpoints,
-    make_ready,
     prune,
-    seal,
+    recover,
+    write_manifest,
 )
-from config import TrainConfig, UserError, one_line
+from config import TrainConfig
+from errors import UserError, one_line
 from hub import Uploader
 from policy.adapters import ADAPTER
 from runtime import in_notebook
@@ -42,12 +43,12 @@ LOCK, OWNER = ".lock", ".lock.json"
 
 @dataclass
 class Snapshot:
-    """One moment of a run, safe from the steps that follow.
+    """One snapshot of a run, safe from the steps that follow.
 
     Attributes:
         step: optimizer steps done.
         weights: the policy's state dict, on the host.
-        own_weights: those being trained, where `weights` are their average; else empty.
+        trained_weights: those being trained, where `weights` are their average; else empty.
         optimizer: the optimizer's state dict, on the host.
         policy_config, preprocessor, postprocessor: LeRobot objects, which training does not change.
         state: what else a resume needs.
@@ -57,7 +58,7 @@ class Snapshot:
 
     step: int
     weights: dict[str, Tensor]
-    own_weights: dict[str, Tensor]
+    trained_weights: dict[str, Tensor]
     optimizer: dict
     policy_config: object
     preprocessor: object
@@ -67,7 +68,7 @@ class Snapshot:
     ready: object = None
 
 
-class HostCopies:
+class StagingBuffers:
     """Copies of a state dict's tensors in host memory that is used again: fresh memory costs more than the copy into it."""
 
     def __init__(self):
@@ -117,26 +118,26 @@ class Writer:
     def __init__(self, output_dir: Path, config: TrainConfig, warn, saved: Path | None):
         self.output_dir, self.config, self.warn, self.saved = output_dir, config, warn, saved
         self.background = config.save_async == "on"
-        self.copies, self.thread, self.snapshot = HostCopies(), None, None
+        self.copies, self.thread, self.snapshot = StagingBuffers(), None, None
         self.failures: list[BaseException] = []  # of saves in a row
         self.uploader = Uploader(config.push_to_hub, warn) if config.push_checkpoints else None
 
-    def save(self, moment: Snapshot, never=()) -> None:
-        """Save this moment, which is copied first; `never` are checkpoints that are not to be deleted for it.
+    def save(self, snapshot: Snapshot, protected=()) -> None:
+        """Save this snapshot, which is copied first; `never` are checkpoints that are not to be deleted for it.
 
         Raises:
             UserError: saving failed twice in a row.
         """
         self.wait()
-        self.never = never
-        device = next(iter(moment.weights.values())).device
-        trees = moment.weights, moment.own_weights, moment.optimizer
-        weights, own_weights, optimizer = (self.copies.of if self.background else on_host)(trees)
+        self.protected = protected
+        device = next(iter(snapshot.weights.values())).device
+        trees = snapshot.weights, snapshot.trained_weights, snapshot.optimizer
+        weights, trained_weights, optimizer = (self.copies.of if self.background else on_host)(trees)
         ready = None
         if self.background and device.type == "cuda":  # queued before the next step's kernels: no need to wait here
             ready = torch.cuda.current_stream(device).record_event()
-        moment = replace(moment, weights=weights, own_weights=own_weights, optimizer=optimizer, ready=ready)
-        self.snapshot = moment
+        snapshot = replace(snapshot, weights=weights, trained_weights=trained_weights, optimizer=optimizer, ready=ready)
+        self.snapshot = snapshot
         if self.background:
             self.thread = threading.Thread(target=self._write, name="checkpoint writer", daemon=True)
             self.thread.start()
@@ -149,11 +150,11 @@ class Writer:
             if self.snapshot.ready is not None:
                 self.snapshot.ready.synchronize()
             self.saved = write_checkpoint(self.output_dir, self.snapshot)
-            never = [*self.never, *mark_best(self.output_dir)]
+            protected = [*self.protected, *mark_best(self.output_dir)]
             if self.uploader is not None:
                 self.uploader.put(self.saved)
-                never += self.uploader.in_use
-            prune(self.output_dir, self.snapshot.step, self.config.keep_last, self.config.keep_every, never)
+                protected += self.uploader.in_use
+            prune(self.output_dir, self.snapshot.step, self.config.keep_last, self.config.keep_every, protected)
             self.failures, self.snapshot = [], None
         except BaseException as error:  # reaches the loop at its next save, log line or end
             if isinstance(error, OSError):  # the checkpoint is whole: naming the best or deleting old ones failed
@@ -211,7 +212,7 @@ def write_checkpoint(output_dir: Path, snapshot: Snapshot) -> Path:
         UserError: the disk is full or cannot be written; nothing is left behind and earlier checkpoints are untouched.
     """
     name = f"checkpoint-{snapshot.step}"
-    place, aside = output_dir / name, output_dir / f".{name}.old"
+    place, backup = output_dir / name, output_dir / f".{name}.old"
     folder = output_dir / f".{name}.{uuid4().hex[:8]}.tmp"  # its own even if an interrupted run's thread writes on
     try:
         folder.mkdir()
@@ -219,8 +220,8 @@ def write_checkpoint(output_dir: Path, snapshot: Snapshot) -> Path:
         snapshot.policy_config.save_pretrained(folder)
         snapshot.preprocessor.save_pretrained(folder, config_filename="preprocessor_config.json")
         snapshot.postprocessor.save_pretrained(folder, config_filename="postprocessor_config.json")
-        if snapshot.own_weights:
-            save_model(SimpleNamespace(state_dict=lambda: snapshot.own_weights), str(folder / OWN_WEIGHTS))
+        if snapshot.trained_weights:
+            save_model(SimpleNamespace(state_dict=lambda: snapshot.trained_weights), str(folder / TRAINED_WEIGHTS))
         torch.save(snapshot.optimizer, folder / OPTIMIZER)
         for part in ("trainer_state", "train_config", "training_info"):
             (folder / f"{part}.json").write_text(json.dumps(getattr(snapshot.state, part), indent=2) + "\n")
@@ -229,19 +230,19 @@ def write_checkpoint(output_dir: Path, snapshot: Snapshot) -> Path:
         for alias, source in ALIASES.items():
             adapters = snapshot.adapters is not None and source == WEIGHTS
             link(folder / source, folder / (ADAPTER if adapters else alias))
-        seal(folder)
+        write_manifest(folder)
         for path in [*sorted(folder.iterdir()), folder, output_dir / "metrics.jsonl"]:
             flush(path)
         if place.exists():  # an earlier course of this run wrote that step
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(place, aside)
+            shutil.rmtree(backup, ignore_errors=True)
+            os.rename(place, backup)
         os.rename(folder, place)
         flush(output_dir)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(backup, ignore_errors=True)
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
-        if aside.exists() and not place.exists():
-            os.rename(aside, place)
+        if backup.exists() and not place.exists():
+            os.rename(backup, place)
         # torch and safetensors tell a full disk as errors of their own
         if isinstance(error, OSError) or any(word in str(error).lower() for word in ("write", "os error")):
             raise UserError(f"{name} could not be written to {output_dir}: {one_line(error)[:200]}") from error
@@ -316,13 +317,13 @@ def sole_writer(output_dir: Path):
     try:
         others = [name for name in ("meta", "README.md", "config.json") if (output_dir / name).exists()]
         if others and not (output_dir / LOCK).exists() and not find_checkpoints(output_dir):
-            told = f"--output_dir {output_dir} is no run's folder, it holds {others[0]}"
-            raise UserError(f"{told}: pass another, which may be new")
+            message = f"--output_dir {output_dir} is no run's folder, it holds {others[0]}"
+            raise UserError(f"{message}: pass another, which may be new")
         output_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         owner = {"pid": os.getpid(), "host": socket.gethostname()}
         (output_dir / OWNER).write_text(json.dumps(owner) + "\n")
-        make_ready(output_dir)
+        recover(output_dir)
     except Timeout:
         raise UserError(f"--output_dir {output_dir} is being written by {owner_of(output_dir)}") from None
     except OSError as error:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import UserError, one_line
 from data.source import Source
+from errors import UserError, one_line
 
 LIBRARIES = ("torchcodec", "pyav")  # they may differ in a rounding
 OPEN_READERS = 64  # a few MB each
@@ -136,8 +136,8 @@ class Decoder:
             with self._reader(path) as reader:
                 return reader.read(numbers)
         except (RuntimeError, OSError, ValueError, IndexError, StopIteration) as error:  # FFmpeg's, by either library
-            told = f"{path}: frames {numbers[0]} to {numbers[-1]} cannot be decoded: {one_line(error)[:200]}"
-            raise UserError(told) from error
+            message = f"{path}: frames {numbers[0]} to {numbers[-1]} cannot be decoded: {one_line(error)[:200]}"
+            raise UserError(message) from error
 
     @contextlib.contextmanager
     def _reader(self, path: Path):

@@ -14,11 +14,9 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -26,19 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from command_line import OneLineParser, command
-from config import UserError, one_line
 from data.decode import CHUNK, LIBRARIES, Decoder
 from data.source import Source
+from errors import UserError, one_line
 from runtime import in_notebook, sent
 
 LAYOUT = 1  # another arrangement of the file is another store
 SPARE = 2 * 2**30  # bytes that `auto` leaves free on the disk, and a tenth of it
-
-
-def default_cache_dir() -> Path:
-    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache") / "armature" / "frames"
 
 
 class Frames:
@@ -78,7 +70,7 @@ class Frames:
         self.on_device = mode == "device"
         if not self.keys:
             return
-        folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        folder = Path(cache_dir).expanduser() if cache_dir else cache_dir() / "frames"
         places = {} if mode == "off" else {key: self.finished(key, folder) for key in self.keys}
         missing = [key for key in self.keys if places.get(key) is None]
         if source.videos and missing:
@@ -113,19 +105,19 @@ class Frames:
                 pass
             disk = shutil.disk_usage(folder)
             room = disk.free - (max(SPARE, disk.total // 10) if mode == "auto" else 0)
-            told = f"{size / 1e9:.1f} GB of decoded frames in {folder}, {disk.free / 1e9:.1f} GB free"
+            message = f"{size / 1e9:.1f} GB of decoded frames in {folder}, {disk.free / 1e9:.1f} GB free"
         except OSError as error:
-            room, told = 0, f"decoded frames in {folder} ({error.strerror})"
+            room, message = 0, f"decoded frames in {folder} ({error.strerror})"
         if size <= room:
-            self.say(f"frame cache: {told}")
+            self.say(f"frame cache: {message}")
             return True
         if mode == "auto":
             self.say(
-                f"frame cache off, no room for {told}: frames are decoded as they are needed (--cache_dir, --image_size)"
+                f"frame cache off, no room for {message}: frames are decoded as they are needed (--cache_dir, --image_size)"
             )
             return False
         raise UserError(
-            f"--frame_cache {mode}: no room for {told}: pass --frame_cache off, --image_size or another --cache_dir"
+            f"--frame_cache {mode}: no room for {message}: pass --frame_cache off, --image_size or another --cache_dir"
         )
 
     def finished(self, key: str, folder: Path) -> Path | None:
@@ -168,8 +160,8 @@ class Frames:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                told = f"another process is decoding {key} into {place.parent}: waiting for it"
-                print(told, file=sys.stderr, flush=True)
+                message = f"another process is decoding {key} into {place.parent}: waiting for it"
+                print(message, file=sys.stderr, flush=True)
                 lock.acquire()
             if not place.is_dir():
                 self.decode_all(key, hidden, quiet)
@@ -177,8 +169,8 @@ class Frames:
         except OSError as error:
             if lock.is_locked:
                 shutil.rmtree(hidden, ignore_errors=True)
-            told = f"the frames of {key} cannot be written to {place.parent}: {error.strerror or one_line(error)}"
-            raise UserError(f"{told}: nothing is left behind; free some space, or pass --frame_cache off") from error
+            message = f"the frames of {key} cannot be written to {place.parent}: {error.strerror or one_line(error)}"
+            raise UserError(f"{message}: nothing is left behind; free some space, or pass --frame_cache off") from error
         finally:
             lock.release()
 
@@ -236,9 +228,9 @@ class Frames:
         try:
             self.store = {key: frames.to(device) for key, frames in self.store.items()}
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            told = f"{size / 1e9:.1f} GB of frames do not fit the memory of {device}"
+            message = f"{size / 1e9:.1f} GB of frames do not fit the memory of {device}"
             raise UserError(
-                f"--frame_cache device: {told}: pass --frame_cache on, or a smaller --image_size"
+                f"--frame_cache device: {message}: pass --frame_cache on, or a smaller --image_size"
             ) from error
 
     def read(self, key: str, rows: Tensor, out: Tensor | None = None) -> Tensor:
@@ -280,59 +272,7 @@ def on_disk(path: Path) -> int:
     return path.stat().st_blocks * 512 if os.name != "nt" else path.stat().st_size
 
 
-@command
-def main(argv: list[str]) -> int:
-    parser = OneLineParser(prog="python -m data.frames", description="Show or clear the cache of decoded frames.")
-    parser.add_argument("command", choices=("list", "prune"))
-    parser.add_argument("--cache_dir", type=Path, default=default_cache_dir(), help="[%(default)s]")
-    parser.add_argument(
-        "--days", type=float, default=0.0, help="prune only what was not used for this many days [%(default)s]"
-    )
-    args = parser.parse_args(argv)
-    total = 0
-    for place in sorted(filter(is_store, args.cache_dir.glob("*"))):  # hidden ones too, which are unfinished
-        size = sum(map(on_disk, place.iterdir()))
-        age = (time.time() - place.stat().st_mtime) / 86400
-        told = content_of(place, "unfinished" if place.name.startswith(".") else f"used {age:.1f} days ago")
-        if args.command == "prune" and (age < args.days or not delete(place)):
-            continue
-        print(f"{size / 1e9:8.2f} GB {told}")
-        total += size
-    print(f"{total / 1e9:8.2f} GB {'freed in' if args.command == 'prune' else 'in'} {args.cache_dir}")
-    return 0
+if __name__ == "__main__":  # `python -m data.frames list` of earlier versions
+    from runs import main
 
-
-def is_store(place: Path) -> bool:
-    """Whether a folder is a camera's store, or what is left of one, and nobody else's."""
-    named = re.search(r"-[0-9a-f]{16}(\.gone)?$", place.name)
-    return bool(named) and any((place / name).is_file() for name in ("frames.u8", "about.json"))
-
-
-def content_of(place: Path, state: str) -> str:
-    """What a store says it holds; its name where its building or deletion was broken off before or after it could."""
-    try:
-        facts = json.loads((place / "about.json").read_text())
-    except (OSError, ValueError):
-        return f"of {place.name}, broken off"
-    shape = "x".join(map(str, facts["shape"]))
-    return f"{facts['frames']:>9,} frames of {shape:<12} {state}: {facts['camera']} of {facts['dataset']}"
-
-
-def delete(place: Path) -> bool:
-    """Delete a store; false if a process is building it just now."""
-    from filelock import FileLock, Timeout
-
-    try:
-        with FileLock(place.with_name(f".{place.name.removeprefix('.')}.lock"), timeout=0):
-            if place.suffix != ".gone":  # a half-deleted store has no store's name
-                gone = place.with_name(f".{place.name.removeprefix('.')}.gone")
-                shutil.rmtree(gone, ignore_errors=True)
-                place = place.rename(gone)
-            shutil.rmtree(place)
-    except Timeout:
-        return False
-    return True
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(["cache", *sys.argv[1:]]))

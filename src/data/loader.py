@@ -10,10 +10,10 @@ import threading
 import torch
 from torch import Tensor
 
-from config import UserError
 from data.frames import Frames
 from data.source import Source
 from data.windows import epoch_order, trainable_rows, weighted_order, window_rows
+from errors import UserError
 
 RING = 3  # buffers for a batch's frames: one that the loop holds, one that waits, one that is being filled
 

@@ -3,7 +3,6 @@
 N rows of the selected episodes, E selected episodes.
 """
 
-import contextlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor
 
 import hub
-from config import UserError, nearest, one_line
-from data import v21
+from data import v2
+from data.checks import check_values
 from data.videos import Videos, find_videos, video_problems
+from errors import UserError, dataset_errors, nearest, one_line
 
 AXES = "height", "width", "channels"
 
@@ -160,11 +160,11 @@ def open_folder(dataset_id: str, folder: Path):
     """Metadata of a folder, v3.0 or v2.1."""
     if not (folder / "meta" / "info.json").is_file():
         raise UserError(f"{dataset_id} is a folder without meta/info.json: not a LeRobot dataset")
-    with told_as_user_errors(dataset_id):
+    with dataset_errors(dataset_id):
         version = json.loads((folder / "meta" / "info.json").read_text()).get("codebase_version")
         name = folder.resolve().name
         if version == "v2.1":
-            return v21.read_metadata(folder, name)
+            return v2.read_metadata(folder, name)
         if version == "v3.0":
             for file in ("tasks.parquet", "episodes/*/*.parquet"):  # LeRobot would look for them on the Hub
                 if not any((folder / "meta").glob(file)):
@@ -182,7 +182,7 @@ def open_hub(dataset_id: str, dataset_root: str | None, revision: str | None):
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
     from lerobot.datasets.utils import BackwardCompatibilityError
 
-    with told_as_user_errors(dataset_id):
+    with dataset_errors(dataset_id):
         try:
             return LeRobotDatasetMetadata(dataset_id, root=dataset_root, revision=revision)
         except BackwardCompatibilityError:
@@ -202,22 +202,8 @@ def download(dataset_id: str, dataset_root: str | None, revision: str | None, ep
     """Have every file of the episodes on disk; nothing is fetched that is there already."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    with told_as_user_errors(dataset_id):
+    with dataset_errors(dataset_id):
         LeRobotDataset(dataset_id, root=dataset_root, revision=revision, episodes=episodes, video_backend="pyav")
-
-
-@contextlib.contextmanager
-def told_as_user_errors(dataset_id: str):
-    """What can keep LeRobot from opening a dataset, in one line."""
-    from lerobot.datasets.utils import CompatibilityError
-
-    try:
-        with hub.told_as_user_errors(f"no dataset {dataset_id}"):
-            yield
-    except UserError:
-        raise
-    except (CompatibilityError, OSError, KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"dataset {dataset_id} cannot be opened: {one_line(error)[:300]}") from error
 
 
 def parse_episodes(text: str | None, total: int, flag: str = "--episodes") -> list[int]:
@@ -267,13 +253,13 @@ def episode_rows(table: pa.Table, selected: list[int], meta, problems: list[str]
     starts = np.concatenate([[0], changes]) if len(index) else np.empty(0, int)
     found = index[starts].tolist() if len(index) else []
     known = [] if meta.episodes is None else meta.episodes["episode_index"]
-    for told, episodes in (
+    for message, episodes in (
         ("its table has no rows of episodes", set(selected) - set(found)),
         (f"info.json counts {meta.total_episodes} episodes, its table has also", set(found) - set(selected)),
         ("its metadata does not describe episodes", set(found) - set(known)),
     ):
         if episodes:
-            problems.append(f"{told} {sorted(episodes)[:10]}")
+            problems.append(f"{message} {sorted(episodes)[:10]}")
     if found != sorted(set(found)):
         problems.append("its episodes are not in order in the table")
     if not found and not problems:
@@ -317,51 +303,3 @@ def read_columns(source: Source, table: pa.Table) -> None:
                 continue
             kind = np.float32 if values.dtype.kind == "f" else bool if values.dtype.kind == "b" else np.int64
             source.columns[key] = torch.from_numpy(values.astype(kind, copy=True).reshape(table.num_rows, *per_row))
-
-
-def check_values(source: Source) -> None:
-    """Lengths, finite values, tasks and clock of the table."""
-    lengths = dict(zip(source.meta.episodes["episode_index"], source.meta.episodes["length"], strict=True))
-    for episode, start, end in zip(source.episodes, source.starts.tolist(), source.ends.tolist(), strict=True):
-        if lengths.get(episode) != end - start:
-            source.problems.append(
-                f"episode {episode} has {end - start} rows in its table, {lengths.get(episode)} by its metadata"
-            )
-    for key, values in source.columns.items():
-        if isinstance(values, Tensor) and values.is_floating_point() and not torch.isfinite(values).all():
-            rows = (~torch.isfinite(values)).reshape(len(values), -1).any(dim=1).nonzero()[:, 0]
-            episode = int(source.episode_of(rows[:1]))
-            source.problems.append(
-                f"{key} is not finite in {len(rows)} rows, first in episode {source.episodes[episode]} "
-                f"frame {int(rows[0] - source.starts[episode])}: remove that episode or mend the value"
-            )
-    tasks = source.columns.get("task_index")
-    if tasks is None:
-        source.problems.append("info.json has no feature task_index")
-    elif not 0 <= int(tasks.min()) <= int(tasks.max()) < len(source.tasks):
-        source.problems.append(
-            f"task_index is {int(tasks.min())} to {int(tasks.max())} in its table, its metadata has {len(source.tasks)} tasks"
-        )
-    check_clock(source)
-
-
-def check_clock(source: Source) -> None:
-    """timestamp against frame_index / fps: another rate is a problem, jitter a warning (frames go by row, not by clock)."""
-    times, fps = source.columns.get("timestamp"), source.meta.fps
-    if times is None or source.rows < 2:
-        return
-    spans = list(zip(source.starts.tolist(), source.ends.tolist(), strict=True))
-    paces = [float(times[end - 1] - times[start]) / (end - 1 - start) for start, end in spans if end - start > 1]
-    pace = sorted(paces)[len(paces) // 2] if paces else 1 / fps  # seconds a frame, of the typical episode
-    if not 0.75 < pace * fps < 1.25:
-        source.problems.append(
-            f"timestamps advance by {pace:.4g} s a frame, fps {fps} in info.json means {1 / fps:.4g} s: "
-            "delta timestamps would not fit, mend fps or the timestamps"
-        )
-        return
-    starts = source.starts[source.episode_of(torch.arange(source.rows))]
-    drift = float((times - (torch.arange(source.rows) - starts) / fps).abs().max())
-    if drift > 1e-3:
-        source.warnings.append(
-            f"timestamps are up to {drift:.2f} s off frame_index / fps: frames are taken by row, not by clock"
-        )

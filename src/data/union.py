@@ -9,9 +9,9 @@ from dataclasses import replace
 import pyarrow as pa
 import torch
 
-from config import UserError, one_line
 from data.source import Source
 from data.videos import Videos
+from errors import UserError, one_line
 
 
 def unite(sources: list[Source]) -> Source:

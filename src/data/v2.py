@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from config import UserError, one_line
+from errors import UserError, one_line
 
 
 def read_metadata(folder: Path, repo_id: str):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import one_line
+from errors import one_line
 
 
 @dataclass
@@ -46,11 +46,11 @@ def find_videos(meta, key: str, episodes: list[int]) -> Videos:
 
 def video_problems(videos: Videos, root: Path, shape: tuple[int, ...], fps: float) -> list[str]:
     """A line for each file that is not there, is not whole, or has not a frame for each row."""
-    told = [
+    message = [
         (file, video_problem(file, rows, shape, fps))
         for file, rows in sorted(zip(videos.files, videos.rows, strict=True))
     ]
-    return [f"{file.relative_to(root)} {problem}" for file, problem in told if problem]
+    return [f"{file.relative_to(root)} {problem}" for file, problem in message if problem]
 
 
 def video_problem(path: Path, rows: int, shape: tuple[int, ...], fps: float) -> str | None:

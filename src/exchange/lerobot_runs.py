@@ -6,26 +6,18 @@ export.py has the way out.
 
 import hashlib
 import math
-import os
-import shutil
-import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from checkpoint import TrainState, read_json
-from config import TrainConfig, UserError, one_line
-from processors import FILES
+from checkpoints.folder import TRAINED_WEIGHTS, TrainState, load_optimizer, read_json, step_of
+from config import FIELDS, TrainConfig
+from errors import UserError, one_line
+from policy.factory import converted_dir
 
 # of its "diffuser" scheduler: ours
 LEROBOT_SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"}
-
-
-def converted_dir() -> Path:
-    """Where checkpoints that were converted on the way in are kept."""
-    from data.frames import default_cache_dir
-
-    return default_cache_dir().parent / "converted"
 
 
 def lerobot_checkpoint(asked: str | None) -> Path | None:
@@ -51,9 +43,9 @@ def from_lerobot(folder: Path) -> Path:
     from lerobot.optim.optimizers import load_optimizer_state_dict
     from safetensors.torch import load_file
 
-    from policy import load_policy_config
-    from processors import load_processors
-    from writer import Snapshot, write_checkpoint
+    from checkpoints.writer import Snapshot, write_checkpoint
+    from policy.factory import load_policy_config
+    from processors.pipelines import load_processors
 
     folder = folder.resolve()
     model, training = folder / "pretrained_model", folder / "training_state"
@@ -146,38 +138,114 @@ def held_out(name: str, revision: str | None, episodes: str | None, fraction: fl
     return as_text(sorted(e for some in by_task.values() for e in some[len(some) - math.ceil(len(some) * fraction) :]))
 
 
-def policy_folder(folder: Path) -> Path:
-    """The folder that holds a policy: pretrained_model of a LeRobot checkpoint, or what LeRobot's own migration makes of an old one.
-
-    Old ones, from before processors, have their normalisation in their weights.
+def to_lerobot(checkpoint: Path, output: Path) -> Path:
+    """A checkpoint-<step> as `output`/checkpoints/<step>, which `lerobot-train --resume=true` continues.
 
     Raises:
-        UserError: the migration fails.
+        UserError: `output` is there already, or the checkpoint holds what LeRobot has no place for.
     """
-    from safetensors import SafetensorError, safe_open
+    import torch
+    from lerobot.common.train_utils import get_step_checkpoint_dir, save_checkpoint, update_last_checkpoint
 
-    folder = folder / "pretrained_model" if (folder / "pretrained_model").is_dir() else folder
-    try:
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            old = any(name.startswith(("normalize_inputs", "unnormalize_outputs")) for name in file.keys())  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return folder  # told where it is loaded
-    if not old:
-        return folder
-    facts = [str(folder.resolve()), (folder / "model.safetensors").stat().st_mtime_ns]
-    place = converted_dir() / f"migrated-{hashlib.sha256(str(facts).encode()).hexdigest()[:16]}"
-    if not place.is_dir():
-        fresh = place.with_name(f".{place.name}.{os.getpid()}")
-        command = [sys.executable, "-m", "lerobot.processor.migrate_policy_normalization"]
-        done = subprocess.run(
-            [*command, "--pretrained-path", str(folder), "--output-dir", str(fresh)], capture_output=True, text=True
+    from policy.factory import build_policy, load_policy_config
+    from processors.pipelines import load_processors, resize_of
+    from training.distributed import Distributed
+    from training.learner import make_schedule
+
+    if output.exists():
+        raise UserError(f"{output} is there already: choose another folder or remove it")
+    if (checkpoint / TRAINED_WEIGHTS).exists():
+        print(
+            f"note: {checkpoint.name} has averaged weights (--ema_decay): LeRobot goes on from the average",
+            file=sys.stderr,
         )
-        made = all((fresh / name).is_file() for name in ("model.safetensors", *FILES))
-        if not made:  # it ends with a model card, which fails offline
-            shutil.rmtree(fresh, ignore_errors=True)
-            why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise UserError(
-                f"{folder} keeps its normalisation in its weights, and LeRobot's migration of it fails: {why[:200]}"
-            )
-        os.rename(fresh, place)
-    return place
+    state = TrainState(*(read_json(checkpoint / f"{name}.json") for name in ("trainer_state", "train_config")), {})
+    config = TrainConfig(**{name: value for name, value in state.train_config.items() if name in FIELDS})
+    policy_config, processors = load_policy_config(checkpoint, None, "cpu"), load_processors(checkpoint, "cpu")
+    size = resize_of(processors[0])
+    for refused, why in (
+        (len(config.dataset_id) > 1, "several datasets"),
+        (policy_config.use_peft, "adapters"),
+        (
+            size and policy_config.observation_delta_indices,
+            "pictures resized and a history, which LeRobot's step does not go with",
+        ),
+        (config.freeze, "frozen weights"),
+    ):
+        if refused:
+            raise UserError(f"{checkpoint.name} was trained with {why}: lerobot-train cannot resume it")
+    policy = build_policy(policy_config, None, checkpoint)
+    step, theirs = (
+        step_of(checkpoint) or state.trainer_state["step"],
+        their_config(config, state, policy_config, output),
+    )
+    optimizer = theirs.optimizer.build(policy.get_optim_params())
+    load_optimizer(checkpoint, Distributed(), policy, optimizer)
+    scheduler = theirs.scheduler.build(optimizer, config.steps) if theirs.scheduler else None
+    if scheduler is not None:  # where its own stepping would have brought it
+        factor = make_schedule(policy, config)
+        scheduler.last_epoch, scheduler._step_count = step, step + 1
+        scheduler._last_lr = [peak * factor(step) for peak in scheduler.base_lrs]
+        for group, lr in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = lr
+    torch.manual_seed(config.seed)
+    folder = get_step_checkpoint_dir(output, config.steps, step)
+    save_checkpoint(
+        folder, step, theirs, policy, optimizer, scheduler, *processors, num_processes=1, batch_size=config.batch_size
+    )
+    update_last_checkpoint(folder)
+    return folder
+
+
+def their_config(config: TrainConfig, state: TrainState, policy_config, output: Path):
+    """LeRobot's TrainPipelineConfig for a run of ours."""
+    from lerobot.configs.default import DatasetConfig
+    from lerobot.configs.train import TrainPipelineConfig
+    from lerobot.transforms import ImageTransformsConfig
+
+    from data.split import split
+    from processors.pipelines import parse_rename
+    from training.parts import build_source
+
+    name, source = config.dataset_id[0], build_source(config)
+    root = str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else config.dataset_root
+    kept = [source.episodes[i] for i in split(source, config, state)[0]]  # LeRobot holds out the last ones, if any
+    return TrainPipelineConfig(
+        dataset=DatasetConfig(
+            repo_id="/".join(Path(name).parts[-2:]) if root else name,
+            root=root,
+            episodes=kept if len(kept) < source.meta.total_episodes else None,
+            revision=config.revision,
+            use_imagenet_stats=config.imagenet_stats == "on",
+            image_transforms=ImageTransformsConfig(enable=bool(config.augment)),
+        ),
+        policy=policy_config,
+        rename_map=parse_rename(config.rename),
+        output_dir=output,
+        job_name=f"armature_{policy_config.type}",
+        seed=config.seed,
+        batch_size=config.batch_size,
+        steps=config.steps,
+        log_freq=config.log_freq,
+        save_freq=config.save_freq or config.steps,
+        **own_optimizer(policy_config, config),
+    )
+
+
+def own_optimizer(policy_config, config: TrainConfig) -> dict:
+    """LeRobot's settings for a run whose schedule is not the policy's own."""
+    if config.lr_schedule is None and config.warmup_steps is None and config.grad_clip_norm is None:
+        return {"optimizer": policy_config.get_optimizer_preset(), "scheduler": policy_config.get_scheduler_preset()}
+    from lerobot.optim import DiffuserSchedulerConfig
+
+    from policy.presets import preset_schedule
+
+    optimizer = policy_config.get_optimizer_preset()
+    given = {name: getattr(config, name) for name in ("lr", "weight_decay", "grad_clip_norm")}
+    optimizer = replace(optimizer, **{name: value for name, value in given.items() if value is not None})
+    scheduler, warmup = preset_schedule(policy_config, config), config.warmup_steps or 0
+    if scheduler is None:
+        name = config.lr_schedule or "constant"
+        name = "constant_with_warmup" if name == "constant" and warmup else name  # its constant has none
+        scheduler = DiffuserSchedulerConfig(name=name, num_warmup_steps=warmup)
+    return {"use_policy_training_preset": False, "optimizer": optimizer, "scheduler": scheduler}

@@ -8,12 +8,13 @@ from types import MethodType
 from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from config import UserError, one_line
+from command_line import parse_overrides
+from errors import UserError, one_line
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def add_adapters(policy, base: str, method: str, r: int, pairs: list[str] | None):
+def add_adapters(policy, base: str, method: str, r: int, overrides: list[str] | None):
     """The policy with fresh adapters, which alone are trained.
 
     Args:
@@ -21,16 +22,14 @@ def add_adapters(policy, base: str, method: str, r: int, pairs: list[str] | None
         base: folder or Hub id of those weights, which the adapters' file names.
         method: a PEFT method, such as lora.
         r: rank of the adapters.
-        pairs: further settings of LeRobot's PeftConfig, such as target_modules=all-linear.
+        overrides: further settings of LeRobot's PeftConfig, such as target_modules=all-linear.
 
     Raises:
         UserError: peft is not installed, or the settings do not fit the policy.
     """
     from lerobot.configs.default import PeftConfig
 
-    from pairs import parse_pairs
-
-    asked = {"method_type": method, "r": r, **parse_pairs("--peft_args", PeftConfig, pairs)}
+    asked = {"method_type": method, "r": r, **parse_overrides("--peft_args", PeftConfig, overrides)}
     policy.config.pretrained_path = Path(base)
     try:
         return policy.wrap_with_peft(peft_cli_overrides=asked)

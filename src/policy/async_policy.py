@@ -11,11 +11,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from config import UserError
+from errors import UserError
 from policy.chunk import predict_chunk
 
 
-class Ahead:
+class AsyncPolicy:
     """Acts as a LoadedPolicy does, on chunks that a thread predicts from the observation `lead` ticks before they are needed.
 
     Args:

@@ -1,16 +1,22 @@
 """Which policy: LeRobot's by name, with its settings checked, built afresh or from a checkpoint folder."""
 
 import contextlib
+import hashlib
 import io
 import logging
+import os
+import shutil
+import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
 import hub
-from config import UserError, nearest, one_line
-from pairs import parse_pairs
+from command_line import parse_overrides
+from errors import UserError, nearest, one_line, policy_errors
 from policy.adapters import base_of, load_adapters
+from processors.pipelines import FILES
+from runtime import cache_dir
 
 
 def known_policies() -> list[str]:
@@ -36,23 +42,23 @@ def policy_class(name: str):
     return PreTrainedConfig.get_choice_class(name)
 
 
-def policy_config(name: str, pairs: list[str] | None, device: str):
-    """LeRobot's config of policy `name` with the settings in `pairs`.
+def policy_config(name: str, overrides: list[str] | None, device: str):
+    """LeRobot's config of policy `name` with the settings in `overrides`.
 
     Raises:
         UserError: unknown policy or setting, or values that the policy refuses.
     """
     config_class = policy_class(name)
-    values = parse_pairs("--policy_args", config_class, pairs)
+    values = parse_overrides("--policy_args", config_class, overrides)
     values = with_fitting_steps(
         values, next((f.default for f in fields(config_class) if f.name == "n_action_steps"), None)
     )
-    with told_as_user_errors(name):
+    with policy_errors(name):
         return config_class(**{"device": device, "push_to_hub": False, **values})
 
 
-def load_policy_config(folder: Path, pairs: list[str] | None, device: str):
-    """The config.json of a LeRobot checkpoint folder, with the settings in `pairs` changed."""
+def load_policy_config(folder: Path, overrides: list[str] | None, device: str):
+    """The config.json of a LeRobot checkpoint folder, with the settings in `overrides` changed."""
     import json
 
     from lerobot.configs import PreTrainedConfig
@@ -64,9 +70,9 @@ def load_policy_config(folder: Path, pairs: list[str] | None, device: str):
         raise UserError(f"{folder} holds no policy: config.json cannot be read ({one_line(error)})") from None
     if name not in PreTrainedConfig.get_known_choices():
         raise UserError(f"{folder} holds a policy {name!r}, which this LeRobot does not know")
-    with told_as_user_errors(name), quiet_lerobot():
+    with policy_errors(name), quiet_lerobot():
         config = PreTrainedConfig.from_pretrained(folder)
-        values = parse_pairs("--policy_args", type(config), pairs)
+        values = parse_overrides("--policy_args", type(config), overrides)
         return replace(config, device=device, **with_fitting_steps(values, getattr(config, "n_action_steps", None)))
 
 
@@ -96,7 +102,7 @@ def build_policy(config, meta, folder: Path | None = None):
         policy.config.use_peft = True  # as it is saved
         return policy
     backbone = getattr(config, "pretrained_backbone_weights", None)
-    with told_as_user_errors(config.type), quiet_lerobot():
+    with policy_errors(config.type), quiet_lerobot():
         if folder is not None and backbone is not None:
             config.pretrained_backbone_weights = None  # the file holds them: nothing to download
         if meta is not None:
@@ -177,22 +183,6 @@ def load_renamed(policy, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def told_as_user_errors(name: str):
-    """The ways in which a policy refuses its settings, as one line each."""
-    try:
-        yield
-    except ImportError as error:
-        raise UserError(f"policy {name} needs more than is installed: {one_line(error)}") from error
-    except OSError as error:  # urllib's URLError when a backbone's weights are fetched offline
-        raise UserError(
-            f"policy {name}: pretrained weights cannot be fetched ({one_line(error)}): "
-            "go online once, or pass --policy_args pretrained_backbone_weights=none"
-        ) from error
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError) as error:
-        raise UserError(f"policy {name}: {one_line(error)}") from error
-
-
-@contextlib.contextmanager
 def quiet_lerobot():
     """Without the lines that LeRobot and torch.hub print while they build and load."""
     level = logging.root.manager.disable
@@ -202,3 +192,45 @@ def quiet_lerobot():
             yield
     finally:
         logging.disable(level)
+
+
+def converted_dir() -> Path:
+    """Where checkpoints that were converted on the way in are kept."""
+    return cache_dir() / "converted"
+
+
+def policy_folder(folder: Path) -> Path:
+    """The folder that holds a policy: pretrained_model of a LeRobot checkpoint, or what LeRobot's own migration makes of an old one.
+
+    Old ones, from before processors, have their normalisation in their weights.
+
+    Raises:
+        UserError: the migration fails.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = folder / "pretrained_model" if (folder / "pretrained_model").is_dir() else folder
+    try:
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            old = any(name.startswith(("normalize_inputs", "unnormalize_outputs")) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return folder  # message where it is loaded
+    if not old:
+        return folder
+    facts = [str(folder.resolve()), (folder / "model.safetensors").stat().st_mtime_ns]
+    place = converted_dir() / f"migrated-{hashlib.sha256(str(facts).encode()).hexdigest()[:16]}"
+    if not place.is_dir():
+        fresh = place.with_name(f".{place.name}.{os.getpid()}")
+        command = [sys.executable, "-m", "lerobot.processor.migrate_policy_normalization"]
+        done = subprocess.run(
+            [*command, "--pretrained-path", str(folder), "--output-dir", str(fresh)], capture_output=True, text=True
+        )
+        made = all((fresh / name).is_file() for name in ("model.safetensors", *FILES))
+        if not made:  # it ends with a model card, which fails offline
+            shutil.rmtree(fresh, ignore_errors=True)
+            why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise UserError(
+                f"{folder} keeps its normalisation in its weights, and LeRobot's migration of it fails: {why[:200]}"
+            )
+        os.rename(fresh, place)
+    return place

@@ -30,7 +30,7 @@ from lerobot.policies import PreTrainedPolicy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError
+from errors import UserError
 from policy.adapters import counted_once
 
 SIZES = {  # channels of the encoder's stages, width of the condition and of the head, blocks of the head
@@ -53,7 +53,7 @@ class FlowConfig(PreTrainedConfig):
         size: tiny, small or base.
         head: flow (one way of doing a thing, or several), or regression (one).
         num_inference_steps: Euler steps of the flow head.
-        num_draws: N, chunks that the flow head draws to choose from.
+        num_draws: N, chunks that the flow head draws to medoid from.
         blend_steps: actions at a chunk's start that go over smoothly from the chunk before; 0 for none.
         backbone: conv (from scratch), or the name of a torchvision or timm model.
         pretrained_backbone_weights: torchvision's name of weights (DEFAULT), or "timm"; None from scratch.
@@ -185,8 +185,8 @@ class FlowPolicy(PreTrainedPolicy):
         if self.config.head == "flow":
             time = torch.rand(len(actions), device=actions.device) ** 1.5  # more often near the noise, where it is hard
             noise = torch.randn_like(actions)
-            on_the_way = torch.lerp(noise, actions, time[:, None, None])
-            error = error + (self.head(on_the_way, time, condition) - actions).abs()
+            noisy_actions = torch.lerp(noise, actions, time[:, None, None])
+            error = error + (self.head(noisy_actions, time, condition) - actions).abs()
         loss = (error * there).sum() / (there.sum() * actions.shape[-1]).clamp_min(1)
         return loss, {}
 
@@ -215,7 +215,7 @@ class FlowPolicy(PreTrainedPolicy):
             if keep is not None:  # where the planned actions would be on their way from this noise
                 planned = torch.lerp(noise, keep[1].unsqueeze(1), (step + 1) / steps)
                 draws = torch.lerp(draws, planned, keep[0])
-        return choose(plain, draws)
+        return medoid(plain, draws)
 
     def _keep(self, rest: Tensor | None, settled: int, condition: Tensor):
         if rest is None:
@@ -243,7 +243,7 @@ class FlowPolicy(PreTrainedPolicy):
         return self._actions.popleft()
 
 
-def choose(plain: Tensor, draws: Tensor) -> Tensor:
+def medoid(plain: Tensor, draws: Tensor) -> Tensor:
     """Of a plain chunk (B, T, A) and draws (B, N, T, A), the one that is nearest to the nearest half of the (other) draws."""
     every = torch.cat([plain.unsqueeze(1), draws], dim=1)  # (B, 1 + N, T, A)
     apart = (every.unsqueeze(2) - draws.unsqueeze(1)).pow(2).sum((-1, -2)).sqrt()  # (B, 1 + N, N)
@@ -262,7 +262,7 @@ class Encoder(nn.Module):
         channels, width, _ = SIZES[config.size]
         self.config, self.cameras = config, list(config.image_features)
         self.vectors = [key for key in config.input_features if key not in self.cameras]
-        self.eyes = nn.ModuleList(Eye(config, channels) for _ in self.cameras)
+        self.eyes = nn.ModuleList(CameraEncoder(config, channels) for _ in self.cameras)
         features = sum(eye.features for eye in self.eyes)
         features += sum(math.prod(config.input_features[key].shape) for key in self.vectors)
         self.mix = nn.Sequential(nn.Linear(features * config.n_obs_steps, width), nn.SiLU(), nn.Linear(width, width))
@@ -289,7 +289,7 @@ class Encoder(nn.Module):
         return torch.tensor([self.config.tasks.index(word) for word in words], device=device)
 
 
-class Eye(nn.Module):
+class CameraEncoder(nn.Module):
     """One camera's pictures (N, C, H, W) to features (N, 2 K + channels): where its maps are active, and how much."""
 
     def __init__(self, config: FlowConfig, channels: tuple[int, ...]):
@@ -360,7 +360,7 @@ class Head(nn.Module):
         self.shape = config.noise_shape[1:]  # (T, A)
         self.enter = nn.Linear(math.prod(self.shape), width)
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
-        self.blocks = nn.ModuleList(Modulated(width) for _ in range(blocks))
+        self.blocks = nn.ModuleList(AdaLNBlock(width) for _ in range(blocks))
         self.actions = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, math.prod(self.shape)))
 
     def forward(self, chunk: Tensor, time: Tensor, condition: Tensor) -> Tensor:
@@ -384,7 +384,7 @@ class Head(nn.Module):
         return self(nothing, condition.new_zeros(condition.shape[0]), condition)
 
 
-class Modulated(nn.Module):
+class AdaLNBlock(nn.Module):
     """A residual block whose normalisation the condition scales, shifts and gates; at first it does nothing."""
 
     def __init__(self, width: int):

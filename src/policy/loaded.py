@@ -1,15 +1,22 @@
-"""Run a trained policy: `load_policy(checkpoint).act(observation)`, and a CLI that compares it with recorded episodes."""
+"""Run a trained policy: `load_policy(checkpoint).act(observation)`."""
 
 import math
-import sys
 import time
 from collections import deque
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from command_line import OneLineParser, command
-from config import UserError, nearest, one_line
+import hub
+from checkpoints.folder import verify_policy
+from errors import UserError, nearest, one_line
+from policy.async_policy import AsyncPolicy
+from policy.chunk import predict_chunk
+from policy.factory import build_policy, load_policy_config, policy_folder
+from processors.pipelines import EMPTY_CAMERA, load_processors, renamed_from, resize_of
+from processors.state_only import StateToEnvironmentState
+from runtime import pick_device
 
 
 class LoadedPolicy:
@@ -21,8 +28,6 @@ class LoadedPolicy:
     """
 
     def __init__(self, policy, preprocess, postprocess, task: str = ""):
-        from processors import resize_of
-
         self.policy, self.preprocess, self.postprocess, self.task = policy, preprocess, postprocess, task
         self.device, self.kind = next(policy.parameters()).device, policy.config.type
         self.expected = expected_observation(policy.config, preprocess, resize_of(preprocess))
@@ -69,10 +74,6 @@ class LoadedPolicy:
 
     def select(self, batch: dict):
         """(B, A) actions in robot units, a tensor, for a LeRobot batch of one moment's observations."""
-        import torch
-
-        from policy.chunk import predict_chunk
-
         with torch.inference_mode():
             ready = self.preprocess(batch)
             if not self.relative:
@@ -88,14 +89,12 @@ class LoadedPolicy:
         How far ahead is measured here. A policy that blends a chunk into the next (flow) keeps what is settled by then and blends after.
 
         Returns:
-            An ahead.Ahead, which acts and resets in this one's place.
+            An ahead.AsyncPolicy, which acts and resets in this one's place.
 
         Raises:
             UserError: a chunk takes longer than half of its actions.
         """
-        from ahead import Ahead
-
-        return Ahead(self, max(1, math.ceil(self.latency(task) * fps)))
+        return AsyncPolicy(self, max(1, math.ceil(self.latency(task) * fps)))
 
     def latency(self, task: str = "", runs: int = 30, pixels: int = 480) -> float:
         """Seconds that an observation to a chunk takes, the 99th percentile over `runs`; `pixels` a side where any size goes."""
@@ -115,8 +114,6 @@ class LoadedPolicy:
 
     def _tensor(self, key: str, observation: dict):
         """(1, D) float32, or (1, C, H, W) in [0, 1]."""
-        import torch
-
         kind, shape = self.expected[key]
         if key not in observation:
             raise UserError(
@@ -160,27 +157,17 @@ def load_policy(
     Raises:
         UserError: there is no policy, or it does not load.
     """
-    import hub
-    from checkpoint import verify_policy
-    from convert import policy_folder
-    from policy import build_policy, load_policy_config
-    from processors import load_processors
-    from runtime import pick_device
-
     if n_action_steps is not None and n_action_steps < 1:
         raise UserError(f"--n_action_steps must be 1 or more, got {n_action_steps}")
     folder, on = policy_folder(hub.fetch(str(checkpoint), "policy")), str(pick_device(device))
     verify_policy(folder)
-    pairs = None if n_action_steps is None else [f"n_action_steps={n_action_steps}"]
-    policy = build_policy(load_policy_config(folder, pairs, on), None, folder).eval()
+    overrides = None if n_action_steps is None else [f"n_action_steps={n_action_steps}"]
+    policy = build_policy(load_policy_config(folder, overrides, on), None, folder).eval()
     return LoadedPolicy(policy, *load_processors(folder, on), task)
 
 
 def expected_observation(config, preprocess, image_size) -> dict[str, tuple[str, tuple]]:
     """Key -> (kind, shape) that act() takes; None in a shape is any size."""
-    from processors import EMPTY_CAMERA, renamed_from
-    from processors.state_only import StateToEnvironmentState
-
     expected = {}
     made_up = any(isinstance(step, StateToEnvironmentState) for step in preprocess.steps)
     for key, feature in config.input_features.items():
@@ -201,103 +188,3 @@ def spell(shape: tuple) -> str:
     return (
         "(" + ", ".join("any" if size is None else str(size) for size in shape) + ("," if len(shape) == 1 else "") + ")"
     )
-
-
-def recorded_observations(source, episode: int, keys):
-    """(observation, action) of each recorded frame of one episode, in order, as act() takes and gives them."""
-    import torch
-
-    from data.frames import Frames
-
-    place = source.episodes.index(episode)
-    frames = Frames(source)
-    try:
-        for row in range(int(source.starts[place]), int(source.ends[place])):
-            observation = {"task": source.tasks[int(source.columns["task_index"][row])]} if source.tasks else {}
-            for key in keys:
-                if key in frames.keys:
-                    observation[key] = frames.read(key, torch.tensor([row]))[0].permute(1, 2, 0).numpy()  # (H, W, C)
-                else:
-                    observation[key] = np.atleast_1d(source.columns[key][row].numpy())
-            yield observation, np.atleast_1d(source.columns["action"][row].numpy())
-    finally:
-        frames.close()
-
-
-def compare(policy, source, episode: int, fps: float | None = None) -> dict:
-    """Run a LoadedPolicy (or Ahead) over a recorded episode, asking for an action at every frame, `fps` times a second at most.
-
-    Returns:
-        names (A,), predicted and recorded (N, A) in robot units, mean absolute error (A,), the recorded actions'
-        standard deviation as spread (A,), milliseconds (N,) of each act().
-    """
-    from tqdm.auto import tqdm
-
-    from runtime import EVAL, seed_all
-    from validation import action_names
-
-    for key in policy.expected:
-        if key not in source.meta.features:
-            raise UserError(
-                f"dataset {source.name} has no {key}, which the policy takes: pass the dataset it was trained on"
-            )
-    has, gives = source.meta.features["action"]["shape"][0], policy.policy.config.action_feature.shape[0]
-    if has != gives:
-        raise UserError(
-            f"dataset {source.name} has {has} actions, the policy gives {gives}: pass the dataset it was trained on"
-        )
-    policy.reset()  # which may wait for a chunk that draws still
-    seed_all(EVAL, episode)  # for policies that draw noise: the same numbers each time
-    predicted, recorded, times, due = [], [], [], 0.0
-    pairs = recorded_observations(source, episode, policy.expected)
-    for observation, action in tqdm(pairs, desc=f"episode {episode}", disable=not sys.stderr.isatty()):
-        time.sleep(max(0.0, due - time.perf_counter()))
-        begun = time.perf_counter()
-        due = begun + (1 / fps if fps else 0)
-        predicted.append(policy.act(observation))
-        times.append(1000 * (time.perf_counter() - begun))
-        recorded.append(action)
-    predicted, recorded = np.stack(predicted), np.stack(recorded)  # (N, A)
-    return {
-        "names": action_names(source.meta),
-        "predicted": predicted,
-        "recorded": recorded,
-        "error": np.abs(predicted - recorded).mean(0),
-        "spread": recorded.std(0),
-        "milliseconds": np.array(times),
-    }
-
-
-@command
-def main(argv: list[str]) -> int:
-    parser = OneLineParser(prog="infer.py", description="Compare a policy with a recorded episode, action by action.")
-    parser.add_argument("checkpoint", help="a checkpoint-<step> folder, a run's folder, or a Hub id")
-    parser.add_argument("--dataset_id", required=True, help="a folder or a Hub id")
-    parser.add_argument("--episode", type=int, default=0, help="episode to run over [0]")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
-    parser.add_argument("--n_action_steps", type=int, help="actions carried out of each chunk [as trained]")
-    parser.add_argument("--ahead", action="store_true", help="predict ahead, as far as the dataset's fps asks for")
-    args = parser.parse_args(argv)
-    from data.source import open_dataset
-
-    source = open_dataset(args.dataset_id, episodes=str(args.episode), flag="--episode")
-    source.require()
-    policy = load_policy(args.checkpoint, args.device, args.n_action_steps)
-    if args.ahead:
-        policy = policy.ahead(source.meta.fps, next(iter(source.tasks), ""))
-        print(f"a chunk is asked for {policy.lead} frames ahead, and {policy.count} actions are carried out of each")
-    result = compare(policy, source, args.episode, source.meta.fps if args.ahead else None)
-    width = max(len(name) for name in result["names"])
-    print(
-        f"{'joint':<{width}}  mean |error|  recorded std   (robot units, episode {args.episode}, {len(result['milliseconds'])} frames)"
-    )
-    for name, error, spread in zip(result["names"], result["error"], result["spread"], strict=True):
-        print(f"{name:<{width}}  {error:12.4g}  {spread:12.4g}")
-    first, *times = result["milliseconds"]
-    later = f", then {np.median(times):.1f} ms (median) and {max(times):.1f} ms at most" if times else ""
-    print(f"latency of act() on {policy.device}: first frame {first:.1f} ms{later}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

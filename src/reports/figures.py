@@ -1,30 +1,14 @@
 """Pictures and self-contained HTML pages: loss curves, overlays of runs, open-loop and closed-loop reports."""
 
-import base64
-import html
 import io
-from pathlib import Path
+import math
 
 import numpy as np
 
+from sim.rollout import Episode
+
 INK, BLUE, ORANGE, GREEN, RED, GREY = "#22303c", "#2a6fbb", "#e2622b", "#2a9d4a", "#d1343f", "#8a97a3"
 COLOURS = [BLUE, ORANGE, GREEN, "#8e5bb5", "#b08900", "#128a8a", RED, GREY]
-STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #22303c; background: #f5f6f8; margin: 0; }
-main { max-width: 1040px; margin: 0 auto; padding: 28px 20px 60px; }
-h1 { font-size: 25px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 34px 0 8px; }
-p { margin: 4px 0 10px; } .dim { color: #66737f; }
-.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 18px 0; }
-.tile { background: #fff; border: 1px solid #e1e5e9; border-radius: 8px; padding: 10px 16px; min-width: 110px; }
-.tile b { display: block; font-size: 22px; }
-.card { background: #fff; border: 1px solid #e1e5e9; border-radius: 8px; padding: 12px; margin: 10px 0; }
-img { max-width: 100%; display: block; margin: auto; }
-.row { display: flex; flex-wrap: wrap; gap: 12px; } figure { margin: 0; } figcaption { font-size: 13px; color: #66737f; }
-table { border-collapse: collapse; background: #fff; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 14px 4px 8px; border-bottom: 1px solid #e1e5e9; text-align: right; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
-"""
 
 
 def new_figure(width: float, height: float):
@@ -42,44 +26,6 @@ def png(figure, dpi: int = 110) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
-
-
-def embed(figure, alt: str) -> str:
-    """A figure as an HTML image that needs no other file."""
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png(figure)).decode()}">'
-
-
-def embed_video(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    video = f'<video controls muted loop width="240" src="data:video/mp4;base64,{data}"></video>'
-    return f"<figure>{video}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def tiles(figures: dict[str, str]) -> str:
-    """Large numbers side by side."""
-    shown = "".join(f'<div class="tile"><b>{html.escape(v)}</b>{html.escape(k)}</div>' for k, v in figures.items())
-    return f'<div class="tiles">{shown}</div>'
-
-
-def table(head: list[str], rows: list[list]) -> str:
-    def line(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
-
-
-def page(title: str, subtitle: str, *parts: str) -> str:
-    """A whole HTML page of `parts`."""
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-    )
-    top = f'<h1>{html.escape(title)}</h1><p class="dim">{html.escape(subtitle)}</p>'
-    return f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body><main>{top}{''.join(parts)}</main></body></html>\n"
-
-
-def section(title: str, text: str, *parts: str) -> str:
-    told = f"<p>{html.escape(text)}</p>" if text else ""
-    return f"<h2>{html.escape(title)}</h2>{told}" + "".join(f'<div class="card">{part}</div>' for part in parts)
 
 
 CURVES = {  # metric of metrics.jsonl: (what the axis says, logarithmic)
@@ -198,4 +144,24 @@ def moments_figure(moments: list[dict], names: list[str]):
         axes.tick_params(labelsize=7)
         axes.set_xlabel("standard deviations", fontsize=7)
     panels[0, -1].legend(fontsize=6)
+    return figure
+
+
+def contact_sheet(episodes: list[Episode], title: str):
+    """The last picture of every episode as a figure, framed green where it succeeded and red where not."""
+    columns = min(10, len(episodes))
+    rows = math.ceil(len(episodes) / columns)
+    figure = new_figure(1.25 * columns + 0.2, 1.45 * rows + 0.5)
+    for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axes.set(xticks=[], yticks=[])
+        if i >= len(episodes):
+            axes.axis("off")
+            continue
+        episode = episodes[i]
+        axes.imshow(episode.frames[-1])
+        colour = GREEN if episode.success else RED
+        for side in axes.spines.values():
+            side.set(color=colour, linewidth=2.5)
+        axes.set_title(f"{episode.seed}: {episode.steps}", fontsize=7, color=colour, pad=3)
+    figure.suptitle(title, fontsize=10)
     return figure

@@ -1,11 +1,11 @@
-"""Simulated tasks to try a policy in: LeRobot's environments by name, and Meta-World rendered fast."""
+"""Simulated tasks to try a policy in: LeRobot's environments by name, and Meta-Distributed rendered fast."""
 
 import os
 import subprocess
 import sys
 
-from config import UserError, nearest, one_line
-from pairs import parse_pairs
+from command_line import parse_overrides
+from errors import UserError, nearest, one_line
 
 OURS = {"metaworld": "armature_metaworld"}  # the name people type: the environment type that stands in for LeRobot's
 
@@ -27,13 +27,13 @@ def pick_renderer() -> str:
     raise UserError("no library for rendering without a screen: apt-get install -y libegl1 libgl1 libosmesa6")
 
 
-def make_env(name: str, task: str | None, pairs: list[str] | None = None):
+def make_env(name: str, task: str | None, overrides: list[str] | None = None):
     """(environment, its config): one LeRobot vector environment of one task, by the name of its type.
 
     Args:
         name: metaworld (ours), or any type that LeRobot knows: pusht, aloha, libero, ...
         task: such as drawer-open-v3; None for the type's own default.
-        pairs: settings of the type's own, such as ["look=lerobot"].
+        overrides: settings of the type's own, such as ["look=lerobot"].
 
     Raises:
         UserError: there is no such type, task or setting, or its package is not installed.
@@ -47,7 +47,7 @@ def make_env(name: str, task: str | None, pairs: list[str] | None = None):
     kind, known = OURS.get(name, name), EnvConfig.get_known_choices()
     if kind not in known:
         raise UserError(f"--env {name}: there is no such environment{nearest(name, known)}: {', '.join(sorted(known))}")
-    values = {**parse_pairs("--env_args", known[kind], pairs), **({"task": task} if task else {})}
+    values = {**parse_overrides("--env_args", known[kind], overrides), **({"task": task} if task else {})}
     try:
         config = known[kind](**values)
         suites = lerobot_make_env(config, n_envs=1)

@@ -1,4 +1,4 @@
-"""Meta-World's tasks as a LeRobot environment type, `armature_metaworld`, that renders fast at any size.
+"""Meta-Distributed's tasks as a LeRobot environment type, `armature_metaworld`, that renders fast at any size.
 
 Scene, viewpoint, image orientation, state (gripper x, y, z, opening), actions and words are those of LeRobot's own type
 (lerobot/envs/metaworld.py). What differs: the camera goes by its name (observation.images.corner2), pictures are as small as
@@ -14,13 +14,13 @@ import numpy as np
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs import EnvConfig
 
-from config import UserError, nearest
+from errors import UserError, nearest
 
-LONGEST = 500  # steps after which Meta-World refuses to go on
+LONGEST = 500  # steps after which Meta-Distributed refuses to go on
 
 
 def make_task(task: str, camera: str, image_size: int, look: str):
-    """Meta-World's environment of a task, set up to render. One a process: under EGL, closing one blacks out the others.
+    """Meta-Distributed's environment of a task, set up to render. One a process: under EGL, closing one blacks out the others.
 
     Raises:
         UserError: there is no such task or camera.
@@ -29,17 +29,17 @@ def make_task(task: str, camera: str, image_size: int, look: str):
     import mujoco
 
     if task not in metaworld.ALL_V3_ENVIRONMENTS:
-        raise UserError(f"Meta-World has no task {task!r}{nearest(task, metaworld.ALL_V3_ENVIRONMENTS)}")
+        raise UserError(f"Meta-Distributed has no task {task!r}{nearest(task, metaworld.ALL_V3_ENVIRONMENTS)}")
     benchmark = metaworld.MT1(task, seed=42)
     make = benchmark.train_classes[task]
     env = make(render_mode="rgb_array", camera_name=camera, width=image_size, height=image_size)
     cameras = [env.model.camera(i).name for i in range(env.model.ncam)]
     if camera not in cameras:
-        raise UserError(f"Meta-World has no camera {camera!r}{nearest(camera, cameras)}: {', '.join(cameras)}")
+        raise UserError(f"Meta-Distributed has no camera {camera!r}{nearest(camera, cameras)}: {', '.join(cameras)}")
     env.set_task(benchmark.train_tasks[0])
     env._freeze_rand_vec, env.seeded_rand_vec = False, True  # new positions at each reset, drawn from the seed
     if camera == "corner2":
-        env.model.cam_pos[2] = [0.75, 0.075, 0.7]  # LeRobot's viewpoint, closer than Meta-World's
+        env.model.cam_pos[2] = [0.75, 0.075, 0.7]  # LeRobot's viewpoint, closer than Meta-Distributed's
     if look == "plain":  # these before the first render, which allocates the buffers; the flags need it done
         env.model.vis.quality.offsamples = env.model.vis.quality.shadowsize = 0
         env.model.mat_reflectance[:] = 0
@@ -50,7 +50,7 @@ def make_task(task: str, camera: str, image_size: int, look: str):
 
 
 def begin(env, seed: int) -> np.ndarray:
-    """Start the episode of a seed; returns Meta-World's own observation, (39,) float64."""
+    """Start the episode of a seed; returns Meta-Distributed's own observation, (39,) float64."""
     import mujoco
 
     env.seed(seed)
@@ -102,7 +102,7 @@ class MetaworldTask(gymnasium.Env):
         return self._observation(), float(reward), success, capped, {"is_success": success}
 
     def expert_action(self) -> np.ndarray:
-        """What Meta-World's scripted expert does now, (4,)."""
+        """What Meta-Distributed's scripted expert does now, (4,)."""
         return np.clip(self.expert.get_action(self.raw), -1, 1).astype(np.float32)
 
     def render(self) -> np.ndarray:
@@ -121,7 +121,7 @@ class ArmatureMetaworld(EnvConfig):
     """Settings of `lerobot-eval --env.type=armature_metaworld` and `evaluate.py --env metaworld`.
 
     Attributes:
-        task: any Meta-World task, or several with commas between.
+        task: any Meta-Distributed task, or several with commas between.
         episode_length: steps after which an episode has failed, 500 at most.
         camera: its name in the scene.
         image_size: width and height of its pictures.
@@ -161,7 +161,7 @@ class ArmatureMetaworld(EnvConfig):
         }
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
-        from sim import pick_renderer
+        from sim.environments import pick_renderer
 
         pick_renderer()
         make = gymnasium.vector.SyncVectorEnv

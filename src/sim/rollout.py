@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, nearest
-from page import GREEN, RED, new_figure
+from errors import UserError, nearest
 from runtime import EVAL, seed_all
 
 
@@ -195,23 +194,3 @@ def write_video(path: Path, frames: list[np.ndarray], fps: float) -> None:
             picture = np.ascontiguousarray(frame[: stream.height, : stream.width])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-
-
-def contact_sheet(episodes: list[Episode], title: str):
-    """The last picture of every episode as a figure, framed green where it succeeded and red where not."""
-    columns = min(10, len(episodes))
-    rows = math.ceil(len(episodes) / columns)
-    figure = new_figure(1.25 * columns + 0.2, 1.45 * rows + 0.5)
-    for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        axes.set(xticks=[], yticks=[])
-        if i >= len(episodes):
-            axes.axis("off")
-            continue
-        episode = episodes[i]
-        axes.imshow(episode.frames[-1])
-        colour = GREEN if episode.success else RED
-        for side in axes.spines.values():
-            side.set(color=colour, linewidth=2.5)
-        axes.set_title(f"{episode.seed}: {episode.steps}", fontsize=7, color=colour, pad=3)
-    figure.suptitle(title, fontsize=10)
-    return figure

@@ -1,16 +1,16 @@
-"""DeepSpeed ZeRO as a World: its engine steps by itself, and holds optimizer state (and in stage 3 the weights) in parts."""
+"""DeepSpeed ZeRO as a Distributed: its engine steps by itself, and holds optimizer state (and in stage 3 the weights) in parts."""
 
 import contextlib
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from config import UserError
+from errors import UserError
 from runtime import autocast
-from world import World, names_of
+from training.distributed import Distributed, names_of
 
 
-class ZeroWorld(World):
+class DeepSpeedDistributed(Distributed):
     """The processes of a run that `accelerate launch --use_deepspeed` started.
 
     Its own parts come out as those of one process: weights and optimizer state by parameter.
@@ -47,14 +47,14 @@ class ZeroWorld(World):
         if config.ema_decay and self.accelerator.deepspeed_plugin.zero_stage == 3:
             raise UserError("--ema_decay does not go with ZeRO stage 3: pass --ema_decay 0, or use stage 2 or FSDP")
 
-    def last_of_step(self, model, last: bool):
+    def sync_gradients(self, model, last: bool):
         model.set_gradient_accumulation_boundary(is_boundary=last)
-        return super().last_of_step(model, True)
+        return super().sync_gradients(model, True)
 
     def backward(self, model, loss) -> None:
         model.backward(loss)
 
-    def move(self, policy, optimizer, scaler, clip_norm):
+    def optimizer_step(self, policy, optimizer, scaler, clip_norm):
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm())
 

@@ -6,10 +6,8 @@ and putting weights and optimizer state that are spread over the processes toget
 
 import contextlib
 import copy
-import os
 import re
 import statistics
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,51 +22,33 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from config import UserError
-from policy import load_weights
+from errors import UserError
 from policy.adapters import adapters_of, is_adapted, put_adapters
+from policy.factory import load_weights
 from runtime import StopSignals, autocast, pick_device
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-PATIENCE = timedelta(days=1)  # for one process that decodes, saves or validates while the others wait
 
-
-def make_world(device: str):
-    """The World that this process was launched into; see there for `device`."""
-    if launched_as("DEEPSPEED"):
-        from zero import ZeroWorld
-
-        return ZeroWorld(device)
-    return World(device)
-
-
-def launched_as(name: str) -> bool:
-    """Whether `accelerate launch` was told to use FSDP or DEEPSPEED."""
-    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
-
-
-class World:
+class Distributed:
     """This process and its peers.
 
     Args:
-        device: where several processes compute: cpu, cuda, or auto, which gives each its own GPU where there are some.
+        kind: how the weights are held: by "one" process, whole by each ("DDP"), or sharded ("FSDP", "DeepSpeed").
+        accelerator: accelerate's Accelerator; None for one process.
+        gloo_group: process group over the hosts; None for one process.
 
     Attributes:
         rank, size: which process this is, of how many.
         device: where it computes, once `use` was called.
-        kind: how the weights are held: "one" process, whole in each ("DDP"), or in parts ("FSDP", "DeepSpeed").
     """
 
-    def __init__(self, device: str):
-        self.size, self.rank, self.accelerator, self.talk = int(os.environ.get("WORLD_SIZE", "1")), 0, None, None
-        self.kind = "DeepSpeed" if launched_as("DEEPSPEED") else "FSDP" if launched_as("FSDP") else "DDP"
-        if self.size == 1 and self.kind == "DDP":
-            self.kind = "one"
-            return
-        self.accelerator = make_accelerator(device, self.kind)
-        self.rank = self.accelerator.process_index
-        self.talk = dist.new_group(backend="gloo", timeout=PATIENCE)  # between hosts: the GPU has not to wait for it
+    def __init__(self, kind: str = "one", accelerator=None, gloo_group=None):
+        self.kind = kind
+        self.accelerator = accelerator
+        self.gloo_group = gloo_group
+        self.rank = 0 if accelerator is None else accelerator.process_index
+        self.size = 1 if accelerator is None else accelerator.num_processes
 
     def use(self, device: str) -> torch.device:
         """The device of a `--device` flag, or of several processes the one that is this one's."""
@@ -82,7 +62,7 @@ class World:
     def __exit__(self, kind, error, trace):
         if self.accelerator is not None and kind is None:
             with StopSignals():  # which come again when a job is cancelled
-                self.wait()  # for what the main process writes: of one that leaves with a signal's status a launcher kills the others
+                self.barrier()  # for what the main process writes: of one that leaves with a signal's status a launcher kills the others
             self.accelerator.end_training()
 
     @property
@@ -91,44 +71,44 @@ class World:
         return self.rank == 0
 
     @property
-    def in_parts(self) -> bool:
+    def is_sharded(self) -> bool:
         return self.kind in ("FSDP", "DeepSpeed")
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return when every process has come here."""
-        if self.talk is not None:
-            dist.barrier(self.talk)
+        if self.gloo_group is not None:
+            dist.barrier(self.gloo_group)
 
     @contextlib.contextmanager
     def main_first(self):
         """Within this, the main process goes before the others: what it makes, they find."""
         if not self.is_main:
-            self.wait()
+            self.barrier()
         yield
         if self.is_main:
-            self.wait()
+            self.barrier()
 
-    def agree(self, *numbers: int) -> list[int]:
+    def all_reduce_max(self, *numbers: int) -> list[int]:
         """The largest of each number over the processes, which is the same in all of them."""
-        if self.talk is None:
+        if self.gloo_group is None:
             return list(numbers)
         largest = torch.tensor(numbers)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, self.talk)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, self.gloo_group)
         return largest.tolist()
 
     def mean(self, value: torch.Tensor) -> float:
         """The mean of a number over the processes."""
-        return statistics.fmean(self.every(value))
+        return statistics.fmean(self.all_gather(value))
 
-    def every(self, value: torch.Tensor) -> list[float]:
+    def all_gather(self, value: torch.Tensor) -> list[float]:
         """A number as each process has it, by rank."""
-        if self.talk is None:
+        if self.gloo_group is None:
             return [value.item()]
         numbers = list(torch.zeros(self.size, dtype=torch.float64).unbind())
-        dist.all_gather(numbers, value.detach().double().cpu(), group=self.talk)
+        dist.all_gather(numbers, value.detach().double().cpu(), group=self.gloo_group)
         return [number.item() for number in numbers]
 
-    def own(self, numbers: list[float]) -> float:
+    def local_value(self, numbers: list[float]) -> float:
         """This process' of what `every` gave; their mean where that was in another number of processes."""
         return numbers[self.rank] if len(numbers) == self.size else statistics.fmean(numbers)
 
@@ -160,14 +140,14 @@ class World:
             return model, optimizer.optimizer
         return policy, optimizer
 
-    def last_of_step(self, model, last: bool):
+    def sync_gradients(self, model, last: bool):
         """A context for forward and backward of one part of a step's batch: gradients go between processes in the last."""
         return contextlib.nullcontext() if last or self.accelerator is None else self.accelerator.no_sync(model)
 
     def backward(self, model, loss) -> None:
         loss.backward()
 
-    def move(self, policy, optimizer, scaler, clip_norm: float | None) -> torch.Tensor:
+    def optimizer_step(self, policy, optimizer, scaler, clip_norm: float | None) -> torch.Tensor:
         """Move the weights by their gradients, which are zero afterwards; the gradients' norm, before it was clipped."""
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip_norm or float("inf"))
@@ -176,7 +156,7 @@ class World:
         optimizer.zero_grad()
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def share(self, batch_size: int, accumulation: int) -> int:
+    def local_batch_size(self, batch_size: int, accumulation: int) -> int:
         """Samples of a step's batch that this process takes.
 
         Raises:
@@ -190,9 +170,9 @@ class World:
             )
         return batch_size // self.size
 
-    def whole_copy(self, policy):
+    def unsharded_copy(self, policy):
         """The policy as one process runs it: itself, or for one held in parts a copy in the main process (None in others)."""
-        if not self.in_parts:
+        if not self.is_sharded:
             return policy
         if is_adapted(policy):
             raise UserError(f"adapters (--peft) do not go with {self.kind}: they are small, use DDP")
@@ -200,21 +180,21 @@ class World:
 
     def weights(self, policy) -> dict:
         """The policy's state dict, or its adapters', whole; of one that is held in parts empty but in the main process."""
-        weights = get_model_state_dict(policy, options=WHOLE) if self.in_parts else policy.state_dict()
+        weights = get_model_state_dict(policy, options=WHOLE) if self.is_sharded else policy.state_dict()
         return adapters_of(policy, weights) if is_adapted(policy) else weights
 
     def load_weights(self, policy, path: Path) -> None:
         """Load a file such as `weights` gives into the policy."""
         if is_adapted(policy):
             put_adapters(policy, load_file(path))
-        elif self.in_parts:
+        elif self.is_sharded:
             set_model_state_dict(policy, load_file(path), options=WHOLE)
         else:
             load_weights(policy, path)
 
     def optimizer_state(self, policy, optimizer) -> dict:
         """The optimizer's state dict as of one process, parameters numbered; empty as `weights` is."""
-        if not self.in_parts:
+        if not self.is_sharded:
             return optimizer.state_dict()
         named = get_optimizer_state_dict(policy, optimizer, options=WHOLE)
         if not self.is_main:
@@ -229,7 +209,7 @@ class World:
         Raises:
             ValueError, KeyError: it is another optimizer's.
         """
-        if not self.in_parts:
+        if not self.is_sharded:
             optimizer.load_state_dict(state)
             return
         names = names_of(policy, optimizer)
@@ -249,42 +229,3 @@ def is_lost_peer(error: RuntimeError) -> bool:
     if not dist.is_initialized() or re.search("invalid ?usage|out of memory", str(error), re.I):
         return False
     return isinstance(error, dist.DistError) or re.search("gloo|nccl|peer|Broken pipe", str(error), re.I) is not None
-
-
-def make_accelerator(device: str, kind: str):
-    """Accelerate's hold on the processes of this run.
-
-    Raises:
-        UserError: the device is one process' own, or there are fewer GPUs than processes.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import (
-        DeepSpeedPlugin,
-        DistributedDataParallelKwargs,
-        DistributedType,
-        FullyShardedDataParallelPlugin,
-    )
-
-    if ":" in device:
-        raise UserError(
-            f"--device {device} is one device, and several processes each take their own: pass cuda or auto"
-        )
-    if device != "cpu" and torch.cuda.is_available():
-        here, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        if here > count:
-            raise UserError(
-                f"{here} processes on a machine of {count} GPUs: launch one for each (accelerate launch --num_processes {count})"
-            )
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # what is tried below is this process' own
-    cpu = pick_device(device).type == "cpu"
-    # as lerobot-train: some policies have parameters that a batch does not use
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[unused])
-    if kind == "DeepSpeed" and cpu:  # as below
-        accelerator.state.deepspeed_plugins = DeepSpeedPlugin()
-        AcceleratorState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
-    if kind == "FSDP" and cpu:  # accelerate holds weights in parts on GPUs alone, torch on CPUs as well
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
-    return accelerator

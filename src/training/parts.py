@@ -1,20 +1,19 @@
 """The parts of a run, made from its settings: the data, the policy with its processors, the loader."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import hub
-from checkpoint import verify_policy
-from config import TrainConfig, UserError, nearest
-from convert import policy_folder
+from checkpoints.folder import verify_policy
+from config import TrainConfig
 from data.frames import Frames
 from data.loader import Loader
 from data.source import open_dataset
 from data.union import unite
-from optim import apply_flags
-from policy import build_policy, load_policy_config, policy_class, policy_config
+from errors import UserError, nearest
 from policy.adapters import add_adapters, freeze
-from processors import (
+from policy.factory import build_policy, load_policy_config, policy_config, policy_folder
+from policy.presets import apply_flags
+from processors.pipelines import (
     adapt_processors,
     feature_problems,
     has_processors,
@@ -25,10 +24,9 @@ from processors import (
     policy_problems,
     resize_of,
     set_rename,
-    stats_problems,
-    usable_stats,
     window_deltas,
 )
+from processors.statistics import stats_problems, usable_stats
 from runtime import threads
 
 
@@ -44,16 +42,6 @@ def build_source(config: TrainConfig):
     roots = [str(Path(root) / name) if root and several else root for name in config.dataset_id]
     named = zip(config.dataset_id, roots, strict=True)
     return unite([open_dataset(name, root, config.revision, chosen) for name, root in named])
-
-
-def with_preset(config: TrainConfig, meta, device, fresh: bool) -> TrainConfig:
-    """The settings, those that were not given filled in: as a new policy's own preset has them, else as lerobot-train has."""
-    preset = {"batch_size": 8, "ema_decay": 0.0, "augment": False}
-    if fresh and config.policy_path is None and hasattr(kind := policy_class(config.policy), "training_preset"):
-        preset |= kind.training_preset(
-            device.type, [f.shape[1:] for f in policy_features(meta, None)[0].values() if f.type.value == "VISUAL"]
-        )
-    return replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
 
 
 def build_parts(config: TrainConfig, resumed: Path | None, source, device):
@@ -84,8 +72,8 @@ def build_parts(config: TrainConfig, resumed: Path | None, source, device):
         source.require(feature_problems(policy_cfg, inputs, outputs, folder.name))
         known, used = getattr(policy_cfg, "tasks", None), source.columns["task_index"].unique().tolist()
         if new := [source.tasks[i] for i in used if known and source.tasks[i] not in known]:
-            told = f"task {new[0]!r} is none that {folder.name} was trained on: {known}"
-            source.require([f"{told}: pass --episodes of those, or train afresh"])
+            message = f"task {new[0]!r} is none that {folder.name} was trained on: {known}"
+            source.require([f"{message}: pass --episodes of those, or train afresh"])
         if not resumed:  # pictures may have another size than those it was trained on
             policy_cfg.input_features = {key: inputs.get(key, f) for key, f in policy_cfg.input_features.items()}
     if not resumed:
@@ -128,11 +116,13 @@ def finished(policy_cfg, meta, folder: Path | None, config: TrainConfig):
     return policy
 
 
-def build_loader(config: TrainConfig, source, episodes, policy, preprocess, samples_seen: int, world, say) -> Loader:
+def build_loader(
+    config: TrainConfig, source, episodes, policy, preprocess, samples_seen: int, distributed, say
+) -> Loader:
     """The batches of the run from `samples_seen` on, of the given positions in `source.episodes`."""
     workers = threads(config.num_threads)
     cache = (config.frame_cache, config.cache_dir)
-    frames = Frames(source, resize_of(preprocess), *cache, workers, world.device, config.quiet, say)
+    frames = Frames(source, resize_of(preprocess), *cache, workers, distributed.device, config.quiet, say)
     loader = Loader(
         source,
         frames,
@@ -141,11 +131,11 @@ def build_loader(config: TrainConfig, source, episodes, policy, preprocess, samp
         config.seed,
         samples_seen,
         getattr(policy.config, "drop_n_last_frames", 0),
-        world.device,
+        distributed.device,
         config.dataset_weights,
         episodes,
-        world.rank,
-        world.size,
+        distributed.rank,
+        distributed.size,
     )
     if loader.samples_per_epoch < config.batch_size:
         say(

@@ -4,18 +4,33 @@ import copy
 import hashlib
 import json
 import os
+import statistics
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import checkpoint as checkpoints
+import torch
+
 import hub
-from config import FIELDS, TrainConfig, UserError, check_names, merge, read_config_file
-from convert import from_lerobot, lerobot_checkpoint, policy_folder
-from optim import make_schedule
+from checkpoints.folder import (
+    find_checkpoints,
+    find_resume,
+    has_backup,
+    read_json,
+    read_state,
+    sort_key,
+    step_of,
+)
+from checkpoints.writer import sole_writer
+from config import FIELDS, TrainConfig, check_names, merge, read_config_file
+from errors import UserError
+from exchange.lerobot_runs import from_lerobot, lerobot_checkpoint
+from policy.factory import policy_folder
 from runtime import pick_precision
-from world import World, make_world
-from writer import sole_writer
+from training.distributed import Distributed
+from training.launch import make_distributed
+from training.learner import make_schedule
 
 POLICY_FIELDS = (
     "policy",
@@ -49,9 +64,9 @@ def settle(settings: dict, held: ExitStack):
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     given = together(read_config_file(settings["config_path"]) if settings.get("config_path") else {}, settings)
     given |= {name: os.path.expanduser(given[name]) for name in ("output_dir", "dataset_root") if given.get(name)}
-    world = held.enter_context(make_world(given.get("device") or "auto"))
-    with world.main_first():
-        return world, *settle_one(given, held, world)
+    distributed = held.enter_context(make_distributed(given.get("device") or "auto"))
+    with distributed.main_first():
+        return distributed, *settle_one(given, held, distributed)
 
 
 def together(file: dict, settings: dict) -> dict:
@@ -63,45 +78,45 @@ def together(file: dict, settings: dict) -> dict:
     return {name: value for name, value in given.items() if name != "steps" or given.get("minutes") is None}
 
 
-def settle_one(given: dict, held: ExitStack, world: World):
+def settle_one(given: dict, held: ExitStack, distributed: Distributed):
     """The same in one of the processes."""
     asked, output_dir = given.get("resume_from_checkpoint"), given.get("output_dir")
     if asked is None or (output_dir is None and asked in ("latest", "auto")):
         given = with_its_policy(given)
     if output_dir is None and asked in (None, "latest", "auto"):
         output_dir = default_output_dir(merge(given))
-    elif output_dir is None and checkpoints.is_aside(place := Path(asked).expanduser()):
+    elif output_dir is None and has_backup(place := Path(asked).expanduser()):
         output_dir = place.parent  # where it is put back
-    if output_dir is not None and world.is_main:
+    if output_dir is not None and distributed.is_main:
         held.enter_context(sole_writer(Path(output_dir)))
     if theirs := lerobot_checkpoint(asked):
         resumed, changes = from_lerobot(theirs), []
     else:
-        resumed, changes = checkpoints.find_resume(asked, output_dir and Path(output_dir)) if asked else (None, [])
-    state = None if resumed is None else checkpoints.read_state(resumed, given.get("resume_step"))
+        resumed, changes = find_resume(asked, output_dir and Path(output_dir)) if asked else (None, [])
+    state = None if resumed is None else read_state(resumed, given.get("resume_step"))
     if resumed is None and asked is not None:  # auto, which found none
         given = with_its_policy(given)
     if state is not None:  # what the preset has filled in stays
         given = {name: value for name, value in given.items() if value is not None or name not in PRESET_FIELDS}
     config = merge(given, state and state.train_config)
-    config = replace(config, precision=pick_precision(config.precision, world.use(config.device)))
+    config = replace(config, precision=pick_precision(config.precision, distributed.use(config.device)))
     if state is not None:
-        changes += compare(config, state, resumed, world.size)
+        changes += compare(config, state, resumed, distributed.size)
     if output_dir is None:
         came = Path(asked).expanduser().resolve() != resumed.resolve()  # from the Hub, or from LeRobot
-        beside = not came and checkpoints.step_of(resumed) is not None
+        beside = not came and step_of(resumed) is not None
         output_dir = resumed.parent if beside else default_output_dir(config)
-        if world.is_main:
+        if distributed.is_main:
             held.enter_context(sole_writer(output_dir))
     output_dir = Path(output_dir)
-    newest = max(checkpoints.find_checkpoints(output_dir), key=checkpoints.place_of, default=None)
+    newest = max(find_checkpoints(output_dir), key=sort_key, default=None)
     if newest is not None and (resumed is None or resumed.resolve().parent != output_dir.resolve()):
         raise UserError(
             f"--output_dir {output_dir} already holds {newest.name}: pass --resume_from_checkpoint latest to go on "
             "from it, or another --output_dir"
         )
     if newest is not None and newest.resolve() != resumed.resolve():
-        state.trainer_state["course"] = 1 + checkpoints.place_of(newest)[0]
+        state.trainer_state["course"] = 1 + sort_key(newest)[0]
         changes.append(
             f"{newest} is further on: checkpoints after {resumed.name} are replaced as this run comes to them"
         )
@@ -117,7 +132,7 @@ def with_its_policy(given: dict) -> dict:
     place = given.get("policy_path")
     if not place:
         return given
-    name = checkpoints.read_json(policy_folder(hub.fetch(place, "--policy_path")) / "config.json").get("type")
+    name = read_json(policy_folder(hub.fetch(place, "--policy_path")) / "config.json").get("type")
     if given.get("policy", name) != name:
         raise UserError(f"--policy {given['policy']}: --policy_path {place} holds a policy {name}: leave --policy out")
     return {**given, "policy": name}
@@ -198,12 +213,42 @@ def compare_data(state, now: dict) -> list[str]:
     changes = []
     before, after = (f"{data['episodes']} episodes of {data['frames']} frames" for data in (was, now))
     if was["sha256"] != now["sha256"]:
-        told = f"{before} -> {after}" if before != after else f"{after}, but with other values"
-        changes.append(f"dataset: {told}; from here on this is another run")
+        message = f"{before} -> {after}" if before != after else f"{after}, but with other values"
+        changes.append(f"dataset: {message}; from here on this is another run")
     elif was.get("picture_bytes", now["picture_bytes"]) != now["picture_bytes"]:
-        told = f"{was['picture_bytes']} -> {now['picture_bytes']} bytes"
-        changes.append(f"dataset: its videos or pictures are others ({told}); from here on this is another run")
+        message = f"{was['picture_bytes']} -> {now['picture_bytes']} bytes"
+        changes.append(f"dataset: its videos or pictures are others ({message}); from here on this is another run")
     if not set(now["held_out"]) <= set(was["held_out"]):
-        told = f"held-out episodes: {was['held_out']} -> {now['held_out']}"
-        changes.append(f"{told}; those that were trained on are not unseen")
+        message = f"held-out episodes: {was['held_out']} -> {now['held_out']}"
+        changes.append(f"{message}; those that were trained on are not unseen")
     return changes
+
+
+def fix_steps(run) -> TrainConfig:
+    """The run's settings with --steps such that they take --minutes; the run itself stands where it stood.
+
+    Trains on its first batch for 3 % of the minutes, 20 seconds at most, and takes all of that back.
+    """
+    batch, config, policy = run.loader.batch_at(run.samples_seen), run.config, run.policy
+    weights = copy.deepcopy(policy.state_dict())
+    policy.train()
+    seconds = seconds_of(lambda: run.learner.step(batch, 0), run.distributed, at_most=min(20.0, 1.8 * config.minutes))
+    policy.load_state_dict(weights)
+    config = replace(config, steps=max(1, round(60 * config.minutes / seconds)))
+    run.learner.start_over(config)
+    run.report.set_steps(config.steps)
+    run.report.say(f"{config.minutes:g} minutes are {config.steps:,} steps of {seconds:.3f} s")
+    return config
+
+
+def seconds_of(call, distributed: Distributed, at_most: float) -> float:
+    """How long a call takes: the median of those within `at_most` seconds, the first two left out; of the slowest process."""
+    times, end, enough = [], time.perf_counter() + at_most, 0
+    while not enough:
+        begun = time.perf_counter()
+        call()
+        if distributed.device.type == "cuda":
+            torch.cuda.synchronize(distributed.device)  # waits for the device
+        times.append(time.perf_counter() - begun)
+        (enough,) = distributed.all_reduce_max(len(times) >= 3 and time.perf_counter() > end)
+    return distributed.all_reduce_max(round(1e9 * statistics.median(times[2:])))[0] / 1e9

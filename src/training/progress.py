@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from command_line import OneLineParser, command
-from config import UserError, one_line
-from page import curves_figure
-from processors import policy_features
+from errors import one_line
+from processors.pipelines import policy_features
+from reports.figures import curves_figure
+from reports.model_card import model_card
+from reports.pages import last, read_history, runs_page
 from runtime import describe_machine, in_notebook
-from summary import last, model_card, read_history, runs_page
-from trackers import Trackers
+from training.trackers import Trackers
 
 CURVE, CURVE_PANELS = "loss.png", ("loss", "val_loss", "eval_success_rate")
 DRAW_EVERY = 3.0  # seconds between two pictures in a notebook
@@ -250,7 +250,9 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def header(source, held_out, policy, config, world, start: int, output_dir: Path, resumed_from: Path | None) -> str:
+def header(
+    source, held_out, policy, config, distributed, start: int, output_dir: Path, resumed_from: Path | None
+) -> str:
     """What is about to be trained, on what, from where, to where."""
     meta = source.meta
     size = " -> {}x{}".format(*config.image_size) if config.image_size else ""
@@ -272,7 +274,11 @@ def header(source, held_out, policy, config, world, start: int, output_dir: Path
         if config.minutes and not resumed_from
         else f"steps {start + 1:,} to {config.steps:,}"
     )
-    where = f"{world.size} x {world.device.type} ({world.kind})" if world.size > 1 else world.device
+    where = (
+        f"{distributed.size} x {distributed.device.type} ({distributed.kind})"
+        if distributed.size > 1
+        else distributed.device
+    )
     adapters = f", {config.peft} adapters" if config.peft else ""
     came = f", resumed from {resumed_from.name}" if resumed_from else ""
     lines = [
@@ -341,28 +347,3 @@ class Stopwatch:
         }
         self.lap, self.waited, self.left_out, self.steps = now, 0.0, 0.0, 0
         return rates
-
-
-@command
-def main(argv: list[str]) -> int:
-    parser = OneLineParser(prog="report.py", description="Compare runs by their metrics.jsonl.")
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
-    parser.add_argument("--output", default="outputs/runs", help="where .html and .png go [outputs/runs]")
-    args = parser.parse_args(argv)
-    names = [run.resolve().name for run in args.runs]
-    names = names if len(set(names)) == len(names) else [str(run) for run in args.runs]
-    try:
-        runs = {name: read_history(run) for name, run in zip(names, args.runs, strict=True)}
-        output = Path(args.output.removesuffix(".html")).expanduser()
-        output = output / "runs" if output.is_dir() or args.output.endswith("/") else output
-        output.parent.mkdir(parents=True, exist_ok=True)
-        page = runs_page(runs).save(output.with_name(f"{output.name}.html"))
-        curves_figure(runs).savefig(output.with_name(f"{output.name}.png"), dpi=110)
-    except OSError as error:
-        raise UserError(f"--output {args.output} cannot be written: {error.strerror}") from error
-    print(page)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

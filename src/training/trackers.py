@@ -3,7 +3,7 @@
 from pathlib import Path
 from uuid import uuid4
 
-from config import UserError, nearest, one_line
+from errors import UserError, nearest, one_line
 
 PROJECT = "armature"
 

@@ -1,0 +1,1 @@
+"""The checkpoint folder: files only, no loops."""

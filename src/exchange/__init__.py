@@ -1,0 +1,1 @@
+"""Runs and policies of other tools: in and out."""

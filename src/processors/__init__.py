@@ -1,0 +1,1 @@
+"""From a batch as recorded to what the policy takes, and back."""

@@ -1,0 +1,1 @@
+"""Simulated tasks to try a policy in."""

@@ -1,0 +1,1 @@
+"""One run: planned, built from its parts, driven step by step."""
