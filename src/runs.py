@@ -14,7 +14,7 @@ from data.frames import on_disk
 from errors import UserError
 from reports.figures import curves_figure
 from reports.pages import read_history, runs_page
-from runtime import cache_dir
+from runtime import user_cache_dir
 
 
 def describe(path: Path) -> str:
@@ -86,7 +86,7 @@ def compare(argv: list[str]) -> int:
 def cache(argv: list[str]) -> int:
     parser = OneLineParser(prog="runs.py cache", description="Show or clear the cache of decoded frames.")
     parser.add_argument("command", choices=("list", "prune"))
-    parser.add_argument("--cache_dir", type=Path, default=cache_dir() / "frames", help="[%(default)s]")
+    parser.add_argument("--cache_dir", type=Path, default=user_cache_dir() / "frames", help="[%(default)s]")
     parser.add_argument(
         "--days", type=float, default=0.0, help="prune only what was not used for this many days [%(default)s]"
     )

@@ -199,7 +199,7 @@ def describe_machine(device: torch.device) -> dict:
     }
 
 
-def cache_dir() -> Path:
+def user_cache_dir() -> Path:
     """Armature's folder in the user's cache: decoded frames, and checkpoints that were converted on the way in."""
     base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
     return Path(base or Path.home() / ".cache") / "armature"

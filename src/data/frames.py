@@ -27,7 +27,7 @@ from torch import Tensor
 from data.decode import CHUNK, LIBRARIES, Decoder
 from data.source import Source
 from errors import UserError, one_line
-from runtime import in_notebook, sent
+from runtime import in_notebook, sent, user_cache_dir
 
 LAYOUT = 1  # another arrangement of the file is another store
 SPARE = 2 * 2**30  # bytes that `auto` leaves free on the disk, and a tenth of it
@@ -70,7 +70,7 @@ class Frames:
         self.on_device = mode == "device"
         if not self.keys:
             return
-        folder = Path(cache_dir).expanduser() if cache_dir else cache_dir() / "frames"
+        folder = Path(cache_dir).expanduser() if cache_dir else user_cache_dir() / "frames"
         places = {} if mode == "off" else {key: self.finished(key, folder) for key in self.keys}
         missing = [key for key in self.keys if places.get(key) is None]
         if source.videos and missing:

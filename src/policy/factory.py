@@ -16,7 +16,7 @@ from command_line import parse_overrides
 from errors import UserError, nearest, one_line, policy_errors
 from policy.adapters import base_of, load_adapters
 from processors.pipelines import FILES
-from runtime import cache_dir
+from runtime import user_cache_dir
 
 
 def known_policies() -> list[str]:
@@ -196,7 +196,7 @@ def quiet_lerobot():
 
 def converted_dir() -> Path:
     """Where checkpoints that were converted on the way in are kept."""
-    return cache_dir() / "converted"
+    return user_cache_dir() / "converted"
 
 
 def policy_folder(folder: Path) -> Path:
