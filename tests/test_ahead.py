@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SHIPPED, small
-from test_flow import a_policy
 
 import evaluate
 from data.source import open_dataset
 from errors import UserError
+from helpers.flow_policies import tiny_flow
+from helpers.paths import SHIPPED
+from helpers.runs import small
 from infer import compare
 from policy.async_policy import AsyncPolicy
 from policy.loaded import load_policy
@@ -126,7 +127,7 @@ def test_temporal_ensembling_is_refused():
 @pytest.mark.parametrize("lead", [1, 2, 4, 6])
 def test_flow_goes_over_smoothly_from_what_is_settled(lead):
     """The plan changes from 0 to 1 all at once: no action is further from the one before than blending at rest would have it."""
-    policy = a_policy("chunk_size=16", "n_action_steps=8", "blend_steps=4", "head=regression", cameras=0, state=1)
+    policy = tiny_flow("chunk_size=16", "n_action_steps=8", "blend_steps=4", "head=regression", cameras=0, state=1)
     plan = Clock()
     plan.config, plan.policy = policy.config, policy
     policy.head.regress = lambda condition: torch.full((1, 16, 2), plan.now)

@@ -5,12 +5,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import small
 from safetensors.torch import load_file
-from test_resume import assert_same_run, logged
 
 from checkpoints.folder import TRAINED_WEIGHTS
 from errors import UserError
+from helpers.runs import assert_same_run, logged, small
 from train import train
 from training import plan as budget
 

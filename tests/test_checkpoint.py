@@ -7,12 +7,13 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SHIPPED, small
 
 import runtime
 from checkpoints.folder import MANIFEST, find_checkpoints, prune, recover, verify, write_manifest
 from checkpoints.writer import publish
 from errors import UserError
+from helpers.paths import ROOT, SHIPPED
+from helpers.runs import small
 from policy.loaded import load_policy
 from train import train
 

@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 import export
 from command_line import Parser, flags_table, parse_command_line
 from config import FIELDS, merge, read_config_file
 from errors import UserError
+from helpers.paths import ROOT
 from train import train
 
 

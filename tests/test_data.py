@@ -9,10 +9,8 @@ from fractions import Fraction
 import pandas
 import pytest
 import torch
-from conftest import REAL, record, small, usual_scheduling
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_problems import edit
 
 from config import TrainConfig
 from data import decode
@@ -22,6 +20,10 @@ from data.source import open_dataset, parse_episodes
 from data.union import unite
 from data.windows import epoch_order, trainable_rows, weighted_order, window_rows
 from errors import UserError
+from helpers.dataset_edits import edit_json
+from helpers.paths import REAL
+from helpers.recording import record, usual_scheduling
+from helpers.runs import assert_same_run, small
 from train import train
 from training import parts as build
 
@@ -303,7 +305,7 @@ def test_datasets_whose_videos_are_encoded_otherwise_are_one(made, copy_of):
         camera.pop("info")  # of a recording of two years ago
         camera["video_info"] = {"video.codec": "h264", "video.fps": 10, "video.is_depth_map": False, "has_audio": False}
 
-    edit(root / "meta" / "info.json", encoded)
+    edit_json(root / "meta" / "info.json", encoded)
     both = Frames(unite([first, open_dataset(str(root))]))
     one, other = (both.read("observation.images.top", torch.tensor([row])) for row in (14, 33 + 14))
     assert 0 < (one.float() - other.float()).abs().mean() < 3
@@ -315,8 +317,8 @@ def test_datasets_whose_videos_are_encoded_otherwise_are_one(made, copy_of):
     [
         (lambda root: (root / "meta" / "stats.json").unlink(), "meta/stats.json is missing: lerobot-edit-dataset"),
         (lambda root: drop(root, "observation.state"), "its table has no column observation.state, which info.json"),
-        (lambda root: edit(root / "meta" / "stats.json", lambda stats: stats["action"].pop("count")), "'count'"),
-        (lambda root: edit(root / "meta" / "stats.json", lambda stats: stats.pop("action")), "no mean and std of action"),
+        (lambda root: edit_json(root / "meta" / "stats.json", lambda stats: stats["action"].pop("count")), "'count'"),
+        (lambda root: edit_json(root / "meta" / "stats.json", lambda stats: stats.pop("action")), "no mean and std of action"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_one_of_several_datasets_is_told(made, copy_of, tmp_path, change, message):
@@ -352,8 +354,6 @@ def test_weights_share_out_the_samples_and_repeat_rows_equally():
 
 
 def test_weighted_run_resumes_exactly(made, tmp_path):
-    from test_resume import assert_same_run
-
     names = [str(made("two_cameras")), str(made("many_files"))]
     settings = small(dataset_id=names, dataset_weights=[3, 1], steps=6, save_freq=3)
     train(**settings, output_dir=str(tmp_path / "whole"))

@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, small
 
+from helpers.paths import ROOT
+from helpers.runs import small
 from train import main, train
 
 

@@ -12,8 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHIPPED, small
-from test_resume import assert_same_run
 
 import evaluate
 from checkpoints.folder import find_checkpoints
@@ -21,6 +19,8 @@ from config import TrainConfig, merge
 from data.source import open_dataset
 from data.split import split
 from errors import UserError
+from helpers.paths import ROOT, SHIPPED
+from helpers.runs import assert_same_run, small
 from policy.loaded import load_policy
 from processors.statistics import is_still
 from runs import main
@@ -306,9 +306,9 @@ def test_results_lie_beside_the_checkpoint_not_in_it(trained):
     [
         ([], "nothing to evaluate on: pass --dataset_id with --episodes, or --env with --task"),
         (["--env", "metawrld"], "--env metawrld: there is no such environment, did you mean 'metaworld'?"),
-        (["--env", "metaworld", "--task", "drawer-opn-v3"], "Meta-Distributed has no task 'drawer-opn-v3', did you mean 'drawer-open-v3'"),
+        (["--env", "metaworld", "--task", "drawer-opn-v3"], "Meta-World has no task 'drawer-opn-v3', did you mean 'drawer-open-v3'"),
         (["--env", "metaworld", "--env_args", "lok=plain"], "--env_args lok: armature_metaworld has no such setting, did you mean"),
-        (["--env", "metaworld", "--env_args", "camera=corner9"], "Meta-Distributed has no camera 'corner9', did you mean 'corner'"),
+        (["--env", "metaworld", "--env_args", "camera=corner9"], "Meta-World has no camera 'corner9', did you mean 'corner'"),
         (["--env", "metaworld", "--max_steps", "501"], "episode_length must be 1 to 500, got 501"),
         (["--env", "metaworld", "--env_args", "camera=corner"], "the policy takes observation.images.corner2, the environment gives"),
         (["--env", "pusht"], "--env pusht needs a package that is not installed"),

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, small
 from safetensors.torch import load_file, save_file
 
 import export
@@ -18,6 +17,8 @@ from checkpoints.folder import read_json, sort_key
 from config import TrainConfig
 from errors import UserError
 from exchange.lerobot_runs import from_lerobot, own_optimizer, to_lerobot
+from helpers.hub_server import Hub
+from helpers.runs import SMALL_POLICY_ARGS, small
 from hub import create_repo, newest_checkpoint
 from policy.factory import policy_config
 from policy.loaded import load_policy
@@ -155,7 +156,7 @@ def test_out_refuses_a_history_of_resized_pictures(made, tmp_path):
 def test_lerobot_train_takes_over_and_hands_back(made, tmp_path):
     """The real lerobot-train: its run goes on here, ours goes on there, with the same actions at each hand-over."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    pairs = [f"--policy.{pair.replace('=none', '=null')}" for pair in SMALL["act"].split()]
+    pairs = [f"--policy.{pair.replace('=none', '=null')}" for pair in SMALL_POLICY_ARGS["act"].split()]
     begin = [
         str(BIN / "lerobot-train"), "--dataset.repo_id=test/made", f"--dataset.root={made('video')}", "--policy.type=act",
         "--policy.push_to_hub=false", "--policy.device=cpu", "--batch_size=4", "--steps=6", "--save_freq=4", "--num_workers=0",
@@ -289,7 +290,6 @@ def test_export_tells_what_does_not_export(made, tmp_path, capsys):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub on this machine that huggingface_hub talks to, and no other."""
-    from hub_server import Hub
     from huggingface_hub import constants, hf_api
 
     import hub as module

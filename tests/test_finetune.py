@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import SMALL, small
 from safetensors.torch import load_file
 
 from errors import UserError
+from helpers.runs import SMALL_POLICY_ARGS, small
 from policy.loaded import load_policy
 from train import train
 
@@ -41,7 +41,10 @@ def test_frozen_weights_stay(made, tmp_path, trained, capsys):
         ({"freeze": ["("]}, "--freeze ( is no regular expression"),
         ({"freeze": ["."]}, "leaves nothing to train"),
         ({"peft": "lora"}, "--peft lora adapts a trained policy: pass it with --policy_path"),
-        ({"policy": "act", "policy_args": SMALL["act"].split(), "gradient_checkpointing": True}, "policy act has none"),
+        (
+            {"policy": "act", "policy_args": SMALL_POLICY_ARGS["act"].split(), "gradient_checkpointing": True},
+            "policy act has none",
+        ),
     ],
 )
 def test_mistakes(made, tmp_path, settings, message):
@@ -99,7 +102,7 @@ def test_adapters(made, tmp_path, trained):
 
 
 def test_a_frozen_batch_norm_stays_as_it_is(made, tmp_path):
-    args = [*SMALL["flow"].split(), "backbone=resnet18", "n_obs_steps=1"]
+    args = [*SMALL_POLICY_ARGS["flow"].split(), "backbone=resnet18", "n_obs_steps=1"]
     settings = small(
         "flow", dataset_id=[str(made("video"))], policy_args=args, freeze=["backbone"], output_dir=str(tmp_path)
     )
@@ -112,7 +115,7 @@ def test_a_frozen_batch_norm_stays_as_it_is(made, tmp_path):
 
 def test_a_task_that_the_policy_does_not_know_is_told_before_training(made, tmp_path):
     settings = small("flow", dataset_id=[str(made("no_camera"))], steps=1)
-    args = [*SMALL["flow"].split(), "task_embedding=true"]
+    args = [*SMALL_POLICY_ARGS["flow"].split(), "task_embedding=true"]
     trained = train(**{**settings, "policy_args": args, "episodes": "0"}, output_dir=str(tmp_path / "one")).checkpoint
     config = json.loads((trained / "config.json").read_text())
     assert config["tasks"] == ["lift", "push"]

@@ -7,31 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, small
-from test_resume import assert_same_run
 
 from errors import UserError
+from helpers.flow_policies import TINY, tiny_flow
+from helpers.runs import assert_same_run, small
 from infer import recorded_observations
 from policy.async_policy import AsyncPolicy
 from policy.factory import build_policy, policy_config
 from policy.flow import CameraEncoder, FlowConfig, make_flow_pre_post_processors, medoid
 from policy.loaded import LoadedPolicy, expected_observation, load_policy
 from train import train
-
-TINY = SMALL["flow"].split()
-
-
-def a_policy(*pairs, cameras=1, state=3, actions=2):
-    from lerobot.configs import FeatureType, PolicyFeature
-
-    config = policy_config("flow", [*TINY, *pairs], "cpu")
-    config.input_features = {
-        f"observation.images.{i}": PolicyFeature(FeatureType.VISUAL, (3, 32, 32)) for i in range(cameras)
-    }
-    config.input_features["observation.state"] = PolicyFeature(FeatureType.STATE, (state,))
-    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (actions,))}
-    torch.manual_seed(0)
-    return build_policy(config, None)
 
 
 def a_batch(policy, count=4):
@@ -62,7 +47,7 @@ class Relative:
 
 
 def test_actions_relative_to_the_state_are_undone_by_the_one_they_were_predicted_from():
-    policy, pipelines = a_policy("head=regression", "blend_steps=0", cameras=0, state=2), Relative()
+    policy, pipelines = tiny_flow("head=regression", "blend_steps=0", cameras=0, state=2), Relative()
     before = SimpleNamespace(steps=[], reset=pipelines.reset)
     loaded = LoadedPolicy(policy, before, pipelines)
     loaded.preprocess = pipelines.preprocess
@@ -80,7 +65,7 @@ def test_activations_computed_twice_are_counted_once():
     """Gradients, and what the batch norms of a backbone have seen, are those of activations that were kept."""
     ended = []
     for twice in ("false", "true"):
-        policy = a_policy("backbone=resnet18", f"gradient_checkpointing={twice}").train()
+        policy = tiny_flow("backbone=resnet18", f"gradient_checkpointing={twice}").train()
         batch = a_batch(policy)
         torch.manual_seed(2)
         policy(batch)[0].backward()
@@ -91,7 +76,7 @@ def test_activations_computed_twice_are_counted_once():
 
 
 def test_cameras_that_a_vla_makes_up_are_not_asked_for():
-    policy = a_policy()
+    policy = tiny_flow()
     features = policy.config.input_features
     features["observation.images.empty_camera_0"] = features["observation.images.0"]
     expected = expected_observation(policy.config, SimpleNamespace(steps=[]), None)
@@ -131,7 +116,7 @@ def test_learns_two_ways_of_doing_a_thing(monkeypatch):
     """Half of the demonstrations go left, half right, from the same observation: flow draws both, and takes one of them."""
     ends = {}
     for head in ("flow", "regression"):
-        policy = a_policy(f"head={head}", cameras=0, actions=1)
+        policy = tiny_flow(f"head={head}", cameras=0, actions=1)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
         state = torch.ones(128, 3)
         actions = torch.where(torch.arange(128)[:, None, None] % 2 == 0, 1.0, -1.0).expand(-1, 6, 1)
@@ -164,7 +149,7 @@ def test_takes_the_plain_chunk_among_the_draws_or_the_commonest_of_several_ways(
 
 
 def test_padded_steps_do_not_count():
-    policy = a_policy("head=regression")
+    policy = tiny_flow("head=regression")
     batch = a_batch(policy)
     batch["action_is_pad"][:, 4:] = True
     loss = policy.forward(batch)[0]
@@ -185,7 +170,7 @@ def test_keypoints_find_a_spot():
 @pytest.mark.parametrize("head", ["flow", "regression"])
 def test_a_chunk_goes_over_smoothly_into_the_next(head):
     """With all weight on it, what was planned is carried out; without, the chunk is the policy's own."""
-    policy = a_policy(f"head={head}", "blend_steps=2")
+    policy = tiny_flow(f"head={head}", "blend_steps=2")
     batch, rest = a_batch(policy), torch.full((4, 3, 2), 0.7)
     torch.manual_seed(2)
     own = policy.predict_action_chunk(batch)
@@ -205,7 +190,7 @@ def test_a_chunk_goes_over_smoothly_into_the_next(head):
 
 
 def test_history_at_an_episodes_start_and_queue():
-    policy = a_policy("n_obs_steps=3", "head=regression", "blend_steps=0")
+    policy = tiny_flow("n_obs_steps=3", "head=regression", "blend_steps=0")
     batch = {key: value[:, -1] for key, value in a_batch(policy, 1).items() if key.startswith("observation")}
     first = policy.select_action(batch)
     history = {key: value[:, None].expand(-1, 3, *value.shape[1:]) for key, value in batch.items()}
@@ -216,7 +201,7 @@ def test_history_at_an_episodes_start_and_queue():
 
 
 def test_another_task_than_trained_on_is_told():
-    policy = a_policy("task_embedding=true", "tasks=[lift,push]")
+    policy = tiny_flow("task_embedding=true", "tasks=[lift,push]")
     batch = {**a_batch(policy), "task": ["lift", "push", "push", "pour"]}
     with pytest.raises(UserError, match=r"task 'pour' is none that this policy was trained on: \['lift', 'push'\]"):
         policy.forward(batch)
@@ -242,7 +227,7 @@ def test_learning_rate_ends_with_the_run(made, tmp_path):
 )
 def test_settings_are_checked(pair, message):
     with pytest.raises(UserError, match=message):
-        a_policy(pair)
+        tiny_flow(pair)
 
 
 def test_every_vector_is_an_observation():

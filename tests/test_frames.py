@@ -10,14 +10,15 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SHIPPED, small
-from test_problems import edit
 
 from data import decode
 from data import frames as module
 from data.frames import Frames
 from data.source import open_dataset
 from errors import UserError
+from helpers.dataset_edits import edit_json
+from helpers.paths import ROOT, SHIPPED
+from helpers.runs import small
 from runs import main
 from train import train
 
@@ -259,7 +260,7 @@ def test_video_cut_short_after_it_was_checked(copy_of, tmp_path):
 @pytest.mark.parametrize("mode", ["on", "off"])
 def test_pictures_of_another_size_than_info_says(copy_of, tmp_path, shape, mode):
     root = copy_of("images")
-    edit(root / "meta" / "info.json", lambda info: info["features"][TOP].update(shape=shape))
+    edit_json(root / "meta" / "info.json", lambda info: info["features"][TOP].update(shape=shape))
     says = "x".join(map(str, shape))
     message = rf"{TOP}: the picture of row \d+ is 64x96x3 as RGB, info\.json says {says}: mend one of them"
     with pytest.raises(UserError, match=message):

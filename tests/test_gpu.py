@@ -6,11 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import small
-from test_resume import assert_same_run
-from test_world import ACT
 
 from checkpoints.folder import load_optimizer
+from helpers.runs import DETERMINISTIC_ACT, assert_same_run, small
 from policy.async_policy import AsyncPolicy
 from policy.loaded import load_policy
 from train import Run, train
@@ -52,7 +50,7 @@ def test_what_is_only_faster_changes_no_bit(run, tmp_path, other):
 
 def test_losses_are_those_of_the_cpu(run):
     """Without dropout and noise, in fp32 without TF32."""
-    settings = {**ACT, "precision": "fp32", "steps": 4}
+    settings = {**DETERMINISTIC_ACT, "precision": "fp32", "steps": 4}
     courses = [[line["loss"] for line in run(d, "act", **settings, device=d).history] for d in ("cpu", "cuda")]
     assert courses[1] == pytest.approx(courses[0], rel=1e-3)
 
@@ -107,7 +105,10 @@ def test_goes_on_from_an_optimizer_that_is_not_fused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["act", "flow"])
 def test_compiled_losses_are_close(run, policy):
-    settings = {**(ACT if policy == "act" else {"policy_args": ["size=tiny"], "log_freq": 1}), "precision": "fp32"}
+    settings = {
+        **(DETERMINISTIC_ACT if policy == "act" else {"policy_args": ["size=tiny"], "log_freq": 1}),
+        "precision": "fp32",
+    }
     plain, compiled = (run(str(c), policy, **settings, compile=c, steps=3, save_freq=0) for c in (False, True))
     assert [line["loss"] for line in compiled.history] == pytest.approx(
         [line["loss"] for line in plain.history], rel=1e-2

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import small
 
 from checkpoints.folder import verify
+from helpers.runs import small
 from infer import main
 from policy.loaded import load_policy
 from train import train

@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SHIPPED, small
-from test_resume import assert_same_run, logged
 
 from checkpoints.folder import find_checkpoints
+from helpers.paths import ROOT, SHIPPED
+from helpers.runs import assert_same_run, logged, small
 
 STEPS = 16
 SETTINGS = {  # batches of 16 from one episode of 103 frames: epochs end inside the run
@@ -33,7 +33,7 @@ def lives(output_dir, settings, *plan):
     """The lives of a run, as lives.py tells them."""
     path = output_dir.with_suffix(".json")
     path.write_text(json.dumps({**settings, "output_dir": str(output_dir)}))
-    command = [sys.executable, "tests/lives.py", str(path), *map(str, plan)]
+    command = [sys.executable, "tests/helpers/lives.py", str(path), *map(str, plan)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     message = [json.loads(line) for line in done.stdout.splitlines()]

@@ -5,10 +5,10 @@ import threading
 import time
 
 import nbformat
-from conftest import ROOT, SHIPPED
 from nbclient import NotebookClient
 
 from checkpoints.folder import find_checkpoints, verify
+from helpers.paths import ROOT, SHIPPED
 
 
 def test_quickstart_notebook(tmp_path):
@@ -35,7 +35,8 @@ def test_interrupting_the_kernel_keeps_the_result_and_the_checkpoint(tmp_path):
 
     code = f"""
 import sys, os; sys.path[:0] = [{str(ROOT / "src")!r}, {str(ROOT / "tests")!r}]
-from conftest import SHIPPED, small
+from helpers.paths import SHIPPED
+from helpers.runs import small
 from train import train
 settings = small(dataset_id=str(SHIPPED), episodes="0", image_size=[48, 48], steps=10**6, save_freq=0, output_dir={str(tmp_path / "run")!r})
 print("training")

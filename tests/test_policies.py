@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SHIPPED, small
 from safetensors.torch import load_file
 
 from config import TrainConfig
 from errors import UserError
+from helpers.paths import SHIPPED
+from helpers.runs import small
 from policy.factory import build_policy, policy_config
 from policy.loaded import load_policy
 from train import train

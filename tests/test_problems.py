@@ -1,6 +1,5 @@
 """What is wrong with a dataset is found before step 0, and told all at once."""
 
-import json
 import shutil
 
 import numpy as np
@@ -8,11 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SMALL, small
 
 from data.loader import Loader
 from data.source import open_dataset
 from errors import UserError
+from helpers.dataset_edits import edit_json, rewrite_column
+from helpers.runs import SMALL_POLICY_ARGS, small
 from infer import compare
 from policy.loaded import load_policy
 from reports.pages import last
@@ -20,24 +20,6 @@ from runtime import enough_memory
 from train import train
 from training import learner as step
 from training.evaluation import Evaluator
-
-
-def rewrite(root, column, change):
-    """Put `change(values)` in place of a column of the dataset's table."""
-    path = next((root / "data").glob("*/*.parquet"))
-    table = pq.read_table(path)
-    values = change([np.array(v) if isinstance(v, list) else v for v in table[column].to_pylist()])
-    values = [v.tolist() if isinstance(v, np.ndarray) else v for v in values]
-    place = table.schema.get_field_index(column)
-    pq.write_table(
-        table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type)), path
-    )
-
-
-def edit(path, change):
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def refusal(root, **settings) -> str:
@@ -80,19 +62,19 @@ def test_not_finite(copy_of):
         values[20][1] = np.nan
         return values
 
-    rewrite(root, "action", change)
+    rewrite_column(root, "action", change)
     assert "action is not finite in 1 rows, first in episode 1 frame 7" in refusal(root)
 
 
 def test_wrong_fps(copy_of):
     root = copy_of("no_camera")
-    edit(root / "meta" / "info.json", lambda info: info.update(fps=30))
+    edit_json(root / "meta" / "info.json", lambda info: info.update(fps=30))
     assert "timestamps advance by 0.1 s a frame, fps 30 in info.json means 0.03333 s" in refusal(root)
 
 
 def test_jitter_is_a_warning(copy_of, capsys):
     root = copy_of("no_camera")
-    rewrite(root, "timestamp", lambda times: [t + 0.02 * (i % 2) for i, t in enumerate(times)])
+    rewrite_column(root, "timestamp", lambda times: [t + 0.02 * (i % 2) for i, t in enumerate(times)])
     train(**small(dataset_id=str(root), output_dir=str(root / "run"), steps=1))
     assert "warning: timestamps are up to 0.02 s off frame_index / fps" in capsys.readouterr().out
 
@@ -107,11 +89,11 @@ def test_metadata_of_fewer_episodes_than_the_table_has(copy_of):
     keep_episodes(root, 2)
     assert refusal(root) == f"dataset {root}: its metadata does not describe episodes [2]"
     assert refusal(root, episodes="1:3") == f"dataset {root}: its metadata does not describe episodes [2]"
-    edit(root / "meta" / "info.json", lambda info: info.update(total_episodes=2))
+    edit_json(root / "meta" / "info.json", lambda info: info.update(total_episodes=2))
     message = refusal(root)
     assert "info.json counts 2 episodes, its table has also [2]" in message
     assert "its metadata does not describe episodes [2]" in message
-    edit(root / "meta" / "info.json", lambda info: info.update(total_episodes=0))
+    edit_json(root / "meta" / "info.json", lambda info: info.update(total_episodes=0))
     assert "info.json counts 0 episodes, its table has also [0, 1, 2]" in refusal(root)
 
 
@@ -122,7 +104,7 @@ def test_table_of_fewer_episodes_than_the_metadata_has(copy_of):
     assert refusal(root, episodes="1") == f"dataset {root}: its table has no rows of episodes [1]"
     pq.write_table(pq.read_table(path).slice(0, 0), path)
     assert refusal(root) == f"dataset {root}: its table has no rows of episodes [0, 1, 2]"
-    edit(root / "meta" / "info.json", lambda info: info.update(total_episodes=0))
+    edit_json(root / "meta" / "info.json", lambda info: info.update(total_episodes=0))
     assert refusal(root) == f"dataset {root}: it has no episodes"
 
 
@@ -137,14 +119,14 @@ def test_no_episode_index(copy_of):
 @pytest.mark.parametrize("number", [2, -1])
 def test_a_task_that_the_metadata_does_not_have(copy_of, number):
     root = copy_of("no_camera")
-    rewrite(root, "task_index", lambda tasks: [number] * len(tasks))
+    rewrite_column(root, "task_index", lambda tasks: [number] * len(tasks))
     assert refusal(root) == f"dataset {root}: task_index is {number} to {number} in its table, its metadata has 2 tasks"
-    edit(root / "meta" / "info.json", lambda info: info["features"].pop("task_index"))
+    edit_json(root / "meta" / "info.json", lambda info: info["features"].pop("task_index"))
     assert refusal(root) == f"dataset {root}: info.json has no feature task_index"
 
 
 def set_camera(root, **facts):
-    edit(root / "meta" / "info.json", lambda info: info["features"]["observation.images.top"].update(facts))
+    edit_json(root / "meta" / "info.json", lambda info: info["features"]["observation.images.top"].update(facts))
 
 
 @pytest.mark.parametrize(
@@ -177,13 +159,13 @@ def rename_camera(root, new):
     path = next((root / "data").glob("*/*.parquet"))
     table = pq.read_table(path).rename_columns({old: new})
     pq.write_table(table.append_column(note, pa.array(["sharp"] * len(table))), path)
-    edit(root / "meta" / "stats.json", lambda stats: stats.update({new: stats.pop(old)}))
+    edit_json(root / "meta" / "stats.json", lambda stats: stats.update({new: stats.pop(old)}))
 
     def change(info):
         info["features"][new] = info["features"].pop(old)
         info["features"][note] = {"dtype": "string", "shape": [1], "names": None}
 
-    edit(root / "meta" / "info.json", change)
+    edit_json(root / "meta" / "info.json", change)
 
 
 def test_a_camera_that_lerobot_does_not_resize(copy_of):
@@ -202,26 +184,26 @@ def test_names_that_lerobot_hands_to_no_policy(copy_of):
     rename_camera(root, "front")
     assert refusal(root).startswith(f"dataset {root}: camera front: LeRobot hands a policy what is called observation.")
     root = copy_of("no_camera")
-    edit(root / "meta" / "info.json", lambda info: info["features"].update(actions=info["features"].pop("action")))
+    edit_json(root / "meta" / "info.json", lambda info: info["features"].update(actions=info["features"].pop("action")))
     assert "it has no feature action, did you mean 'actions'?" in refusal(root)
 
 
 @pytest.mark.parametrize("policy", ["act", "diffusion"])
 def test_pictures_without_a_state(copy_of, policy):
     root = copy_of("images")
-    edit(root / "meta" / "info.json", lambda info: info["features"].pop("observation.state"))
+    edit_json(root / "meta" / "info.json", lambda info: info["features"].pop("observation.state"))
     message = f"it has no observation.state, which policy {policy} needs: pass --policy flow"
-    assert refusal(root, policy=policy, policy_args=SMALL[policy].split()) == f"dataset {root}: {message}"
+    assert refusal(root, policy=policy, policy_args=SMALL_POLICY_ARGS[policy].split()) == f"dataset {root}: {message}"
     assert train(**small("flow", dataset_id=str(root), output_dir=str(root / "run"), steps=1)).steps == 1
 
 
 def test_a_camera_that_meta_episodes_does_not_know(copy_of):
     root = copy_of("video")
-    edit(
+    edit_json(
         root / "meta" / "info.json",
         lambda info: info["features"].update({"observation.front": info["features"]["observation.images.top"]}),
     )
-    edit(root / "meta" / "info.json", lambda info: info["features"].pop("observation.images.top"))
+    edit_json(root / "meta" / "info.json", lambda info: info["features"].pop("observation.images.top"))
     assert "info.json has a camera observation.front, meta/episodes does not say where its videos are" in refusal(root)
 
 
@@ -236,13 +218,13 @@ def test_missing_metadata_files(copy_of):
 
 def test_stats_that_do_not_fit(copy_of):
     root = copy_of("no_camera")
-    edit(root / "meta" / "stats.json", lambda stats: stats["action"].update(mean=[0.0] * 4, std=[1.0] * 4))
+    edit_json(root / "meta" / "stats.json", lambda stats: stats["action"].update(mean=[0.0] * 4, std=[1.0] * 4))
     assert "meta/stats.json has 4 numbers of action, which has shape (3,)" in refusal(root)
 
 
 def test_stats_of_which_the_policy_needs_a_part(copy_of):
     root = copy_of("no_camera")
-    edit(root / "meta" / "stats.json", lambda stats: [stats["action"].pop(name) for name in ("min", "max")])
+    edit_json(root / "meta" / "stats.json", lambda stats: [stats["action"].pop(name) for name in ("min", "max")])
     assert train(**small("flow", dataset_id=str(root), output_dir=str(root / "run"), steps=1)).steps == 1
 
 
@@ -289,14 +271,14 @@ def test_yes_and_no_as_an_action(copy_of):
     table = pq.read_table(path)
     yes = pa.array([[bool(i % 2)] * 3 for i in range(len(table))])
     pq.write_table(table.set_column(table.schema.get_field_index("action"), "action", yes), path)
-    edit(root / "meta" / "info.json", lambda info: info["features"]["action"].update(dtype="bool"))
+    edit_json(root / "meta" / "info.json", lambda info: info["features"]["action"].update(dtype="bool"))
     result = train(**small(dataset_id=str(root), output_dir=str(root / "run"), val_fraction=0.4))
     assert 0 < last(result.history, "val_action_error") < 10
 
 
 def test_missing_stats(copy_of):
     root = copy_of("video")
-    edit(root / "meta" / "stats.json", lambda stats: stats.pop("action"))
+    edit_json(root / "meta" / "stats.json", lambda stats: stats.pop("action"))
     assert "meta/stats.json has no mean and std of action, which the policy normalises by" in refusal(root)
 
 
@@ -311,7 +293,7 @@ def test_all_at_once(copy_of):
     root = copy_of("two_cameras")
     for video in (root / "videos").glob("*/*/*.mp4"):
         video.unlink()
-    edit(root / "meta" / "stats.json", lambda stats: stats.pop("observation.state"))
+    edit_json(root / "meta" / "stats.json", lambda stats: stats.pop("observation.state"))
     message = refusal(root)
     assert "has 3 problems:" in message
     assert "top/chunk-000/file-000.mp4 is missing" in message
@@ -351,7 +333,7 @@ def test_what_a_killed_compilation_left_is_told():
 def test_loss_not_finite_names_step_and_frames(made, tmp_path, monkeypatch):
     from training import learner as module
 
-    real = module.as_floats
+    real = module.to_float_batch
 
     def poisoned(batch, *rest):
         batch = real(batch, *rest)
@@ -359,7 +341,7 @@ def test_loss_not_finite_names_step_and_frames(made, tmp_path, monkeypatch):
             batch["action"] = batch["action"] * float("nan")
         return batch
 
-    monkeypatch.setattr(module, "as_floats", poisoned)
+    monkeypatch.setattr(module, "to_float_batch", poisoned)
     settings = small(dataset_id=str(made("no_camera")), steps=20, save_freq=4, log_freq=4)
     with pytest.raises(UserError) as caught:
         train(**settings, output_dir=str(tmp_path))

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import record, small
-from safetensors.torch import load_file
-from test_problems import edit, rewrite
 
 from checkpoints.folder import write_manifest
 from config import merge
 from data.split import split
 from errors import UserError
+from helpers.dataset_edits import edit_json, rewrite_column
+from helpers.recording import record
+from helpers.runs import assert_same_run, logged, small
 from policy.flow import FlowPolicy
 from policy.loaded import load_policy
 from runtime import without_collector
@@ -24,21 +24,6 @@ from training.plan import together
 from training.progress import Report, training_info
 
 STEPS, SAVE_FREQ = 12, 3  # 33 frames in batches of 4: the first epoch ends inside step 9
-
-
-def assert_same_run(one, other, step):
-    """Weights, optimizer and logged numbers of two runs at `step` are equal to the bit."""
-    a, b = (load_file(run / f"checkpoint-{step}" / "policy.safetensors") for run in (one, other))
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    a, b = (torch.load(run / f"checkpoint-{step}" / "optimizer_state.pth", weights_only=True) for run in (one, other))
-    assert a["param_groups"] == b["param_groups"]
-    assert all(torch.equal(a["state"][i][name], b["state"][i][name]) for i in a["state"] for name in a["state"][i])
-
-
-def logged(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in ("step", "epoch", "loss", "lr", "grad_norm")} for line in lines]
 
 
 @pytest.fixture(scope="module", params=["act", "diffusion", pytest.param("vqbet", marks=pytest.mark.slow)])
@@ -274,7 +259,7 @@ def test_a_dataset_that_changed_in_its_place_is_told_and_what_was_held_out_stays
     assert draws(5) != draws(3)
     message = "warning: dataset: 3 episodes of 33 frames -> 5 episodes of 46 frames; from here on this is another run"
     assert resume(6) == ([message], draws(3))
-    rewrite(root, "action", lambda actions: [action + 1 for action in actions])
+    rewrite_column(root, "action", lambda actions: [action + 1 for action in actions])
     message = "warning: dataset: 5 episodes of 46 frames, but with other values; from here on this is another run"
     assert resume(7) == ([message], draws(3))
 
@@ -313,7 +298,7 @@ def test_a_checkpoint_that_does_not_know_its_data_resumes_as_ever(made, tmp_path
     settings = small(dataset_id=str(made("no_camera")), val_fraction=0.4, output_dir=str(tmp_path / "run"))
     train(**settings)
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "old" / "checkpoint-2")
-    edit(tmp_path / "old" / "checkpoint-2" / "trainer_state.json", lambda state: state.pop("data"))
+    edit_json(tmp_path / "old" / "checkpoint-2" / "trainer_state.json", lambda state: state.pop("data"))
     write_manifest(tmp_path / "old" / "checkpoint-2")
     train(resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-2"))
     assert warnings_of(capsys) == []

@@ -7,9 +7,10 @@ from socket import IPPROTO_TCP, TCP_NODELAY
 
 import numpy as np
 import pytest
-from conftest import ROOT, small
 
 import serve
+from helpers.paths import ROOT
+from helpers.runs import small
 from policy.loaded import load_policy
 from serve import Handler, Server, pack, unpack
 from train import train

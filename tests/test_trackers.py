@@ -5,10 +5,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import small
 
 from command_line import parse_command_line
 from errors import UserError
+from helpers.runs import small
 from reports.model_card import as_command, model_card
 from runs import main
 from runtime import in_notebook

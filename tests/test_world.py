@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, small
 from safetensors.torch import load_file
 
 from errors import UserError
+from helpers.paths import ROOT
+from helpers.runs import DETERMINISTIC_ACT, assert_same_optimizer, small
 from reports.pages import read_history
 from train import train
 from training.distributed import is_lost_peer
@@ -29,18 +30,12 @@ WAYS = {
     "ZeRO 2": {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
     "ZeRO 3": {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
-PLAIN = "chunk_size=4 dim_model=32 dim_feedforward=32 n_heads=2 n_encoder_layers=1 dropout=0 use_vae=false"
-ACT = {
-    "policy_args": [*PLAIN.split(), "pretrained_backbone_weights=none"],
-    "batch_size": 8,
-    "log_freq": 1,
-}  # no randomness
 
 
 @pytest.fixture(scope="module")
 def team():
     """Run settings in several processes; their exit statuses."""
-    command = [sys.executable, str(ROOT / "tests" / "team.py")]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "processes.py")]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(settings: dict, processes: int = 2, env: dict | None = None, kill: list | None = None) -> list[int]:
@@ -80,17 +75,6 @@ def weights(checkpoint: Path) -> dict:
     return load_file(checkpoint / "policy.safetensors")
 
 
-def same_optimizer(a: Path, b: Path) -> bool:
-    one, other = (torch.load(path / "optimizer_state.pth", weights_only=True) for path in (a, b))
-    assert one["param_groups"] == other["param_groups"]
-    assert one["state"].keys() == other["state"].keys()
-    return all(
-        torch.equal(value, other["state"][i][name])
-        for i, entry in one["state"].items()
-        for name, value in entry.items()
-    )
-
-
 @pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way != "DDP")) for way in WAYS])
 def test_two_processes_are_one(team, made, tmp_path, way):
     """20 steps of 2 x 4 samples follow those of 1 x 8; stopped and resumed by two they are the same to the bit."""
@@ -123,7 +107,7 @@ def two_are_one(team, made, tmp_path, way: str):
     if way.startswith("ZeRO"):
         pytest.importorskip("deepspeed", reason="deepspeed is not installed (uv pip install deepspeed)")
         team = apart
-    settings = {**small(dataset_id=[str(made("video"))], steps=20, save_freq=8, log_freq=3), **ACT}
+    settings = {**small(dataset_id=[str(made("video"))], steps=20, save_freq=8, log_freq=3), **DETERMINISTIC_ACT}
     settings["ema_decay"] = 0.9 if way != "ZeRO 3" else 0
     one = train(**settings, output_dir=str(tmp_path / "one"))
     two = {**settings, "output_dir": str(tmp_path / "two")}
@@ -143,7 +127,7 @@ def two_are_one(team, made, tmp_path, way: str):
     ends = [tmp_path / name / "checkpoint-20" for name in ("two", "again")]
     assert all(torch.equal(a, weights(ends[1])[name]) for name, a in weights(ends[0]).items())
     assert losses(tmp_path / "again") == losses(tmp_path / "two")  # of which one line began before the save
-    assert same_optimizer(*ends)
+    assert_same_optimizer(*ends)
     return one, lambda settings: team(settings, env=WAYS[way])
 
 
@@ -151,7 +135,11 @@ def test_a_killed_process_ends_the_run(team, made, tmp_path):
     """kill -9 of one: the other says so in a line and ends, and the last checkpoint is whole."""
     from checkpoints.folder import find_checkpoints, verify
 
-    settings = {**small(dataset_id=[str(made("video"))], steps=100_000, save_freq=50), **ACT, "log_freq": 50}
+    settings = {
+        **small(dataset_id=[str(made("video"))], steps=100_000, save_freq=50),
+        **DETERMINISTIC_ACT,
+        "log_freq": 50,
+    }
     settings["output_dir"] = str(tmp_path / "run")
     codes = team(settings, kill=[1, 1.0, "SIGKILL"])
     assert codes == [1, -signal.SIGKILL]
@@ -163,7 +151,7 @@ def test_a_killed_process_ends_the_run(team, made, tmp_path):
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(team, made, tmp_path):
-    settings = {**small(dataset_id=[str(made("video"))], steps=100_000, save_freq=0), **ACT}
+    settings = {**small(dataset_id=[str(made("video"))], steps=100_000, save_freq=0), **DETERMINISTIC_ACT}
     settings["output_dir"] = str(tmp_path / "run")
     assert team(settings, kill=[1, 0.5, "SIGUSR1"], env={"SLOW_DISK": "0.1"}) == [138, 138]
     (saved,) = (tmp_path / "run").glob("checkpoint-*")
@@ -210,9 +198,11 @@ def test_fsdp_of_layers_that_the_policy_has_not_is_told(team, made, tmp_path):
 @pytest.mark.parametrize("policy", ["act", "flow"])
 def test_accumulated_parts_are_the_batch(made, tmp_path, policy):
     """8 samples in one part, two or four: the same course up to rounding, padded actions and all."""
-    settings = small(policy, dataset_id=[str(made("video"))], steps=6, save_freq=0, **{**ACT, "policy_args": None})
+    settings = small(
+        policy, dataset_id=[str(made("video"))], steps=6, save_freq=0, **{**DETERMINISTIC_ACT, "policy_args": None}
+    )
     settings["policy_args"] = (
-        ACT["policy_args"] if policy == "act" else ["size=tiny", "head=regression", "chunk_size=6"]
+        DETERMINISTIC_ACT["policy_args"] if policy == "act" else ["size=tiny", "head=regression", "chunk_size=6"]
     )
     settings["policy_args"] += [] if policy == "act" else ["n_action_steps=3"]
     courses = [
@@ -248,7 +238,7 @@ def test_compiled_loss_is_the_loss(made, tmp_path, policy):
     """torch.compile on the CPU: the loss of each of 3 steps to 1e-4."""
     settings = small(policy, dataset_id=[str(made("video"))], steps=3, save_freq=0, log_freq=1)
     # 32 keypoints, not 4: torch 2.11's generated kernel for such a small softmax writes past its memory on the CPU
-    settings |= ACT if policy == "act" else {"policy_args": ["size=tiny"]}
+    settings |= DETERMINISTIC_ACT if policy == "act" else {"policy_args": ["size=tiny"]}
     plain, compiled = (train(**settings, compile=c, output_dir=str(tmp_path / str(c))) for c in (False, True))
     assert [line["loss"] for line in compiled.history] == pytest.approx(
         [line["loss"] for line in plain.history], rel=1e-4
@@ -258,7 +248,7 @@ def test_compiled_loss_is_the_loss(made, tmp_path, policy):
 @pytest.mark.slow
 def test_accelerate_launch(made, tmp_path):
     """The launcher itself: a run, and one whose second process is killed, which ends within a minute."""
-    settings = {**small(dataset_id=[str(made("video"))]), **ACT, "output_dir": str(tmp_path / "run")}
+    settings = {**small(dataset_id=[str(made("video"))]), **DETERMINISTIC_ACT, "output_dir": str(tmp_path / "run")}
     flags = [
         f"--{name}" if value is True else f"--{name}={value}"
         for name, value in settings.items()

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, small
 
 import train as train_module
 from checkpoints import folder as checkpoint_module
@@ -20,6 +19,8 @@ from checkpoints import writer
 from checkpoints.folder import MANIFEST, find_checkpoints, manifest_text, sha256, verify
 from checkpoints.writer import StagingBuffers, sole_writer
 from errors import UserError
+from helpers.paths import ROOT
+from helpers.runs import small
 from reports.pages import read_history
 from runs import main
 from train import train

@@ -1,7 +1,7 @@
 """Lives of a training run: started, killed, started again. Imports once, then forks a process for each life.
 
-    python tests/lives.py SETTINGS.json signal SIGKILL 7      killed at random moments (of seed 7)
-    python tests/lives.py SETTINGS.json operation 3 40        killed before the 3rd, then the 40th file operation of its first save
+    python tests/helpers/lives.py SETTINGS.json signal SIGKILL 7      killed at random moments (of seed 7)
+    python tests/helpers/lives.py SETTINGS.json operation 3 40        killed before the 3rd, then the 40th file operation of its first save
 
 After every life each checkpoint-* folder has to be whole. Ends with a life that is left alone; prints one JSON line a life.
 """
@@ -14,10 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 
-from checkpoints.folder import find_checkpoints, verify  # noqa: E402
+from checkpoints.folder import find_checkpoints, verify
 
 EVENTS = {"open", "os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile"}
 
