@@ -1,4 +1,4 @@
-"""Record demonstrations of a Meta-Distributed task by its scripted expert into a LeRobot v3.0 dataset, without a screen.
+"""Record demonstrations of a Meta-World task by its scripted expert into a LeRobot v3.0 dataset, without a screen.
 
     python examples/record_metaworld.py --task drawer-open-v3 --episodes 40 --output outputs/demonstrations
 
@@ -115,7 +115,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--output", required=True, help="folder of the new dataset; must not exist")
-    flag("--task", default="drawer-open-v3", help="any Meta-Distributed task (default: %(default)s)")
+    flag("--task", default="drawer-open-v3", help="any Meta-World task (default: %(default)s)")
     flag("--episodes", type=int, default=50, help="successful demonstrations to record (default: %(default)s)")
     flag("--seed", type=int, default=0, help="of the first attempt; lerobot-eval's is 1000 (default: %(default)s)")
     flag("--noise", type=float, default=0.2, help="standard deviation, on executed moves (default: %(default)s)")

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import html
 import re
 import sys
 import typing
@@ -129,15 +130,23 @@ def spelt_as_field(word: str) -> str:
 
 
 def described_default(f) -> str:
-    return "none" if f.default is None else "off" if f.default is False else str(f.default)
+    if f.default is None:
+        return "unset"
+    if f.default is False:
+        return "off"
+    return str(f.default)
 
 
 def flags_table() -> str:
-    """Every flag as the rows of README's Markdown table."""
-    rows = ["| flag | default | what it does |", "| --- | --- | --- |"]
+    """Every flag in Markdown, a section with a table for each group of them; docs/flags.md holds it."""
+    lines = []
+    group = None
     for f in FIELDS.values():
-        rows.append(f"| `--{f.name}` | {described_default(f)} | {f.metadata['help'].replace('|', '/')} |")
-    return "\n".join(rows)
+        if f.metadata["group"] != group:
+            group = f.metadata["group"]
+            lines += ["", f"## {group}", "", "| flag | default | what it does |", "| --- | --- | --- |"]
+        lines.append(f"| `--{f.name}` | {described_default(f)} | {html.escape(f.metadata['help'], quote=False)} |")
+    return "\n".join(lines[1:]) + "\n"
 
 
 def parse_overrides(flag: str, config_class, overrides: list[str] | None) -> dict:

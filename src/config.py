@@ -33,7 +33,7 @@ class TrainConfig:
     dataset_id: Optional[List[str]] = setting(
         "dataset",
         None,
-        "a folder, or a Hub id such as lerobot/pusht; several with the same features train on all of them",
+        "dataset folder or Hub id, such as lerobot/pusht; several with the same features train together",
         nargs="+",
         type=str,
         metavar="PATH_OR_ID",
@@ -41,60 +41,60 @@ class TrainConfig:
     dataset_weights: Optional[List[float]] = setting(
         "dataset",
         None,
-        "share of each dataset in the samples, such as 3 1 1 (else each frame once an epoch)",
+        "sampling weight of each dataset, such as 3 1 1 (unset: every frame once per epoch)",
         nargs="+",
         type=float,
         metavar="X",
     )
     dataset_root: Optional[str] = setting(
-        "dataset", None, "folder that a Hub dataset is kept in (else LeRobot's cache)"
+        "dataset", None, "folder to download a Hub dataset to (unset: LeRobot's cache)"
     )
     revision: Optional[str] = setting("dataset", None, "branch, tag or commit of a Hub dataset")
-    episodes: Optional[str] = setting("dataset", None, 'episodes to train on, such as "0:40,45" (else all)')
+    episodes: Optional[str] = setting("dataset", None, 'episodes to train on, such as "0:40,45" (unset: all)')
     imagenet_stats: str = setting(
         "dataset",
         "on",
-        "normalise cameras by ImageNet's mean and std, as lerobot-train does, or by the dataset's",
+        "normalise cameras with ImageNet's mean and std, as lerobot-train does; off: with the dataset's",
         choices=("on", "off"),
     )
 
     frame_cache: str = setting(
         "dataset",
         "auto",
-        "keep decoded frames on disk: auto (if they fit), on, off (decode at every use), or device (all in its memory)",
+        "keep decoded frames: auto (on disk if they fit), on (on disk), off (decode at each use), device (in GPU memory)",
         choices=("auto", "on", "off", "device"),
     )
-    cache_dir: Optional[str] = setting("dataset", None, "where decoded frames are kept (else the user's cache folder)")
+    cache_dir: Optional[str] = setting("dataset", None, "folder of the frame cache (unset: in your user cache folder)")
 
     rename: Optional[List[str]] = setting(
         "dataset",
         None,
-        "give observations the names that the policy knows, such as observation.image=observation.images.top",
+        "rename observations to the policy's names, such as observation.image=observation.images.top",
         nargs="+",
         type=str,
         metavar="OLD=NEW",
     )
 
     policy: str = setting(
-        "policy", "act", "flow (ours), or any that LeRobot knows: act, diffusion, vqbet, smolvla, pi0, ..."
+        "policy", "act", "flow (ours), or any policy of LeRobot: act, diffusion, vqbet, smolvla, pi0, ..."
     )
     policy_path: Optional[str] = setting("policy", None, "fine-tune from this LeRobot checkpoint: a folder or a Hub id")
     policy_args: Optional[List[str]] = setting(
         "policy",
         None,
-        "settings of the policy's own, such as chunk_size=50 dim_model=256 pretrained_backbone_weights=none",
+        "the policy's own settings, such as chunk_size=50 dim_model=256 pretrained_backbone_weights=none",
         nargs="+",
         type=str,
         metavar="NAME=VALUE",
     )
     peft: Optional[str] = setting(
-        "policy", None, "train adapters of this kind on the weights of --policy_path instead of the weights: lora, ..."
+        "policy", None, "train adapters of this kind, such as lora, and keep the weights of --policy_path frozen"
     )
     peft_r: int = setting("policy", 16, "rank of the adapters")
     peft_args: Optional[List[str]] = setting(
         "policy",
         None,
-        "settings of the adapters' own, such as lora_alpha=32 target_modules=all-linear",
+        "the adapters' own settings, such as lora_alpha=32 target_modules=all-linear",
         nargs="+",
         type=str,
         metavar="NAME=VALUE",
@@ -102,7 +102,7 @@ class TrainConfig:
     freeze: Optional[List[str]] = setting(
         "policy",
         None,
-        "do not train the parameters whose names match one of these, such as backbone",
+        "freeze the parameters whose names match one of these patterns, such as backbone",
         nargs="+",
         type=str,
         metavar="REGEX",
@@ -110,116 +110,130 @@ class TrainConfig:
     image_size: Optional[List[int]] = setting(
         "policy",
         None,
-        "resize every camera to this; saved with the policy, so that inference does the same "
-        "(else as recorded, and for flow the shorter side at most 96)",
+        "resize every camera, in training and inference (unset: no resize; flow: shorter side at most 96)",
         nargs=2,
         type=int,
         metavar=("HEIGHT", "WIDTH"),
     )
 
-    steps: int = setting("training", 100_000, "optimizer steps in the whole run")
+    steps: int = setting("training", 100_000, "optimizer steps of the whole run")
     minutes: Optional[float] = setting(
-        "training", None, "train for this long instead: as many steps as fit, measured at the start and fixed then"
+        "training",
+        None,
+        "train for about this long instead of --steps; speed is measured first, then the steps are fixed",
     )
     batch_size: Optional[int] = setting(
-        "training", None, "samples a step, over all processes (else 8, or what the policy's preset has: flow 64)"
+        "training",
+        None,
+        "global batch size, over all processes (unset: policy's preset, or 8; flow 64, on a GPU 256)",
     )
-    grad_accumulation_steps: int = setting(
-        "training", 1, "parts that each process computes its samples of a step in, to save memory"
-    )
+    grad_accumulation_steps: int = setting("training", 1, "micro-batches per optimizer step (gradient accumulation)")
     lr: Optional[float] = setting(
         "training",
         None,
-        "peak learning rate (else the policy's preset; a parameter group with a rate of its own, "
-        "such as act's optimizer_lr_backbone, keeps that)",
+        "peak learning rate (unset: policy's preset); groups with their own rate, such as act's backbone, keep it",
     )
-    weight_decay: Optional[float] = setting("training", None, "weight decay (else the policy's preset)")
+    weight_decay: Optional[float] = setting("training", None, "weight decay (unset: policy's preset)")
     grad_clip_norm: Optional[float] = setting(
-        "training", None, "clip gradients to this norm, 0 for never (else preset)"
+        "training", None, "clip gradients to this norm; 0 turns clipping off (unset: policy's preset)"
     )
-    warmup_steps: Optional[int] = setting("training", None, "steps over which lr rises to its peak (else preset)")
+    warmup_steps: Optional[int] = setting(
+        "training", None, "steps in which the learning rate rises to its peak (unset: policy's preset)"
+    )
     lr_schedule: Optional[str] = setting(
-        "training", None, "course of lr after the warm-up (else the policy's preset)", choices=SCHEDULES
+        "training",
+        None,
+        "learning rate after the warm-up: constant, linear or cosine (unset: policy's preset)",
+        choices=SCHEDULES,
     )
     ema_decay: Optional[float] = setting(
         "training",
         None,
-        "evaluate and save a moving average of the weights, 0.999 say; 0 for the weights themselves (else preset: flow 0.995)",
+        "evaluate and save a moving average of the weights, such as 0.999; 0: off (unset: preset, flow 0.995)",
     )
     augment: Optional[bool] = setting(
         "training",
         None,
-        "vary colour, sharpness and position of the pictures while training: on or off (else preset: flow on)",
+        "vary colour, sharpness and position of the images: on or off (unset: policy's preset, flow on)",
     )
-    seed: int = setting("training", 1000, "every random choice of the run is a function of this")
+    seed: int = setting("training", 1000, "random seed: every random choice of the run is a function of it")
     device: str = setting("training", "auto", "auto, cpu, cuda, cuda:1, mps, ...")
     precision: str = setting(
         "training",
         "auto",
-        "of the computation, the weights being fp32: auto (bf16 on GPUs that have it, else fp32), fp32, bf16 or fp16",
+        "compute precision: auto (bf16 if the GPU has it, else fp32), fp32, bf16 or fp16 (weights stay fp32)",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     compile: Optional[bool] = setting(
-        "training", False, "torch.compile the policy: slow to start, then faster on a GPU"
+        "training", False, "torch.compile the policy: slower to start, then faster on a GPU"
     )
     gradient_checkpointing: Optional[bool] = setting(
-        "training", None, "compute activations twice to save memory, where the policy can (else as its config says)"
+        "training",
+        None,
+        "recompute activations to save memory, if the policy can (unset: as its config says)",
     )
     deterministic: Optional[bool] = setting(
-        "training", False, "on a GPU: no TF32 and no kernels that give other bits each time, for an exact resume"
+        "training", False, "on a GPU: deterministic kernels and no TF32, so that a resume can be exact"
     )
-    num_threads: Optional[int] = setting("training", None, "threads that read data ahead (else one a core, at most 8)")
+    num_threads: Optional[int] = setting(
+        "training", None, "threads that read batches ahead (unset: one per core, at most 8)"
+    )
 
-    val_fraction: Optional[float] = setting("evaluation", None, "hold out this share of the episodes, 0.1 say")
-    val_episodes: Optional[str] = setting("evaluation", None, 'hold out these episodes, such as "36:40"')
-    val_freq: Optional[int] = setting("evaluation", None, "steps between two validations (else at every save)")
-    val_samples: int = setting(
-        "evaluation", 256, "held-out frames that a validation looks at, evenly spread; 0 for all"
+    val_fraction: Optional[float] = setting(
+        "evaluation", None, "fraction of the episodes to hold out for validation, such as 0.1"
     )
+    val_episodes: Optional[str] = setting("evaluation", None, 'episodes to hold out for validation, such as "36:40"')
+    val_freq: Optional[int] = setting("evaluation", None, "steps between validations (unset: at every save)")
+    val_samples: int = setting("evaluation", 256, "held-out frames per validation, evenly spread; 0: all")
     eval_env: Optional[str] = setting(
-        "evaluation", None, "try the policy in this simulation while it trains: metaworld, or any that LeRobot knows"
+        "evaluation", None, "also evaluate in this simulation while training: metaworld, or any environment of LeRobot"
     )
-    eval_task: Optional[str] = setting("evaluation", None, "its task, such as drawer-open-v3")
-    eval_freq: Optional[int] = setting("evaluation", None, "steps between two tries (else at every save)")
-    eval_episodes: int = setting("evaluation", 10, "episodes a try, from fixed seeds")
+    eval_task: Optional[str] = setting("evaluation", None, "task of the simulation, such as drawer-open-v3")
+    eval_freq: Optional[int] = setting(
+        "evaluation", None, "steps between evaluations in simulation (unset: at every save)"
+    )
+    eval_episodes: int = setting("evaluation", 10, "simulated episodes per evaluation, from fixed seeds")
     eval_args: Optional[List[str]] = setting(
         "evaluation",
         None,
-        "settings of the environment's own, such as image_size=128",
+        "the environment's own settings, such as image_size=128",
         nargs="+",
         type=str,
         metavar="NAME=VALUE",
     )
 
-    output_dir: Optional[str] = setting("output", None, "where the run is kept (else outputs/<dataset>_<policy>)")
-    log_freq: int = setting("output", 50, "steps between two lines of metrics.jsonl")
-    save_freq: int = setting("output", 5_000, "steps between two checkpoints, 0 for one at the end")
-    save_minutes: Optional[float] = setting("output", None, "save as well when this many minutes have gone by")
+    output_dir: Optional[str] = setting("output", None, "folder of the run (unset: outputs/<dataset>_<policy>)")
+    log_freq: int = setting("output", 50, "steps between lines of metrics.jsonl")
+    save_freq: int = setting("output", 5_000, "steps between checkpoints; 0: one at the end")
+    save_minutes: Optional[float] = setting(
+        "output", None, "also save when the last checkpoint is this many minutes old"
+    )
     save_async: str = setting(
         "output",
         "on",
-        "write checkpoints in the background: on (takes their size in memory), or off (training waits)",
+        "write checkpoints in the background, from a copy in memory; off: training waits for the disk",
         choices=("on", "off"),
     )
-    keep_last: Optional[int] = setting("output", None, "keep this many newest checkpoints (else all)")
-    keep_every: Optional[int] = setting("output", None, "with keep_last: keep those at multiples of this step as well")
+    keep_last: Optional[int] = setting("output", None, "keep this many of the newest checkpoints (unset: all)")
+    keep_every: Optional[int] = setting(
+        "output", None, "with --keep_last: also keep checkpoints at multiples of this step"
+    )
     tracker: str = setting(
-        "output", "none", "tensorboard, wandb, trackio, or several with commas; metrics.jsonl always"
+        "output", "none", "tensorboard, wandb, trackio, or several with commas; metrics.jsonl is always written"
     )
     push_to_hub: Optional[str] = setting("output", None, "Hub repo to upload the finished policy to, such as me/my_act")
     push_checkpoints: Optional[bool] = setting(
-        "output", False, "upload each checkpoint to --push_to_hub as it is made, in the background"
+        "output", False, "also upload each checkpoint to --push_to_hub, in the background"
     )
-    quiet: Optional[bool] = setting("output", False, "print only warnings and the closing line")
+    quiet: Optional[bool] = setting("output", False, "print only warnings and the last line")
 
     resume_from_checkpoint: Optional[str] = setting(
         "resume",
         None,
-        "a checkpoint-<step> folder, a Hub repo that holds one, latest (the newest in output_dir), "
-        "or auto (the newest if there is one, else start)",
+        "checkpoint-<step> folder, Hub repo, latest (newest in --output_dir), or auto (latest, else a fresh start)",
     )
     resume_step: Optional[int] = setting("resume", None, "step of a checkpoint whose folder was renamed")
-    config_path: Optional[str] = setting("resume", None, "JSON or YAML file of these same settings; flags override it")
+    config_path: Optional[str] = setting("resume", None, "JSON or YAML file of these settings; flags override it")
 
     def __post_init__(self):
         for f in fields(self):
