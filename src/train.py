@@ -1,173 +1,161 @@
 """Train a policy on a LeRobot dataset: `python src/train.py --dataset_id ...`, or `from train import train`.
 
-Top to bottom: train() and its loop, how a run comes to be, and what is logged and saved. A step itself is in step.py.
+Top to bottom: train() and its loop, how a planned run is built, what is logged and saved, and the command.
+One optimizer step is in training/learner.py, everything that is settled before the first step in training/plan.py.
 """
 
-import contextlib
 import os
 import signal
 import sys
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from command_line import parse_command_line
-from config import TrainConfig
 from errors import UserError, one_line
 
 if __name__ == "__main__":
     GIVEN = parse_command_line(sys.argv[1:])  # before the imports that take seconds: --help answers at once
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes over, Ctrl-C ends the process without a traceback
 
 import torch
+from torch import Tensor
 
 import hub
 import runtime
-from checkpoints.folder import TrainState, find_checkpoints, sort_key
+from checkpoints.folder import TrainState, branch_of, find_checkpoints, sort_key
 from checkpoints.writer import Snapshot, Writer, finishing, publish
-from data.split import split
-from policy.adapters import adapters_config
-from policy.presets import with_preset
+from data.loader import Loader
+from policy.adapters import adapter_config
 from reports.pages import last
-from training.distributed import Distributed, is_lost_peer
+from training.distributed import is_lost_peer
 from training.evaluation import Evaluator, said
 from training.learner import Learner
-from training.parts import build_loader, build_parts, build_source
-from training.plan import compare_data, compare_rates, data_of, fix_steps, settle
+from training.parts import build_processors, build_training_policy, open_loader, weight_bytes, with_optimizer
+from training.plan import RunPlan, check_room, plan_run
 from training.progress import Report, Stopwatch, TrainResult, closing_words, header, numbers, training_info
 
 
 def train(**settings) -> TrainResult:
     """Train a policy. Every keyword is a flag of the command line: `python src/train.py --help` lists them.
 
-    SIGINT (Ctrl-C, a notebook's interrupt), SIGTERM and SIGUSR1 end it after the step under way, with a checkpoint.
+    SIGINT (Ctrl-C, a notebook's interrupt), SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint.
 
     Returns:
         TrainResult with steps, final_loss, history, checkpoint, policy, stopped_by and plot().
 
     Raises:
-        UserError: a mistake the user can mend, message in one line.
-        KeyboardInterrupt: a second SIGINT; what was being written is dropped, earlier checkpoints are whole.
+        UserError: a mistake that you can mend, in one line.
+        KeyboardInterrupt: a second SIGINT. A checkpoint being written is dropped; earlier ones are complete.
     """
-    with contextlib.ExitStack() as held:
-        with runtime.without_collector():
-            run = Run(*settle(settings, held), held)
+    with plan_run(settings) as plan, runtime.enough_memory(plan.config.batch_size), build_run(plan) as run:
         while not run.is_over():
-            batch = run.watch.wait(run.loader)
-            parts, grad_norm = run.train_step(batch)
+            batch = run.stopwatch.wait(run.loader)
+            result = run.learner.step(batch, run.step)  # forward, backward, optimizer, average
+            run.count(result)
             if run.is_log_step():
-                run.log(parts, grad_norm)
-            if run.exam.is_due(run.step, run.is_planned_save()):
-                run.examine()
-            if run.asked or run.is_planned_save():
+                run.log(result)
+            if run.evaluator.is_due(run.step, run.is_save_step()):
+                run.evaluate()
+            if run.stop_signal or run.is_save_step():
                 run.save()
         return run.finish()
 
 
+@dataclass
 class Run:
-    """One training run: the policy and everything that moves it, and where it stands."""
+    """One training run: its finished parts, and where it stands. A context manager: leaving it stops its threads.
 
-    def __init__(
-        self,
-        distributed: Distributed,
-        config: TrainConfig,
-        output_dir: Path,
-        resumed: Path | None,
-        state,
-        changes,
-        held,
-    ):
-        self.distributed, self.output_dir, self.resumed, self.device = (
-            distributed,
-            output_dir,
-            resumed,
-            distributed.device,
-        )
-        runtime.set_numerics(config.deterministic)
-        with distributed.main_first():
-            source = build_source(config)
-        self.config = config = with_preset(config, source.meta, self.device, resumed is None)
-        held.enter_context(runtime.enough_memory(config.batch_size))
-        distributed.check(config)
-        kept, held_out = split(source, config, state)
-        self.data = data_of(source, held_out)
-        runtime.seed_all(config.seed, runtime.INIT)
-        self.policy, self.preprocess, self.postprocess = build_parts(config, resumed, source, self.device)
-        self.whole = distributed.unsharded_copy(self.policy)
-        self.learner = Learner(config, distributed, self.policy, self.preprocess, source.meta)
-        if config.push_to_hub and distributed.is_main:
-            hub.create_repo(config.push_to_hub)
+    Attributes:
+        unsharded: the policy as one process runs it, to validate and to save; None in a process that does neither.
+        step: optimizer steps done.
+        samples_seen: samples trained on, which is where the loader stands.
+        branch: how often the run went back to an earlier step.
+        loss_sum, loss_count: loss since the last log line. The sum stays on the device until it is logged.
+        first_bad_step: first step whose loss or gradient was not finite, -1 so far; on the device.
+        train_seconds: wall time of the runs before this resume.
+        saved_step: step of the newest checkpoint, None before the first.
+        stop_signal: number of the signal that asked this run to end, 0 so far; the same in every process.
+        minutes_have_passed: whether --save_minutes asks for a checkpoint after this step.
+    """
 
-        before = state.trainer_state if state else {"step": 0, "samples_seen": 0, "loss_sums": [0.0], "loss_count": 0}
-        self.step, self.samples_seen, self.course = before["step"], before["samples_seen"], before.get("course", 0)
-        # loss since the last log line, and the first step that was not finite: on the device, read when logging
-        self.loss_sum = torch.tensor(distributed.local_value(before["loss_sums"]), device=self.device)
-        self.loss_count = before["loss_count"]
-        self.bad_step = torch.tensor(-1, device=self.device)
-        self.train_seconds = state.training_info["train_seconds"] if state else 0.0
-        if resumed is not None:
-            self.learner.load(resumed, before.get("scaler", {}))
+    plan: RunPlan
+    policy: torch.nn.Module
+    preprocess: object
+    postprocess: object
+    unsharded: torch.nn.Module | None
+    learner: Learner
+    loader: Loader
+    evaluator: Evaluator
+    report: Report
+    writer: Writer
+    signals: runtime.StopSignals
+    stopwatch: Stopwatch
+    cleanup: ExitStack
+    step: int
+    samples_seen: int
+    branch: int
+    loss_sum: Tensor
+    loss_count: int
+    first_bad_step: Tensor
+    train_seconds: float
+    saved_step: int | None
+    stop_signal: int = 0
+    minutes_have_passed: bool = False
 
-        self.start_step, self.saved_step = self.step, self.step if resumed else None
-        at_trackers = before.get("tracker_run_id")
-        self.report = held.enter_context(
-            Report(output_dir, resumed, self.step, config, at_trackers, distributed.is_main)
-        )
-        self.report.say(header(source, held_out, self.policy, config, distributed, self.step, output_dir, resumed))
-        changes += compare_data(state, self.data) + compare_rates(state, self.learner)
-        self.report.warn(*changes, *source.warnings)
-        self.exam = Evaluator(config, source, held_out, self.whole, self.preprocess, self.postprocess, self.report.warn)
-        held.callback(self.exam.close)
-        with distributed.main_first():  # it decodes the frames, the others find them
-            self.loader = build_loader(
-                config, source, kept, self.policy, self.preprocess, self.samples_seen, distributed, self.report.say
-            )
-        held.callback(self.loader.close)
-        if config.minutes and resumed is None:
-            self.config = self.exam.config = config = fix_steps(self)
-        self.writer = held.enter_context(Writer(output_dir, config, self.report.warn, resumed))
-        self.policy.train()
-        self.watch = Stopwatch(config.save_minutes)
-        self.signals, self.asked, self.save_is_due = held.enter_context(runtime.StopSignals()), 0, False
-        self.exam.is_stopped = lambda: self.signals.asked is not None
+    def __post_init__(self):
+        self.config = self.plan.config
+        self.distributed = self.plan.distributed
+        self.start_step = self.step
 
-    def train_step(self, batch: dict):
-        """One optimizer step on a batch; returns the policy's sub-losses and the gradient norm, on the device."""
-        loss, parts, grad_norm = self.learner.step(batch, self.step)
-        # with fp16 a gradient that is not finite is a step left out
-        finite = torch.isfinite(loss if self.learner.scaler.is_enabled() else loss + grad_norm)
-        self.bad_step = torch.where(finite | (self.bad_step >= 0), self.bad_step, self.step)
-        self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
-        self.step, self.samples_seen = self.step + 1, self.samples_seen + self.config.batch_size
-        self.asked, self.save_is_due = self.distributed.all_reduce_max(
-            self.signals.asked or 0, self.watch.save_is_due()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return self.cleanup.__exit__(*error)
+
+    def count(self, result) -> None:
+        """Take in a finished step: its loss, and whether any process is asked to stop or save."""
+        # With fp16, a gradient that is not finite is a step that the scaler skips.
+        watched = result.loss if self.learner.scaler.is_enabled() else result.loss + result.grad_norm
+        already_bad = self.first_bad_step >= 0
+        self.first_bad_step = torch.where(torch.isfinite(watched) | already_bad, self.first_bad_step, self.step)
+        self.loss_sum = self.loss_sum + result.loss
+        self.loss_count += 1
+        self.step += 1
+        self.samples_seen += self.config.batch_size
+        self.stop_signal, self.minutes_have_passed = self.distributed.all_reduce_max(
+            self.signals.asked or 0, self.stopwatch.save_is_due()
         )
         self.report.advance()
-        return parts, grad_norm
 
     def is_over(self) -> bool:
-        return self.step >= self.config.steps or (self.asked > 0 and self.saved_step == self.step)
+        stopped = self.stop_signal > 0 and self.saved_step == self.step
+        return stopped or self.step >= self.config.steps
 
     def is_log_step(self) -> bool:
         return self.step % self.config.log_freq == 0 or self.step in (1, self.config.steps)
 
-    def is_planned_save(self) -> bool:
-        step, freq = self.step, self.config.save_freq
-        return (freq > 0 and step % freq == 0) or step == self.config.steps or self.save_is_due > 0
+    def is_save_step(self) -> bool:
+        save_freq = self.config.save_freq
+        planned = save_freq > 0 and self.step % save_freq == 0
+        return planned or self.step == self.config.steps or self.minutes_have_passed
 
     def stop_if_not_finite(self) -> None:
-        first = int(self.bad_step)  # waits for the device
-        if first < 0:
+        first_bad_step = int(self.first_bad_step)  # waits for the device
+        if first_bad_step < 0:
             return
-        self.writer.wait()  # for the one that may be the last good
-        kept = find_checkpoints(self.output_dir)
-        where = self.loader.describe(self.samples_seen - (self.step - first) * self.config.batch_size)
+        self.writer.wait()  # for the checkpoint that may be the last good one
+        last_good = max(find_checkpoints(self.plan.output_dir), key=sort_key, default="none yet")
+        frames = self.loader.describe(self.samples_seen - (self.step - first_bad_step) * self.config.batch_size)
         raise UserError(
-            f"the loss is not finite at step {first + 1}, whose batch holds episode:frame {where}; last good "
-            f"checkpoint: {max(kept, key=sort_key, default='none yet')}; lower --lr, or look at those frames"
+            f"the loss is not finite at step {first_bad_step + 1}, whose batch holds episode:frame {frames}; "
+            f"last good checkpoint: {last_good}. Lower --lr, or look at those frames"
         )
 
-    def log(self, parts: dict | None, grad_norm) -> None:
-        """One line of metrics, the loss as its mean since the line before (and not what a part of the policy's is called)."""
+    def log(self, result) -> None:
+        """Write a line of metrics, with the mean loss since the line before."""
         self.stop_if_not_finite()
         self.writer.check()
         line = {
@@ -175,73 +163,211 @@ class Run:
             "epoch": round(self.samples_seen / self.loader.samples_per_epoch, 4),
             "loss": self.distributed.mean(self.loss_sum) / self.loss_count,
             "lr": self.learner.optimizer.param_groups[0]["lr"],
-            "grad_norm": grad_norm.item(),
+            "grad_norm": result.grad_norm.item(),
         }
-        self.report.log({**line, **numbers(parts), **line, **self.watch.rates(self.config.batch_size)})
-        if self.step % self.config.log_freq == 0 or self.step == 1:  # else the run's end, which a longer run goes over
-            self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
+        # A policy may call one of its sub-losses "loss": the line's own numbers win, and keep their place in front.
+        self.report.log({**line, **numbers(result.sub_losses), **line, **self.stopwatch.rates(self.config.batch_size)})
+        # The line at the end of a run is extra: a longer run, which passes this step, sums on.
+        if self.step % self.config.log_freq == 0 or self.step == 1:
+            self.loss_sum = torch.zeros_like(self.loss_sum)
+            self.loss_count = 0
 
-    def examine(self) -> None:
-        """Held-out episodes and simulation, to a line of metrics; other processes wait for the main one."""
-        with self.watch.paused(), self.learner.acting(self.whole):
-            if self.distributed.is_main and (results := self.exam.results(self.loader)):
-                self.report.examined({"step": self.step, **results}, said(results), self.exam.picture)
+    def evaluate(self) -> None:
+        """Validate on held-out episodes and in simulation. The main process does; the others wait for it."""
+        with self.stopwatch.paused(), self.learner.acting(self.unsharded):
+            if self.distributed.is_main:
+                results = self.evaluator.results(self.loader)
+                if results:
+                    self.report.examined({"step": self.step, **results}, said(results), self.evaluator.picture)
             self.distributed.barrier()
-            (self.asked,) = self.distributed.all_reduce_max(self.signals.asked or 0)
+            (self.stop_signal,) = self.distributed.all_reduce_max(self.signals.asked or 0)
 
     def save(self) -> None:
-        """Have checkpoint-<step> written; a run that went bad since the last log line is stopped instead."""
+        """Start writing checkpoint-<step>; a run that went bad since the last log line is stopped instead."""
         self.stop_if_not_finite()
-        with self.watch.paused():
-            self.loss_sums = self.distributed.all_gather(self.loss_sum)
-            trees = self.learner.state()  # of all processes
+        with self.stopwatch.paused():
+            loss_sums = self.distributed.all_gather(self.loss_sum)
+            state = self.learner.state()  # gathered from all processes
             if self.distributed.is_main:
-                protected = (
-                    [self.resumed] if self.resumed and self.step - self.start_step <= self.config.save_freq else []
+                snapshot = Snapshot(
+                    step=self.step,
+                    weights=state.weights,
+                    trained_weights=state.trained_weights,
+                    optimizer=state.optimizer,
+                    policy_config=self.policy.config,
+                    preprocessor=self.preprocess,
+                    postprocessor=self.postprocess,
+                    state=self.train_state(loss_sums),
+                    adapters=adapter_config(self.policy),
                 )
-                parts = self.policy.config, self.preprocess, self.postprocess, self.state()
-                self.writer.save(Snapshot(self.step, *trees, *parts, adapters_config(self.policy)), protected)
+                self.writer.save(snapshot, self.protected_checkpoints())
                 self.report.begin_file()
                 self.report.trackers.note("checkpoint", f"checkpoint-{self.step}", self.step)
         self.saved_step = self.step
-        self.watch.last_save = time.perf_counter()
+        self.stopwatch.last_save = time.perf_counter()
 
-    def state(self) -> TrainState:
-        """Where the run stands, for a resume and for people."""
-        standing = {"step": self.step, "samples_seen": self.samples_seen, "batch_size": self.config.batch_size}
-        standing |= {"seed": self.config.seed, "world_size": self.distributed.size, "course": self.course}
-        sums = {"loss_sums": self.loss_sums, "loss_count": self.loss_count}
-        own = {"scaler": self.learner.scaler.state_dict(), "tracker_run_id": self.report.trackers.run_id}
-        info = training_info(self.policy, self.config.dataset_id, self.report.history, self.device, self.step)
-        seconds = round(self.train_seconds + self.watch.since_start(), 1)
+    def protected_checkpoints(self) -> list[Path]:
+        """The checkpoint that this run resumed from, until it has saved one of its own."""
+        resumed_from = self.plan.checkpoint
+        if resumed_from is None or self.step - self.start_step > self.config.save_freq:
+            return []
+        return [resumed_from]
+
+    def train_state(self, loss_sums: list[float]) -> TrainState:
+        """Where the run stands, for an exact resume and for people."""
+        position = {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "batch_size": self.config.batch_size,
+            "seed": self.config.seed,
+            "world_size": self.distributed.size,
+            "branch": self.branch,
+        }
+        trainer_state = {
+            **position,
+            "loss_sums": loss_sums,
+            "loss_count": self.loss_count,
+            "scaler": self.learner.scaler.state_dict(),
+            "tracker_run_id": self.report.trackers.run_id,
+            "data": self.plan.data,
+        }
+        device = self.distributed.device
+        info = training_info(self.policy, self.config.dataset_id, self.report.history, device, self.step)
+        train_seconds = round(self.train_seconds + self.stopwatch.since_start(), 1)
         return TrainState(
-            trainer_state={**standing, **sums, **own, "data": self.data},
+            trainer_state=trainer_state,
             train_config=self.config.asdict(),
-            training_info={**info, **standing, "train_seconds": seconds},
+            training_info={**info, **position, "train_seconds": train_seconds},
         )
 
     def finish(self) -> TrainResult:
-        """Final model files, curve, upload, and what to run next; of a run that was stopped, the command that goes on."""
+        """Put the finished policy into the run's folder, upload it, and print what to do next."""
         self.writer.finish()
-        self.learner.take_average(self.whole)
-        history, stopped = self.report.history, self.step < self.config.steps
-        checkpoint = self.writer.saved or self.output_dir / f"checkpoint-{self.saved_step}"
+        self.learner.take_average(self.unsharded)
+        stopped = self.step < self.config.steps
+        output_dir = self.plan.output_dir
         result = TrainResult(
-            self.step, last(history, "loss"), history, checkpoint, self.whole, self.output_dir,
-            signal.Signals(self.asked).name if stopped else None,
-        )  # fmt: skip
-        if self.distributed.is_main:
-            self.whole.eval()
-            self.report.save_curve()
-            if not stopped:
-                with finishing(result.checkpoint, self.output_dir):
-                    publish(result.checkpoint, self.output_dir)
-                    self.report.save_card(result.checkpoint)
-            repo = None if stopped else self.config.push_to_hub
-            if repo and (address := hub.push(repo, self.output_dir, result.checkpoint, self.report.warn)):
-                print(f"uploaded to {address}")
-            print(closing_words(result, self.config, self.start_step, self.distributed.size), flush=True)
+            steps=self.step,
+            final_loss=last(self.report.history, "loss"),
+            history=self.report.history,
+            checkpoint=self.writer.saved or output_dir / f"checkpoint-{self.saved_step}",
+            policy=self.unsharded,
+            output_dir=output_dir,
+            stopped_by=signal.Signals(self.stop_signal).name if stopped else None,
+        )
+        if not self.distributed.is_main:
+            return result
+        self.unsharded.eval()
+        self.report.save_curve()
+        if not stopped:
+            with finishing(result.checkpoint, output_dir):
+                publish(result.checkpoint, output_dir)
+                self.report.save_card(result.checkpoint)
+            if self.config.push_to_hub:
+                address = hub.push(self.config.push_to_hub, output_dir, result.checkpoint, self.report.warn)
+                if address:
+                    print(f"uploaded to {address}")
+        print(closing_words(result, self.config, self.start_step, self.distributed.size), flush=True)
         return result
+
+
+@runtime.without_collector()
+def build_run(plan: RunPlan) -> Run:
+    """Build the parts of a planned run: policy, learner, report, evaluator, loader, writer."""
+    config = plan.config
+    distributed = plan.distributed
+    meta = plan.source.meta
+    with ExitStack() as cleanup:
+        # The policy, and what trains it. Its initial weights are a function of the seed.
+        runtime.seed_all(config.seed, runtime.INIT)
+        policy = build_training_policy(plan.policy, meta)
+        preprocess, postprocess = build_processors(plan.policy, meta)
+        warnings = list(plan.warnings)
+        if plan.checkpoint_bytes is None:
+            warnings += check_room(plan.output_dir, with_optimizer(weight_bytes(policy), config), config)
+        unsharded = distributed.unsharded_copy(policy)
+        learner = Learner(config, distributed, policy, preprocess, meta)
+
+        # Where the run stands.
+        position = {"step": 0, "samples_seen": 0, "loss_sums": [0.0], "loss_count": 0}
+        train_seconds = 0.0
+        if plan.state is not None:
+            position = plan.state.trainer_state
+            train_seconds = plan.state.training_info["train_seconds"]
+            learner.load(plan.checkpoint, position.get("scaler", {}))
+
+        # What people see of it.
+        if config.push_to_hub and distributed.is_main:
+            hub.create_repo(config.push_to_hub)
+        report = cleanup.enter_context(
+            Report(
+                plan.output_dir,
+                plan.checkpoint,
+                position["step"],
+                config,
+                position.get("tracker_run_id"),
+                distributed.is_main,
+            )
+        )
+        report.say(
+            header(
+                plan.source,
+                plan.held_out,
+                policy,
+                config,
+                distributed,
+                position["step"],
+                plan.output_dir,
+                plan.checkpoint,
+            )
+        )
+        for note in plan.notes:
+            report.say(note)
+        report.warn(*warnings)
+        evaluator = Evaluator(config, plan.source, plan.held_out, unsharded, preprocess, postprocess, report.warn)
+        cleanup.callback(evaluator.close)
+
+        # The data: the main process decodes the frames, the others find them.
+        with distributed.main_first():
+            loader = open_loader(
+                config,
+                plan.source,
+                plan.train_episodes,
+                policy,
+                preprocess,
+                position["samples_seen"],
+                distributed,
+                report.say,
+            )
+        cleanup.callback(loader.close)
+
+        writer = cleanup.enter_context(Writer(plan.output_dir, config, report.warn, plan.checkpoint))
+        signals = cleanup.enter_context(runtime.StopSignals())
+        evaluator.is_stopped = lambda: signals.asked is not None
+        policy.train()
+        return Run(
+            plan=plan,
+            policy=policy,
+            preprocess=preprocess,
+            postprocess=postprocess,
+            unsharded=unsharded,
+            learner=learner,
+            loader=loader,
+            evaluator=evaluator,
+            report=report,
+            writer=writer,
+            signals=signals,
+            stopwatch=Stopwatch(config.save_minutes),
+            cleanup=cleanup.pop_all(),
+            step=position["step"],
+            samples_seen=position["samples_seen"],
+            branch=branch_of(position),
+            loss_sum=torch.tensor(distributed.local_value(position["loss_sums"]), device=distributed.device),
+            loss_count=position["loss_count"],
+            first_bad_step=torch.tensor(-1, device=distributed.device),
+            train_seconds=train_seconds,
+            saved_step=position["step"] if plan.state else None,
+        )
 
 
 def main(given: dict) -> int:

@@ -1,19 +1,30 @@
-"""Which run is meant: settings, output folder and checkpoint, settled before anything heavy is loaded."""
+"""Which run is meant, and everything that can refuse it, settled before anything of it is built at full size.
 
+`plan_run` turns settings into a RunPlan: final settings, output folder, checkpoint to resume from, the opened dataset and what
+the policy will be. What it returns does not change any more.
+"""
+
+import contextlib
 import copy
+import gc
 import hashlib
 import json
+import math
 import os
+import shutil
 import statistics
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import hub
+import runtime
 from checkpoints.folder import (
+    TrainState,
     find_checkpoints,
     find_resume,
     has_backup,
@@ -24,14 +35,26 @@ from checkpoints.folder import (
 )
 from checkpoints.writer import sole_writer
 from config import FIELDS, TrainConfig, check_names, merge, read_config_file
+from data.source import Source
+from data.split import split
 from errors import UserError
 from exchange.lerobot_runs import from_lerobot, lerobot_checkpoint
-from policy.factory import policy_folder
-from runtime import pick_precision
+from policy.migration import resolve_policy_folder
+from policy.presets import merge_training_preset
 from training.distributed import Distributed
 from training.launch import make_distributed
-from training.learner import make_schedule
+from training.learner import Learner, make_schedule
+from training.parts import (
+    PolicyPlan,
+    build_processors,
+    build_source,
+    build_training_policy,
+    checkpoint_bytes,
+    open_loader,
+    plan_policy,
+)
 
+# A resumed run keeps its policy: another value of these is refused.
 POLICY_FIELDS = (
     "policy",
     "policy_path",
@@ -42,99 +65,256 @@ POLICY_FIELDS = (
     "peft_args",
     "freeze",
     "imagenet_stats",
-)  # a resumed run keeps its policy
-PRESET_FIELDS = ("batch_size", "ema_decay", "augment", "image_size")  # None: as the policy's preset has it
-# another value of these is another run
-COURSE_FIELDS = (
+)
+# Another value of these makes a resumed run another run: it is reported.
+RUN_FIELDS = (
     "dataset_id", "dataset_weights", "rename", "revision", "episodes", "val_fraction", "val_episodes",
     "batch_size", "lr", "weight_decay", "grad_clip_norm", "compile", "deterministic",
     "warmup_steps", "lr_schedule", "ema_decay", "augment", "seed", "precision", "grad_accumulation_steps",
 )  # fmt: skip
+# None in these stands for the policy's preset.
+PRESET_FIELDS = ("batch_size", "ema_decay", "augment", "image_size")
 
 
-def settle(settings: dict, held: ExitStack):
-    """What `settings` ask for: processes, config, output folder, checkpoint to go on from, its state, and what to warn of.
+@dataclass(frozen=True)
+class RunPlan:
+    """A run before it is built. A context manager: leaving it releases the output folder and the other processes.
 
-    The output folder is this run's alone until `held` is closed.
+    Attributes:
+        config: every setting, final: presets merged, minutes turned into steps.
+        output_dir: the run's folder, which no other run writes to until the plan is left.
+        checkpoint: folder to resume from; None for a new run.
+        state: what that checkpoint recorded of its run; None for a new run.
+        warnings: what changes on this resume, and what is doubtful about the data, one line each.
+        notes: lines to print below the header.
+        distributed: the processes of this run.
+        source: the dataset, open and checked.
+        train_episodes, held_out: (E,) positions in `source.episodes` to train on and to validate on.
+        data: what a checkpoint records of the data.
+        policy: what the policy and its processors are built from.
+        checkpoint_bytes: estimated size of one checkpoint; None where only the built policy tells.
+    """
+
+    config: TrainConfig
+    output_dir: Path
+    checkpoint: Path | None
+    state: TrainState | None
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    distributed: Distributed
+    source: Source
+    train_episodes: Tensor
+    held_out: Tensor
+    data: dict
+    policy: PolicyPlan
+    checkpoint_bytes: int | None
+    cleanup: ExitStack
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return self.cleanup.__exit__(*error)
+
+
+@dataclass
+class ChosenRun:
+    """Which run the settings mean: a new one, or one to resume. Attributes as RunPlan's."""
+
+    config: TrainConfig
+    output_dir: Path
+    checkpoint: Path | None
+    state: TrainState | None
+    warnings: list[str]
+
+
+@runtime.without_collector()
+def plan_run(settings: dict) -> RunPlan:
+    """Settle which run `settings` ask for, and ask everything that can refuse it.
 
     Raises:
-        UserError: unknown or contradicting settings, no such checkpoint, or an output folder that is in use.
+        UserError: settings that are unknown or contradict each other, no such checkpoint, an output folder in use, no login at a
+            service that the run reports to, data that do not fit the policy, or no room for a checkpoint.
+    """
+    given = gather_settings(settings)
+    with ExitStack() as cleanup:
+        distributed = cleanup.enter_context(make_distributed(given.get("device") or "auto"))
+        with distributed.main_first():
+            chosen = choose_run(given, distributed, cleanup)
+        warnings = chosen.warnings
+        runtime.set_numerics(chosen.config.deterministic)
+
+        # The dataset: the main process downloads it, the others find it.
+        with distributed.main_first():
+            source = build_source(chosen.config)
+        fresh = chosen.checkpoint is None
+        config = merge_training_preset(chosen.config, source.meta, distributed.device, fresh)
+        distributed.check(config)
+        train_episodes, held_out = split(source, config, chosen.state)
+        data = describe_data(source, held_out)
+        warnings += compare_data(chosen.state, data)
+
+        # The policy: its settings and processors, without weights.
+        policy = plan_policy(config, chosen.checkpoint, source, distributed.device)
+        build_processors(copy.deepcopy(policy), source.meta)  # as a trial: tokenizers are fetched here
+        warnings += compare_learning_rates(chosen.state, policy.config, config)
+        size = checkpoint_bytes(policy, source.meta)
+        if size is not None:
+            warnings += check_room(chosen.output_dir, size, config)
+        warnings += source.warnings
+
+        notes = []
+        if config.minutes and fresh:
+            config, note = fix_steps(config, distributed, source, train_episodes, policy)
+            notes.append(note)
+        return RunPlan(
+            config=config,
+            output_dir=chosen.output_dir,
+            checkpoint=chosen.checkpoint,
+            state=chosen.state,
+            warnings=tuple(warnings),
+            notes=tuple(notes),
+            distributed=distributed,
+            source=source,
+            train_episodes=train_episodes,
+            held_out=held_out,
+            data=data,
+            policy=policy,
+            checkpoint_bytes=size,
+            cleanup=cleanup.pop_all(),
+        )
+
+
+def gather_settings(settings: dict) -> dict:
+    """The settings over those of their --config_path file, with ~ expanded in folders.
+
+    Raises:
+        UserError: a name is unknown, or the file cannot be read.
     """
     check_names(settings, "for train()")
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    given = together(read_config_file(settings["config_path"]) if settings.get("config_path") else {}, settings)
-    given |= {name: os.path.expanduser(given[name]) for name in ("output_dir", "dataset_root") if given.get(name)}
-    distributed = held.enter_context(make_distributed(given.get("device") or "auto"))
-    with distributed.main_first():
-        return distributed, *settle_one(given, held, distributed)
+    from_file = {}
+    if settings.get("config_path"):
+        from_file = read_config_file(settings["config_path"])
+    given = merge_lengths(from_file, settings)
+    for name in ("output_dir", "dataset_root"):
+        if given.get(name):
+            given[name] = os.path.expanduser(given[name])
+    return given
 
 
-def together(file: dict, settings: dict) -> dict:
-    """The settings over those of a file. Minutes stand instead of steps beside them, and either instead of the file's other."""
-    lengths = {"steps", "minutes"}
+def merge_lengths(from_file: dict, settings: dict) -> dict:
+    """`settings` over those of a file, where --steps and --minutes replace each other and minutes win side by side."""
+    lengths = ("steps", "minutes")
     if any(settings.get(name) is not None for name in lengths):
-        file = {name: value for name, value in file.items() if name not in lengths}
-    given = {**file, **settings}
-    return {name: value for name, value in given.items() if name != "steps" or given.get("minutes") is None}
+        from_file = {name: value for name, value in from_file.items() if name not in lengths}
+    given = {**from_file, **settings}
+    if given.get("minutes") is not None:
+        given.pop("steps", None)
+    return given
 
 
-def settle_one(given: dict, held: ExitStack, distributed: Distributed):
-    """The same in one of the processes."""
-    asked, output_dir = given.get("resume_from_checkpoint"), given.get("output_dir")
-    if asked is None or (output_dir is None and asked in ("latest", "auto")):
-        given = with_its_policy(given)
-    if output_dir is None and asked in (None, "latest", "auto"):
+def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> ChosenRun:
+    """Find the output folder, take it for this run until `cleanup` is closed, and find the checkpoint to resume from."""
+    asked = given.get("resume_from_checkpoint")
+    output_dir = given.get("output_dir")
+    names_no_checkpoint = asked in (None, "latest", "auto")
+    if asked is None:
+        check_services(merge(given))  # before a base policy is downloaded
+
+    # The output folder. Its default name has the policy's name in it.
+    if asked is None or (output_dir is None and names_no_checkpoint):
+        given = with_policy_of_base(given)
+    if output_dir is None and names_no_checkpoint:
         output_dir = default_output_dir(merge(given))
-    elif output_dir is None and has_backup(place := Path(asked).expanduser()):
-        output_dir = place.parent  # where it is put back
-    if output_dir is not None and distributed.is_main:
-        held.enter_context(sole_writer(Path(output_dir)))
-    if theirs := lerobot_checkpoint(asked):
-        resumed, changes = from_lerobot(theirs), []
-    else:
-        resumed, changes = find_resume(asked, output_dir and Path(output_dir)) if asked else (None, [])
-    state = None if resumed is None else read_state(resumed, given.get("resume_step"))
-    if resumed is None and asked is not None:  # auto, which found none
-        given = with_its_policy(given)
-    if state is not None:  # what the preset has filled in stays
+    elif output_dir is None and has_backup(Path(asked).expanduser()):
+        output_dir = Path(asked).expanduser().parent  # taking the folder puts the backup back in its place
+    if output_dir is not None:
+        output_dir = Path(output_dir)
+        take_folder(output_dir, distributed, cleanup)
+
+    # The checkpoint, and what it recorded.
+    checkpoint, warnings = find_checkpoint(asked, output_dir)
+    state = None
+    if checkpoint is not None:
+        state = read_state(checkpoint, given.get("resume_step"))
+        # what the preset filled in stays
         given = {name: value for name, value in given.items() if value is not None or name not in PRESET_FIELDS}
-    config = merge(given, state and state.train_config)
-    config = replace(config, precision=pick_precision(config.precision, distributed.use(config.device)))
+    elif asked is not None:  # auto, which found none
+        given = with_policy_of_base(given)
+
+    # The settings: those given over those of the checkpoint.
+    config = merge(given, state.train_config if state else None)
+    device = distributed.use(config.device)
+    config = replace(config, precision=runtime.pick_precision(config.precision, device))
+    if asked is not None:
+        check_services(config)
     if state is not None:
-        changes += compare(config, state, resumed, distributed.size)
+        warnings += compare_settings(config, state, checkpoint, distributed.size)
+
     if output_dir is None:
-        came = Path(asked).expanduser().resolve() != resumed.resolve()  # from the Hub, or from LeRobot
-        beside = not came and step_of(resumed) is not None
-        output_dir = resumed.parent if beside else default_output_dir(config)
-        if distributed.is_main:
-            held.enter_context(sole_writer(output_dir))
-    output_dir = Path(output_dir)
+        output_dir = folder_of_checkpoint(asked, checkpoint, config)
+        take_folder(output_dir, distributed, cleanup)
+    warnings += check_branch(output_dir, checkpoint, state)
+    return ChosenRun(config, output_dir, checkpoint, state, warnings)
+
+
+def take_folder(output_dir: Path, distributed: Distributed, cleanup: ExitStack) -> None:
+    """Make the output folder this run's alone until `cleanup` is closed."""
+    if distributed.is_main:
+        cleanup.enter_context(sole_writer(output_dir))
+
+
+def find_checkpoint(asked: str | None, output_dir: Path | None) -> tuple[Path | None, list[str]]:
+    """The checkpoint that --resume_from_checkpoint means (None for a new run), and warnings about damaged ones."""
+    if asked is None:
+        return None, []
+    of_lerobot = lerobot_checkpoint(asked)
+    if of_lerobot is not None:
+        return from_lerobot(of_lerobot), []
+    return find_resume(asked, output_dir)
+
+
+def folder_of_checkpoint(asked: str, checkpoint: Path, config: TrainConfig) -> Path:
+    """Where a run resumed without --output_dir is kept: beside its checkpoint, unless that came from elsewhere."""
+    came_from_elsewhere = Path(asked).expanduser().resolve() != checkpoint.resolve()  # the Hub, or lerobot-train
+    if came_from_elsewhere or step_of(checkpoint) is None:
+        return default_output_dir(config)
+    return checkpoint.parent
+
+
+def check_branch(output_dir: Path, checkpoint: Path | None, state: TrainState | None) -> list[str]:
+    """Keep runs apart: refuse a folder with another run's checkpoints; going back to an earlier step begins another branch.
+
+    Writes the branch into `state`, and returns a warning where checkpoints will be replaced.
+    """
     newest = max(find_checkpoints(output_dir), key=sort_key, default=None)
-    if newest is not None and (resumed is None or resumed.resolve().parent != output_dir.resolve()):
+    if newest is None:
+        return []
+    if checkpoint is None or checkpoint.resolve().parent != output_dir.resolve():
         raise UserError(
-            f"--output_dir {output_dir} already holds {newest.name}: pass --resume_from_checkpoint latest to go on "
+            f"--output_dir {output_dir} already holds {newest.name}. Pass --resume_from_checkpoint latest to resume "
             "from it, or another --output_dir"
         )
-    if newest is not None and newest.resolve() != resumed.resolve():
-        state.trainer_state["course"] = 1 + sort_key(newest)[0]
-        changes.append(
-            f"{newest} is further on: checkpoints after {resumed.name} are replaced as this run comes to them"
-        )
-    return config, output_dir, resumed, state, changes
+    if newest.resolve() == checkpoint.resolve():
+        return []
+    state.trainer_state["branch"] = 1 + sort_key(newest)[0]
+    return [f"{newest} is further on: checkpoints after {checkpoint.name} are replaced as this run reaches their steps"]
 
 
-def with_its_policy(given: dict) -> dict:
-    """The settings, with --policy as the folder or Hub repo of --policy_path has it if there is one.
+def with_policy_of_base(given: dict) -> dict:
+    """The settings with --policy as the base of --policy_path has it, if there is a base.
 
     Raises:
-        UserError: they name another, or it holds none.
+        UserError: the settings name another policy, or there is none.
     """
-    place = given.get("policy_path")
-    if not place:
+    base = given.get("policy_path")
+    if not base:
         return given
-    name = read_json(policy_folder(hub.fetch(place, "--policy_path")) / "config.json").get("type")
+    folder = resolve_policy_folder(hub.fetch(base, "--policy_path"))
+    name = read_json(folder / "config.json").get("type")
     if given.get("policy", name) != name:
-        raise UserError(f"--policy {given['policy']}: --policy_path {place} holds a policy {name}: leave --policy out")
+        raise UserError(f"--policy {given['policy']}: --policy_path {base} holds a policy {name}. Leave --policy out")
     return {**given, "policy": name}
 
 
@@ -143,107 +323,191 @@ def default_output_dir(config: TrainConfig) -> Path:
     return Path("outputs") / f"{names}_{config.policy}"
 
 
-def compare(config: TrainConfig, state, resumed: Path, processes: int) -> list[str]:
-    """One line for each setting that changes the course of the resumed run; what cannot change is refused."""
-    now, changes = config.asdict(), []
-    was = {name: f.default for name, f in FIELDS.items()} | state.train_config
+def check_services(config: TrainConfig) -> None:
+    """Raise a UserError where the run could not report to a tracker or the Hub."""
+    if config.push_to_hub:
+        hub.check_login(config.push_to_hub)
+
+
+def compare_settings(config: TrainConfig, state: TrainState, checkpoint: Path, processes: int) -> list[str]:
+    """One line for each setting that makes the resumed run another run.
+
+    Raises:
+        UserError: a setting that cannot change on a resume did.
+    """
+    changes = []
+    now = config.asdict()
+    before = {name: field.default for name, field in FIELDS.items()} | state.train_config
     if state.trainer_state["step"] > config.steps:
         raise UserError(
-            f"{resumed} is at step {state.trainer_state['step']}, past --steps {config.steps}: pass more steps"
+            f"{checkpoint} is at step {state.trainer_state['step']}, past --steps {config.steps}. Pass more --steps"
         )
-    if now["minutes"] != was["minutes"]:
+    if now["minutes"] != before["minutes"]:
         raise UserError(
-            f"--minutes: {resumed.name} is of a run of {was['steps']} steps, which were fixed when it began: pass --steps to change them"
+            f"--minutes: {checkpoint.name} belongs to a run of {before['steps']} steps, fixed when it began. "
+            "Pass --steps to change them"
         )
     for name in POLICY_FIELDS:
-        if now[name] != was[name]:
+        if now[name] != before[name]:
             raise UserError(
-                f"--{name}: {resumed.name} was trained with {was[name]}, got {now[name]}: "
-                "a resumed run keeps its policy, leave the flag out or train afresh"
+                f"--{name}: {checkpoint.name} was trained with {before[name]}, got {now[name]}. "
+                "A resumed run keeps its policy: leave the flag out, or start a new run"
             )
-    for name in COURSE_FIELDS:
-        told_by_data = name == "dataset_id" and "data" in state.trainer_state  # which may have been moved
-        if now[name] != was[name] and was[name] != "auto" and not told_by_data:  # auto: lerobot-train's --precision
+    for name in RUN_FIELDS:
+        if name == "dataset_id" and "data" in state.trainer_state:
+            continue  # a dataset may be moved: its content is compared
+        if before[name] == "auto":
+            continue  # --precision of a run that came from lerobot-train
+        if now[name] != before[name]:
             changes.append(
-                f"--{name}: {was[name]} -> {now[name]}; from here on this is another run than the one that wrote {resumed.name}"
+                f"--{name}: {before[name]} -> {now[name]}; from here on this is not the run that wrote {checkpoint.name}"
             )
-    before = state.trainer_state["world_size"]
-    if processes != before:
-        changes.append(f"{before} -> {processes} processes: the batches stay what they were, rounding and noise do not")
+    processes_before = state.trainer_state["world_size"]
+    if processes != processes_before:
+        changes.append(
+            f"{processes_before} -> {processes} processes: the batches stay the same, rounding and noise do not"
+        )
     return changes
 
 
-def data_of(source, held_out) -> dict:
-    """What a checkpoint keeps of its run's data: how much, a hash of all but the pixels, bytes of those, held-out episodes.
+def describe_data(source: Source, held_out: Tensor) -> dict:
+    """What a checkpoint records of its run's data.
 
     Args:
         held_out: (E,) positions in `source.episodes`.
+
+    Returns:
+        Counts of episodes, frames and bytes of pictures, a hash of all values, and the held-out episodes.
     """
     digest = hashlib.sha256(json.dumps([source.starts.tolist(), source.tasks]).encode())
     for _, values in sorted(source.columns.items()):
         digest.update(json.dumps(values).encode() if isinstance(values, list) else values.numpy())
-    files = {path for videos in source.videos.values() for path in videos.files if path.is_file()}
-    pictures = sum(path.stat().st_size for path in files) + sum(column.nbytes for column in source.images.values())
-    counts = {"episodes": len(source.episodes), "frames": source.rows, "picture_bytes": pictures}
-    return {**counts, "sha256": digest.hexdigest(), "held_out": [source.places[i] for i in held_out.tolist()]}
+    videos = {path for videos in source.videos.values() for path in videos.files if path.is_file()}
+    picture_bytes = sum(path.stat().st_size for path in videos)
+    picture_bytes += sum(column.nbytes for column in source.images.values())
+    return {
+        "episodes": len(source.episodes),
+        "frames": source.rows,
+        "picture_bytes": picture_bytes,
+        "sha256": digest.hexdigest(),
+        "held_out": [source.places[i] for i in held_out.tolist()],
+    }
 
 
-def compare_rates(state, learner) -> list[str]:
-    """A line where other --steps move a learning rate that ends with the run."""
-    was = learner.config.steps if state is None else state.train_config["steps"]
-    if was == learner.config.steps:
-        return []
-    old = copy.copy(learner.config)
-    old.steps = was
-    end = min(was, learner.config.steps)
-    before, now = (factor(end - 1) for factor in (make_schedule(learner.policy, old), learner.factor))
-    if abs(before - now) <= 0.01 * before:
-        return []
-    rates = f"{learner.peaks[0] * before:.3g} -> {learner.peaks[0] * now:.3g}"
-    return [
-        f"--steps: {was} -> {learner.config.steps}: the learning rate ends with the run, at step {end} it is {rates}"
-    ]
-
-
-def compare_data(state, now: dict) -> list[str]:
-    """A line for what the data of the resumed run (None of a fresh one) were and are not `now`: of `data_of` both."""
-    was = state and state.trainer_state.get("data")  # checkpoints of older versions have none
-    if not was:
+def compare_data(state: TrainState | None, now: dict) -> list[str]:
+    """A line for each way in which the data of a resumed run differ from those that its checkpoint recorded."""
+    before = state.trainer_state.get("data") if state else None
+    if before is None:  # a new run, or a checkpoint of an older version
         return []
     changes = []
-    before, after = (f"{data['episodes']} episodes of {data['frames']} frames" for data in (was, now))
-    if was["sha256"] != now["sha256"]:
-        message = f"{before} -> {after}" if before != after else f"{after}, but with other values"
-        changes.append(f"dataset: {message}; from here on this is another run")
-    elif was.get("picture_bytes", now["picture_bytes"]) != now["picture_bytes"]:
-        message = f"{was['picture_bytes']} -> {now['picture_bytes']} bytes"
-        changes.append(f"dataset: its videos or pictures are others ({message}); from here on this is another run")
-    if not set(now["held_out"]) <= set(was["held_out"]):
-        message = f"held-out episodes: {was['held_out']} -> {now['held_out']}"
-        changes.append(f"{message}; those that were trained on are not unseen")
+    counts_before, counts_now = (f"{data['episodes']} episodes of {data['frames']} frames" for data in (before, now))
+    if before["sha256"] != now["sha256"]:
+        change = f"{counts_before} -> {counts_now}"
+        if counts_before == counts_now:
+            change = f"{counts_now}, but with other values"
+        changes.append(f"dataset: {change}; from here on this is another run")
+    elif before.get("picture_bytes", now["picture_bytes"]) != now["picture_bytes"]:
+        change = f"{before['picture_bytes']} -> {now['picture_bytes']} bytes"
+        changes.append(f"dataset: its videos or pictures changed ({change}); from here on this is another run")
+    if not set(now["held_out"]) <= set(before["held_out"]):
+        change = f"{before['held_out']} -> {now['held_out']}"
+        changes.append(f"held-out episodes: {change}; the run has trained on some of them")
     return changes
 
 
-def fix_steps(run) -> TrainConfig:
-    """The run's settings with --steps such that they take --minutes; the run itself stands where it stood.
+def compare_learning_rates(state: TrainState | None, policy_config, config: TrainConfig) -> list[str]:
+    """A line where other --steps move a learning rate that ends with the run."""
+    steps_before = state.train_config["steps"] if state else config.steps
+    if steps_before == config.steps:
+        return []
+    last_step = min(steps_before, config.steps)
+    before = make_schedule(policy_config, replace(config, steps=steps_before))(last_step - 1)
+    now = make_schedule(policy_config, config)(last_step - 1)
+    if abs(before - now) <= 0.01 * before:
+        return []
+    peak = config.lr or policy_config.get_optimizer_preset().lr
+    rates = f"{peak * before:.3g} -> {peak * now:.3g}"
+    return [
+        f"--steps: {steps_before} -> {config.steps}: the learning rate ends with the run, at step {last_step} it is {rates}"
+    ]
 
-    Trains on its first batch for 3 % of the minutes, 20 seconds at most, and takes all of that back.
+
+def check_room(output_dir: Path, size: int, config: TrainConfig) -> list[str]:
+    """Compare what the checkpoints take with the room on their disk.
+
+    Args:
+        size: bytes of one checkpoint.
+
+    Returns:
+        A warning where all checkpoints that are kept do not fit.
+
+    Raises:
+        UserError: not even one fits.
     """
-    batch, config, policy = run.loader.batch_at(run.samples_seen), run.config, run.policy
-    weights = copy.deepcopy(policy.state_dict())
-    policy.train()
-    seconds = seconds_of(lambda: run.learner.step(batch, 0), run.distributed, at_most=min(20.0, 1.8 * config.minutes))
-    policy.load_state_dict(weights)
-    config = replace(config, steps=max(1, round(60 * config.minutes / seconds)))
-    run.learner.start_over(config)
-    run.report.set_steps(config.steps)
-    run.report.say(f"{config.minutes:g} minutes are {config.steps:,} steps of {seconds:.3f} s")
-    return config
+    free = shutil.disk_usage(existing_parent(output_dir)).free
+    if size > free:
+        raise UserError(
+            f"--output_dir {output_dir}: a checkpoint takes about {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. "
+            "Free some space, or pass another --output_dir"
+        )
+    saves = 1
+    if config.save_freq:
+        saves = math.ceil(config.steps / config.save_freq)
+    kept = saves
+    if config.keep_last is not None:
+        spared = config.steps // config.keep_every if config.keep_every else 0
+        kept = min(saves, config.keep_last + spared + 1)  # one more while the oldest waits to be deleted
+    if size * kept <= free:
+        return []
+    return [
+        f"the checkpoints to keep take about {kept} x {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
+        "pass --keep_last, or a larger --save_freq"
+    ]
+
+
+def existing_parent(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def fix_steps(config: TrainConfig, distributed: Distributed, source: Source, episodes: Tensor, policy: PolicyPlan):
+    """The settings with --steps such that they take --minutes, and a line that says so."""
+    with runtime.enough_memory(config.batch_size):
+        seconds = seconds_of_step(config, distributed, source, episodes, policy)
+    gc.collect()
+    distributed.free_memory()
+    steps = max(1, round(60 * config.minutes / seconds))
+    return replace(config, steps=steps), f"{config.minutes:g} minutes are {steps:,} steps of {seconds:.3f} s"
+
+
+def seconds_of_step(
+    config: TrainConfig, distributed: Distributed, source: Source, episodes: Tensor, policy: PolicyPlan
+) -> float:
+    """How long an optimizer step of this run takes, measured on its first batch for 3 % of --minutes, 20 seconds at most.
+
+    The policy that is trained here is thrown away: the run builds its own from the same seed.
+    """
+    runtime.seed_all(config.seed, runtime.INIT)
+    policy = copy.deepcopy(policy)
+    model = build_training_policy(policy, source.meta).train()
+    preprocess, _ = build_processors(policy, source.meta)
+    learner = Learner(config, distributed, model, preprocess, source.meta)
+    one_batch = replace(config, frame_cache="off", quiet=True)  # no frame store for a single batch
+    loader = open_loader(one_batch, source, episodes, model, preprocess, 0, distributed, say=lambda line: None)
+    with contextlib.closing(loader):
+        batch = loader.batch_at(0)
+    limit = min(20.0, 1.8 * config.minutes)
+    return seconds_of(lambda: learner.step(batch, 0), distributed, at_most=limit)
 
 
 def seconds_of(call, distributed: Distributed, at_most: float) -> float:
-    """How long a call takes: the median of those within `at_most` seconds, the first two left out; of the slowest process."""
-    times, end, enough = [], time.perf_counter() + at_most, 0
+    """How long a call takes: the median of those within `at_most` seconds without the first two, of the slowest process."""
+    times = []
+    end = time.perf_counter() + at_most
+    enough = 0
     while not enough:
         begun = time.perf_counter()
         call()
@@ -251,4 +515,5 @@ def seconds_of(call, distributed: Distributed, at_most: float) -> float:
             torch.cuda.synchronize(distributed.device)  # waits for the device
         times.append(time.perf_counter() - begun)
         (enough,) = distributed.all_reduce_max(len(times) >= 3 and time.perf_counter() > end)
-    return distributed.all_reduce_max(round(1e9 * statistics.median(times[2:])))[0] / 1e9
+    (nanoseconds,) = distributed.all_reduce_max(round(1e9 * statistics.median(times[2:])))
+    return nanoseconds / 1e9
