@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train on several nodes under SLURM's time limit: saved ahead of it, queued again, and going on as the same run.
+# Train on several nodes under SLURM's time limit: the job saves before it ends, queues itself again, and continues the same run.
 #
 #     sbatch --nodes 2 examples/slurm_nodes.sh --dataset_id ISdept/piper_arm --output_dir outputs/my_run --batch_size 256
 #
-# --output_dir has to be on a disk that all nodes see. For FSDP or DeepSpeed: CONFIG=examples/accelerate/fsdp.yaml sbatch ...
+# --output_dir must be on a disk that all nodes share. For FSDP or DeepSpeed: CONFIG=examples/accelerate/fsdp.yaml sbatch ...
 #
 #SBATCH --job-name=armature
 #SBATCH --nodes=2
@@ -20,15 +20,15 @@ export MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) CONFIG=
 export PROCESSES=$((SLURM_NNODES * ${SLURM_GPUS_ON_NODE:-8}))
 asked=0
 
-# to the training processes alone, of this node: all processes agree on it, save and stop; a launcher would die of it
+# Signal only this node's training processes: all ranks then save and stop together. The launcher would die of the signal.
 trap 'asked=1; pkill -USR1 -f "python[0-9.]* (-u )?src/train.py"' USR1
 
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over by itself
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not inherit it from the job
 
-# auto: the newest whole checkpoint in --output_dir, or a start
+# auto: the newest complete checkpoint in --output_dir, or a fresh start
 srun bash -c '.venv/bin/accelerate launch --config_file "$CONFIG" --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \
     --main_process_ip "$MAIN" --main_process_port 29500 --num_processes "$PROCESSES" src/train.py "$@" --resume_from_checkpoint auto' _ "$@" &
-while wait $!; status=$?; [ $status -gt 128 ] && kill -0 $! 2>/dev/null; do :; done # a trapped signal ends wait early
+while wait $!; status=$?; [ $status -gt 128 ] && kill -0 $! 2>/dev/null; do :; done # a trapped signal ends `wait` early
 if [ $asked -eq 1 ]; then
     scontrol requeue "$SLURM_JOB_ID"
     exit 0

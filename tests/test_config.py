@@ -1,7 +1,6 @@
 """Settings: flags, files and keywords are the same names, checked the same way."""
 
 import json
-import re
 import resource
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import sys
 import pytest
 
 import export
-from command_line import Parser, flags_table, parse_command_line
+from command_line import Parser, parse_command_line
 from config import FIELDS, merge, read_config_file
 from errors import UserError
 from helpers.paths import ROOT
@@ -158,18 +157,6 @@ def test_import_touches_no_argv_and_prints_nothing():
         [sys.executable, "-c", code, "--bogus"], cwd="/", capture_output=True, text=True, check=False
     )
     assert (shown.returncode, shown.stdout, shown.stderr) == (0, "", "")
-
-
-def test_readme_lists_every_flag_as_it_is():
-    assert flags_table() in (ROOT / "README.md").read_text(), (
-        "python -c 'import command_line; print(command_line.flags_table())' makes the table"
-    )
-
-
-def test_readme_names_only_files_that_exist():
-    text = (ROOT / "README.md").read_text()
-    for path in set(re.findall(r"(?:src|configs|examples|bench|tests)/[\w./]+\.\w+", text)):
-        assert (ROOT / path).exists(), path
 
 
 def test_shipped_configs_are_valid():
