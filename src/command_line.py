@@ -52,11 +52,11 @@ class OneLineParser(argparse.ArgumentParser):
     """A command line whose mistakes are one line."""
 
     def error(self, message):
-        print(f"error: {message(message)} (--help lists what there is)", file=sys.stderr)
+        print(f"error: {plain_message(message)} (--help lists what there is)", file=sys.stderr)
         sys.exit(2)
 
 
-def message(message: str) -> str:
+def plain_message(message: str) -> str:
     """argparse's words for a mistake, in ours."""
     message = re.sub(r"^argument (--\w+): expected 2 arguments", r"\1 must be two numbers, height and width", message)
     return re.sub(r"^argument (--\w+): invalid (int|float) value: (.*)", r"\1 must be \2, got \3", message)
@@ -87,7 +87,7 @@ class Parser(argparse_dataclass.ArgumentParser):
             group._group_actions.append(action)
 
     def error(self, message):
-        raise UserError(message(message))
+        raise UserError(plain_message(message))
 
     def given(self, argv: List[str]) -> dict:
         """The settings that `argv` names, and no defaults."""
@@ -171,6 +171,8 @@ def parse_overrides(flag: str, config_class, overrides: list[str] | None) -> dic
             raise UserError(f"{flag} {name}: {whose} has no such setting{nearest(name, names)}")
         try:
             value = None if text.strip().lower() in ("none", "null") else yaml.safe_load(text)
+            if value is None and type(None) not in typing.get_args(types[name]):
+                raise ValueError("none is no value of this setting")
             values[name] = draccus.decode(types[name], value)
         except (yaml.YAMLError, draccus.utils.DraccusException, ValueError, TypeError, KeyError):
             wanted = getattr(types[name], "__name__", None) or str(types[name])

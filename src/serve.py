@@ -2,195 +2,191 @@
 
     python src/serve.py outputs/my_run/checkpoint-5000 [--host 127.0.0.1] [--port 8000] [--max_mb 32]
 
-    GET  /health   what is served, what an observation has to hold, and how long an action takes
-    POST /act      an observation to the action to carry out now; one arm a server, which keeps the chunk under way
+    GET  /health   what is served, what an observation must contain, and how long an action takes
+    POST /act      takes an observation, returns the action to execute now; the server keeps one chunk, so it serves one arm
     POST /reset    an episode begins
 
-Bodies are msgpack; an array is {"dtype": "uint8", "shape": [480, 640, 3], "data": bytes}. A mistake is answered with status 400 and
-{"error": one line}. There is no login: keep to a network you trust, or to ssh -L. examples/client.py is a client.
-LeRobot's own server (python -m lerobot.async_inference.policy_server) runs checkpoints of its own policies with cameras; it unpickles
-what it is sent, does not know flow, and resizes in another way than --image_size does.
+Bodies are msgpack; an array is {"dtype": "uint8", "shape": [480, 640, 3], "data": bytes}. A bad request gets status 400 and
+{"error": one line}. There is no login: serve on a network you trust, or through ssh -L. examples/client.py is a client.
+LeRobot's own server (python -m lerobot.async_inference.policy_server) serves checkpoints of LeRobot's own policies with
+cameras: it unpickles what it receives, does not know flow, and resizes differently from --image_size.
 """
 
+import asyncio
+import math
+import socket
 import sys
 import time
+import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import msgpack
 import numpy as np
+from aiohttp import web
 
 from command_line import OneLineParser, command
 from errors import UserError, one_line
 
-KINDS = ("uint8", "float32", "float64", "int64", "int32")
+ARRAY_FIELDS = {"dtype", "shape", "data"}
+DTYPES = ("uint8", "float32", "float64", "int64", "int32")
+CONNECTIONS = {
+    "access_log": None,
+    "keepalive_timeout": 60,  # a silent connection is closed after so many seconds; examples/client.py reconnects before
+    # A refused request is still read to its end: a client that is sending would meet a closed connection, not its answer.
+    "lingering_time": 60,
+    "shutdown_timeout": 5,
+}
 
 
 def pack(tree) -> bytes:
-    """Arrays, numbers, text, lists and dicts as msgpack."""
-    import msgpack
+    """Pack arrays, numbers, text, lists and dicts as msgpack."""
+    return msgpack.packb(tree, default=pack_array)
 
-    def spell(item):
-        item = np.ascontiguousarray(item)
-        return {"dtype": str(item.dtype), "shape": list(item.shape), "data": item.tobytes()}
 
-    return msgpack.packb(tree, default=spell)
+def pack_array(array) -> dict:
+    array = np.ascontiguousarray(array)
+    return {"dtype": str(array.dtype), "shape": list(array.shape), "data": array.tobytes()}
 
 
 def unpack(body: bytes):
-    """What `pack` packed.
-
-    Raises:
-        UserError: it is no msgpack, or an array's bytes are not as many as its shape says.
-    """
-    import msgpack
-
-    def build(item: dict):
-        if item.keys() != {"dtype", "shape", "data"}:
-            return item
-        if item["dtype"] not in KINDS:
-            raise UserError(f"an array of {item['dtype']}: expected one of {', '.join(KINDS)}")
-        wanted = int(np.prod(item["shape"])) * np.dtype(item["dtype"]).itemsize
-        if len(item["data"]) != wanted:
-            raise UserError(
-                f"an array of {item['dtype']} {item['shape']} has {len(item['data'])} bytes, expected {wanted}"
-            )
-        return np.frombuffer(item["data"], item["dtype"]).reshape(item["shape"]).copy()
-
+    """Unpack what `pack` packed; a UserError if it is not msgpack or an array's fields do not fit together."""
     try:
-        return msgpack.unpackb(body, object_hook=build)
+        return msgpack.unpackb(body, object_hook=unpack_array)
     except UserError:
         raise
-    except Exception as error:  # msgpack's own, ValueError, TypeError: whatever the bytes provoke
-        raise UserError(f"the body is no msgpack: {one_line(error)[:120]}") from error
+    except (ValueError, msgpack.UnpackException) as error:
+        raise UserError(f"the body is not msgpack: {one_line(error)[:120]}") from error
 
 
-class Server(ThreadingHTTPServer):
-    """Serves one policy.
+def unpack_array(item: dict):
+    """The array that a dict describes; any other dict as it is."""
+    if item.keys() != ARRAY_FIELDS:
+        return item
+    dtype = item["dtype"]
+    shape = item["shape"]
+    data = item["data"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise UserError(f"an array has a wrong dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise UserError(f"an array has a wrong shape: expected a list of sizes, got {shape!r}")
+    expected = math.prod(shape) * np.dtype(dtype).itemsize
+    if not isinstance(data, bytes):
+        raise UserError(f"an array has wrong data: expected {expected} bytes, got {type(data).__name__}")
+    if len(data) != expected:
+        raise UserError(f"{dtype} of shape {shape} has wrong data: expected {expected} bytes, got {len(data)}")
+    # A copy, because torch wants memory that it may write to.
+    return np.frombuffer(data, dtype).reshape(shape).copy()
+
+
+class PolicyServer:
+    """Answers requests with one policy's actions.
 
     Args:
-        policy: infer.LoadedPolicy or ahead.AsyncPolicy.
-        address: (host, port); port 0 for any.
-        max_bytes: the largest body that is read.
+        policy: a LoadedPolicy or an AsyncPolicy.
+        max_bytes: the largest request body that is accepted.
     """
 
-    daemon_threads = True
+    def __init__(self, policy, max_bytes: int):
+        self.policy = policy
+        self.max_bytes = max_bytes
+        # All policy calls run in this thread: torch keeps helper threads for each thread that calls it,
+        # and a call that takes long must not keep /health from answering.
+        self.thread = ThreadPoolExecutor(1, "policy")
+        self.milliseconds: deque[float] = deque(maxlen=1000)
 
-    def __init__(self, policy, address: tuple[str, int], max_bytes: int):
-        self.policy, self.max_bytes = policy, max_bytes
-        self.thread = ThreadPoolExecutor(1, "policy")  # torch keeps its helpers by thread, and connections come and go
-        self.milliseconds: deque = deque(maxlen=1000)
-        super().__init__(address, Handler)
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=self.max_bytes, middlewares=[self.errors_to_answers])
+        app.router.add_get("/health", self.health)
+        app.router.add_post("/act", self.act)
+        app.router.add_post("/reset", self.reset)
+        return app
 
-    def health(self) -> dict:
+    async def health(self, request: web.Request) -> web.Response:
         times = list(self.milliseconds)
-        p50, p99 = np.percentile(times, [50, 99]).round(2).tolist() if times else (None, None)
-        expected = {
-            key: {"kind": kind, "shape": [0 if size is None else size for size in shape]}  # 0 is any
-            for key, (kind, shape) in self.policy.expected.items()
-        }
-        served = {"policy": self.policy.kind, "device": str(self.policy.device), "expects": expected}
-        return {"status": "ok", **served, "actions": len(times), "p50_ms": p50, "p99_ms": p99}
+        p50 = p99 = None
+        if times:
+            p50, p99 = np.percentile(times, [50, 99]).round(2).tolist()
+        expects = {}
+        for key, (kind, shape) in self.policy.expected.items():
+            expects[key] = {"kind": kind, "shape": [size or 0 for size in shape]}  # 0 stands for any size
+        served = {"policy": self.policy.kind, "device": str(self.policy.device), "expects": expects}
+        return answer({"status": "ok", **served, "actions": len(times), "p50_ms": p50, "p99_ms": p99})
 
-    def act(self, observation) -> np.ndarray:
+    async def act(self, request: web.Request) -> web.Response:
+        observation = unpack(await request.read())
         if not isinstance(observation, dict):
-            raise UserError(f"an observation is a dict of names to arrays, got {type(observation).__name__}")
+            got = type(observation).__name__
+            raise UserError(f"the observation is no dict: expected a dict of names to arrays, got {got}")
         begun = time.perf_counter()
-        action = self.thread.submit(self.policy.act, observation).result()
+        action = await self.in_policy_thread(self.policy.act, observation)
         self.milliseconds.append(1000 * (time.perf_counter() - begun))
-        return action
+        return answer({"action": action})
 
-    def reset_policy(self) -> None:
-        self.thread.submit(self.policy.reset).result()
+    async def reset(self, request: web.Request) -> web.Response:
+        await self.in_policy_thread(self.policy.reset)
+        return answer({"status": "ok"})
 
+    async def in_policy_thread(self, function, *args):
+        return await asyncio.get_running_loop().run_in_executor(self.thread, function, *args)
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    timeout = 60  # seconds that a silent connection is kept
-    # an answer is two writes, and the second would wait 40 ms for the first to be acknowledged
-    disable_nagle_algorithm = True
-
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        if self.path == "/health":
-            self.answer(200, self.server.health())
-        else:
-            self.answer(404, {"error": f"there is no GET {self.path}: /health is there"})
-
-    def do_POST(self):
+    @web.middleware
+    async def errors_to_answers(self, request: web.Request, handler) -> web.StreamResponse:
+        """Answer a failed request with one line; the server keeps running."""
         try:
-            size = int(self.headers.get("Content-Length", ""))
-        except ValueError:
-            size = -1
-        if not 0 <= size <= self.server.max_bytes:
-            left = min(size, 2**28)  # read and dropped, or the client would not come to hear the answer
-            while left > 0 and (part := self.rfile.read(min(left, 2**16))):
-                left -= len(part)
-            self.close_connection = not 0 <= size <= 2**28
-            limit = self.server.max_bytes / 1e6
-            message = f"the body has {size / 1e6:.1f} MB" if size >= 0 else "the request does not say its length"
-            self.answer(413, {"error": f"{message}: at most {limit:g} MB are taken (--max_mb)"})
-            return
-        body = self.rfile.read(size)
-        try:
-            if self.path == "/act":
-                self.answer(200, {"action": self.server.act(unpack(body))})
-            elif self.path == "/reset":
-                self.server.reset_policy()
-                self.answer(200, {"status": "ok"})
-            else:
-                self.answer(404, {"error": f"there is no POST {self.path}: /act and /reset are there"})
+            return await handler(request)
         except UserError as error:
-            self.answer(400, {"error": str(error)})
-        except Exception as error:  # the server goes on
-            self.answer(500, {"error": f"{type(error).__name__}: {one_line(error)[:200]}"})
+            return answer({"error": str(error)}, status=400)
+        except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
+            message = f"there is no {request.method} {request.path}: expected GET /health, POST /act or POST /reset"
+            return answer({"error": message}, status=404)
+        except web.HTTPRequestEntityTooLarge:
+            message = f"the body is too large: expected at most {self.max_bytes / 1e6:g} MB (raise it with --max_mb)"
+            return answer({"error": message}, status=413)
+        except Exception as error:
+            traceback.print_exc()
+            return answer({"error": f"{type(error).__name__}: {one_line(error)[:200]}"}, status=500)
 
-    def answer(self, status: int, tree: dict) -> None:
-        body = pack(tree)
-        self.send_response(status)
-        self.send_header("Content-Type", "application/msgpack")
-        self.send_header("Content-Length", str(len(body)))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(body)
+
+def answer(tree: dict, status: int = 200) -> web.Response:
+    return web.Response(body=pack(tree), status=status, content_type="application/msgpack")
 
 
 @command
 def main(argv: list[str]) -> int:
     parser = OneLineParser(prog="serve.py", description="Serve a policy over HTTP.")
     parser.add_argument("checkpoint", help="a checkpoint-<step> folder, a run's folder, or a Hub id")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="0.0.0.0 for every computer that reaches this one [%(default)s]"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="[%(default)s]")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other computers connect [%(default)s]")
+    parser.add_argument("--port", type=int, default=8000, help="0 for any free port [%(default)s]")
     parser.add_argument("--max_mb", type=float, default=32, help="largest request [%(default)s]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
-    parser.add_argument("--n_action_steps", type=int, help="actions carried out of each predicted chunk [as trained]")
-    parser.add_argument(
-        "--ahead", type=float, metavar="FPS", help="predict ahead, for an arm that asks so often a second"
-    )
-    parser.add_argument("--task", default="", help="task text for observations that bring none")
+    parser.add_argument("--n_action_steps", type=int, help="actions executed from each predicted chunk [as trained]")
+    parser.add_argument("--ahead", type=float, metavar="FPS", help="predict chunks early, for FPS requests a second")
+    parser.add_argument("--task", default="", help="task text for observations without one")
     args = parser.parse_args(argv)
-    if args.ahead is not None and not 0 < args.ahead < float("inf"):
+    if args.ahead is not None and not 0 < args.ahead < math.inf:
         parser.error(f"--ahead must be a number of actions a second, got {args.ahead:g}")
+    if not 0 <= args.port <= 65535:
+        parser.error(f"--port must be from 0 to 65535, got {args.port}")
+    if not 0 < args.max_mb < math.inf:
+        parser.error(f"--max_mb must be a number above 0, got {args.max_mb:g}")
+    # Slow: torch and lerobot, which --help and a wrong flag do not need.
     from policy.loaded import load_policy
 
     policy = load_policy(args.checkpoint, args.device, args.n_action_steps, args.task)
-    policy = policy.ahead(args.ahead) if args.ahead else policy
+    if args.ahead:
+        policy = policy.ahead(args.ahead)
+    app = PolicyServer(policy, max_bytes=math.ceil(args.max_mb * 1e6)).app()
     try:
-        server = Server(policy, (args.host, args.port), int(args.max_mb * 1e6))
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--host {args.host} --port {args.port} cannot be used: {one_line(error)}") from error
-    print(
-        f"serving {args.checkpoint} on http://{args.host}:{server.server_port} (GET /health; Ctrl-C ends)", flush=True
-    )
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        print("ended")
+        sock = socket.create_server((args.host, args.port))
+    except OSError as error:
+        where = f"--host {args.host} --port {args.port}"
+        raise UserError(f"cannot listen on {where}: {one_line(error)}. Pass another host or port") from error
+    with sock:
+        address = f"http://{args.host}:{sock.getsockname()[1]}"
+        print(f"serving {args.checkpoint} on {address} (GET /health; Ctrl-C ends)", flush=True)
+        web.run_app(app, sock=sock, print=None, **CONNECTIONS)
+    print("ended")
     return 0
 
 
