@@ -1,6 +1,6 @@
-"""Ask a policy that `python src/serve.py CHECKPOINT` serves for actions; needs numpy and msgpack alone.
+"""Ask a policy that `python src/serve.py CHECKPOINT` serves for actions. Needs only numpy and msgpack.
 
-python examples/client.py http://127.0.0.1:8000          # says what is served, and asks for 100 actions to see how long they take
+python examples/client.py http://127.0.0.1:8000          # says what is served, and times 100 actions
 
 arm = Client("http://gpu-box:8000")
 arm.reset()
@@ -16,12 +16,12 @@ import msgpack
 import numpy as np
 
 
-def spell(array) -> dict:
+def pack_array(array) -> dict:
     array = np.ascontiguousarray(array)
     return {"dtype": str(array.dtype), "shape": list(array.shape), "data": array.tobytes()}
 
 
-def build(item: dict):
+def unpack_array(item: dict):
     if item.keys() == {"dtype", "shape", "data"}:
         return np.frombuffer(item["data"], item["dtype"]).reshape(item["shape"])
     return item
@@ -31,34 +31,36 @@ class Client:
     """One connection to a served policy, kept open.
 
     Raises:
-        RuntimeError: the server's own words about what was wrong with a request.
+        RuntimeError: the server refused a request; the message says why.
     """
 
+    idle = 30.0  # seconds after which it reconnects: the server closes a connection that is silent for 60
+
     def __init__(self, address: str, timeout: float = 10.0):
-        place = urlsplit(address if "//" in address else f"//{address}")
-        self.connection = http.client.HTTPConnection(place.hostname, place.port or 8000, timeout=timeout)
-        self.last = 0.0  # when it was asked
-        self.idle = 30.0  # seconds after which it connects anew: the server keeps a silent connection for 60
+        url = urlsplit(address if "//" in address else f"//{address}")
+        self.connection = http.client.HTTPConnection(url.hostname, url.port or 8000, timeout=timeout)
+        self.last_request = 0.0
 
     def act(self, observation: dict) -> np.ndarray:
         """(A,) float32 in robot units."""
-        return self._ask("POST", "/act", msgpack.packb(observation, default=spell))["action"]
+        return self._ask("POST", "/act", msgpack.packb(observation, default=pack_array))["action"]
 
     def reset(self) -> None:
         """Call it when an episode begins."""
         self._ask("POST", "/reset", b"")
 
     def health(self) -> dict:
+        """What is served, what an observation must contain, and how long an action takes."""
         return self._ask("GET", "/health", None)
 
     def _ask(self, method: str, path: str, body: bytes | None) -> dict:
-        if time.monotonic() - self.last > self.idle:
-            self.connection.close()  # the request connects again
-        self.last = time.monotonic()
+        if time.monotonic() - self.last_request > self.idle:
+            self.connection.close()  # the next request opens a new one
+        self.last_request = time.monotonic()
         try:
             self.connection.request(method, path, body)
             answer = self.connection.getresponse()
-            message = msgpack.unpackb(answer.read(), object_hook=build)
+            message = msgpack.unpackb(answer.read(), object_hook=unpack_array)
         except OSError:
             self.connection.close()
             raise
@@ -67,26 +69,23 @@ class Client:
         return message
 
 
-def main(address: str) -> None:
+def main(address: str = "http://127.0.0.1:8000") -> None:
     client = Client(address)
     health = client.health()
     print(health)
-    made_up = {
-        key: np.zeros([size or 64 for size in entry["shape"]], "uint8" if entry["kind"] == "uint8" else "float32")
-        for key, entry in health["expects"].items()
-    }
+    observation = {}
+    for key, entry in health["expects"].items():
+        shape = [size or 64 for size in entry["shape"]]  # 0 stands for any size
+        observation[key] = np.zeros(shape, "uint8" if entry["kind"] == "uint8" else "float32")
     client.reset()
     times = []
     for _ in range(100):
         begun = time.perf_counter()
-        client.act(made_up)
+        client.act(observation)
         times.append(1000 * (time.perf_counter() - begun))
-    print(
-        "an action takes {:.1f} ms (median), {:.1f} ms (99 %), the way there and back included".format(
-            *np.percentile(times, [50, 99])
-        )
-    )
+    median, p99 = np.percentile(times, [50, 99])
+    print(f"an action takes {median:.1f} ms (median), {p99:.1f} ms (99 %), including the network")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:] or ["http://127.0.0.1:8000"])
+    main(*sys.argv[1:])

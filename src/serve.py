@@ -144,7 +144,8 @@ class PolicyServer:
             message = f"the body is too large: expected at most {self.max_bytes / 1e6:g} MB (raise it with --max_mb)"
             return answer({"error": message}, status=413)
         except Exception as error:
-            traceback.print_exc()
+            if not isinstance(error, ConnectionError):  # that is a client that hung up
+                traceback.print_exc()
             return answer({"error": f"{type(error).__name__}: {one_line(error)[:200]}"}, status=500)
 
 
