@@ -2,69 +2,88 @@
 
 import contextlib
 import difflib
+import errno
+import sys
+import urllib.error
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # the errors of a disk that come without a file name
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: the message says what, expected against got, and the remedy, in one line."""
+    """A mistake that the user can mend. The message is one line: what is wrong, expected against got, what to do."""
 
 
 def nearest(name: str, names) -> str:
-    """`, did you mean x?` for the known name that `name` was probably meant to be, else an empty string."""
+    """`, did you mean 'x'?` with the known name closest to `name`; an empty string if none is close."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
 
 
 def one_line(error: BaseException) -> str:
-    """The message of another library's error, with its line breaks folded away."""
+    """The message of another library's error without its line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextlib.contextmanager
-def hub_errors(what: str):
-    """Errors of a download or upload as `what` and the reason, in one line."""
+def as_user_error(
+    what: str,
+    invalid: type[Exception] | tuple[type[Exception], ...] = (),
+    offline: str = "Check the network connection",
+):
+    """Turn the errors of a library that the user can mend into a UserError, `<what>: <reason>`.
+
+    These are a missing package, a failed request to the network or the Hub, a file that cannot be read or written, a dataset
+    in another version of LeRobot's format, and the types in `invalid`. All others pass: they are bugs, and a bug needs its
+    traceback.
+
+    Args:
+        what: the subject of the message, such as "dataset lerobot/pusht".
+        invalid: types of error by which the library refuses a value that came from the user.
+        offline: what to do when the network does not answer.
+
+    Raises:
+        UserError: one of these errors occurred.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = reason_of(error, offline)
+        if reason is None and isinstance(error, invalid):
+            reason = one_line(error)[:300]
+        if reason is None:
+            raise
+        raise UserError(f"{what}: {reason}") from error
+
+
+def reason_of(error: Exception, offline: str) -> str | None:
+    """Why a library failed and what to do about it; None if the user cannot mend it."""
     import httpx
     from huggingface_hub import errors
 
-    try:
-        yield
-    except UserError:
-        raise
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise UserError(f"{what}: no such folder, and not on the Hub (or private: run hf auth login)") from error
-    except (httpx.TransportError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        raise UserError(
-            f"{what}: no such folder, and the Hub cannot be reached ({one_line(error)[:120]}): "
-            "pass a folder, or try again online"
-        ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalTokenNotFoundError) as error:
-        raise UserError(f"{what}: the Hub refuses it ({one_line(error)[:200]})") from error
-
-
-@contextlib.contextmanager
-def dataset_errors(dataset_id: str):
-    """What can keep LeRobot from opening a dataset, in one line."""
-    from lerobot.datasets.utils import CompatibilityError
-
-    try:
-        with hub_errors(f"no dataset {dataset_id}"):
-            yield
-    except UserError:
-        raise
-    except (CompatibilityError, OSError, KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"dataset {dataset_id} cannot be opened: {one_line(error)[:300]}") from error
-
-
-@contextlib.contextmanager
-def policy_errors(name: str):
-    """The ways in which a policy refuses its settings, as one line each."""
-    try:
-        yield
-    except ImportError as error:
-        raise UserError(f"policy {name} needs more than is installed: {one_line(error)}") from error
-    except OSError as error:  # urllib's URLError when a backbone's weights are fetched offline
-        raise UserError(
-            f"policy {name}: pretrained weights cannot be fetched ({one_line(error)}): "
-            "go online once, or pass --policy_args pretrained_backbone_weights=none"
-        ) from error
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError) as error:
-        raise UserError(f"policy {name}: {one_line(error)}") from error
+    no_answer = (
+        urllib.error.URLError,
+        ConnectionError,
+        TimeoutError,
+        httpx.TransportError,
+        errors.OfflineModeIsEnabled,
+        errors.LocalEntryNotFoundError,
+    )
+    if isinstance(error, ImportError):
+        return f"a package is missing. {one_line(error)}"
+    if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
+        return "the Hub has no such repo or revision. Check the name, or run `hf auth login` if it is private"
+    # transformers hides the failed request behind an OSError of its own
+    if isinstance(error, no_answer) or isinstance(error.__cause__, no_answer):
+        return f"the network request failed ({one_line(error)[:120]}). {offline}"
+    if isinstance(error, (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalTokenNotFoundError)):
+        return f"the Hub refuses the request ({one_line(error)[:200]})"
+    lerobot = sys.modules.get("lerobot.datasets.utils")  # only looked up: importing it takes seconds
+    if lerobot is not None and isinstance(error, lerobot.CompatibilityError):
+        return one_line(error)[:300]
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return error.strerror
+    return None

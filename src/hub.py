@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: fetch, push, and its many errors as one line each."""
+"""The Hugging Face Hub: fetch from it, and upload to it without ever ending a run for it."""
 
 import functools
 import re
@@ -6,142 +6,207 @@ import threading
 import time
 from pathlib import Path
 
-from errors import UserError, hub_errors, one_line
+from errors import UserError, as_user_error, one_line
 
-WAITS = (5.0, 30.0)  # seconds between tries of an upload
-HUB_ID = r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?"
+WAITS = (5.0, 30.0)  # seconds between the tries of an upload
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?"  # user/name or user/name@revision
+ONLINE = "Check the path, or try again online"
 
 
 def fetch(repo: str, what: str) -> Path:
-    """The folder itself if `repo` is one, else a snapshot of that Hub repo (user/name or user/name@revision), its final files alone."""
+    """A folder, or the snapshot of a Hub repo without its checkpoints and logs.
+
+    Args:
+        repo: a folder, user/name or user/name@revision.
+        what: the flag or noun that messages call it by.
+
+    Raises:
+        UserError: there is neither, or the Hub cannot be reached.
+    """
     folder = Path(repo).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(HUB_ID, repo):
-        raise UserError(f"{what} {repo}: there is no such folder, and a Hub id is written user/name")
+    repo_id, revision = parse_hub_id(repo, what)
     from huggingface_hub import snapshot_download
 
-    repo_id, _, revision = repo.partition("@")
-    with hub_errors(f"{what} {repo}"):
-        not_needed = ["checkpoint-*/*", "tensorboard/*"]
-        return Path(snapshot_download(repo_id, revision=revision or None, ignore_patterns=not_needed))
-
-
-def create_repo(repo: str) -> None:
-    """Have the repo on the Hub before hours of training, not after."""
-    from huggingface_hub import HfApi
-
-    if "@" in repo or not re.fullmatch(HUB_ID, repo):
-        raise UserError(f"--push_to_hub {repo}: a Hub id is written user/name")
-    with hub_errors(f"--push_to_hub {repo}"):
-        HfApi().create_repo(repo, exist_ok=True)
+    with as_user_error(f"{what} {repo} (no local folder)", offline=ONLINE):
+        return Path(snapshot_download(repo_id, revision=revision, ignore_patterns=["checkpoint-*/*", "tensorboard/*"]))
 
 
 def newest_checkpoint(repo: str, what: str, sort_key) -> Path:
-    """The newest complete checkpoint-<step> of a Hub repo (user/name or user/name@revision), that folder alone, on disk.
+    """Download the newest complete checkpoint-<step> of a Hub repo.
 
     Args:
-        sort_key: of a folder with its trainer_state.json, what is largest for the newest.
+        repo: user/name or user/name@revision.
+        what: the flag that messages call it by.
+        sort_key: function of a folder that holds trainer_state.json; largest for the newest checkpoint.
 
     Raises:
-        UserError: the repo holds none, or cannot be reached.
+        UserError: the repo holds no checkpoint, or cannot be reached.
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    if not re.fullmatch(HUB_ID, repo):
-        raise UserError(f"{what} {repo}: there is no such folder, and a Hub id is written user/name")
-    repo_id, _, revision = repo.partition("@")
-    with hub_errors(f"{what} {repo}"):
-        files = HfApi().list_repo_files(repo_id, revision=revision or None)
-        whole = [file.split("/")[0] for file in files if re.fullmatch(r"checkpoint-\d+/manifest\.json", file)]
-        if not whole:
-            raise UserError(f"{what} {repo}: that Hub repo holds no checkpoint-<step> folder")
-        states = [f"{name}/trainer_state.json" for name in whole]
-        folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=states))
-        newest = max((folder / name for name in whole), key=sort_key)
-        snapshot_download(repo_id, revision=revision or None, allow_patterns=[f"{newest.name}/*"])
+    repo_id, revision = parse_hub_id(repo, what)
+    with as_user_error(f"{what} {repo} (no local folder)", offline=ONLINE):
+        files = HfApi().list_repo_files(repo_id, revision=revision)
+        complete = [file.split("/")[0] for file in files if re.fullmatch(r"checkpoint-\d+/manifest\.json", file)]
+        if not complete:
+            raise UserError(f"{what} {repo}: the Hub repo holds no checkpoint-<step> folder. Pass another repo")
+        # first the small files that tell which is newest, then only that checkpoint
+        states = [f"{name}/trainer_state.json" for name in complete]
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=states))
+        newest = max((folder / name for name in complete), key=sort_key)
+        snapshot_download(repo_id, revision=revision, allow_patterns=[f"{newest.name}/*"])
         return newest
 
 
-def push(repo: str, output_dir: Path, checkpoint: Path, warn) -> str | None:
-    """Upload the final model files of `output_dir` and its newest checkpoint; the repo's address, None where that failed for good."""
+def parse_hub_id(repo: str, what: str) -> tuple[str, str | None]:
+    """(user/name, revision or None) of user/name@revision.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    if not re.fullmatch(HUB_ID, repo):
+        raise UserError(f"{what} {repo}: expected an existing folder, or a Hub id written user/name")
+    repo_id, _, revision = repo.partition("@")
+    return repo_id, revision or None
+
+
+def check_login(repo: str) -> None:
+    """Refuse --push_to_hub early, before training.
+
+    Raises:
+        UserError: `repo` is not written user/name, nobody is logged in, or the Hub cannot be reached.
+    """
     from huggingface_hub import HfApi
 
-    final = [path.name for path in output_dir.iterdir() if path.is_file() and not path.name.startswith(".")]
-    files, message = [*final, f"{checkpoint.name}/*"], f"Armature: {checkpoint.name}"
+    if "@" in repo or not re.fullmatch(HUB_ID, repo):
+        raise UserError(f"--push_to_hub {repo}: expected a Hub id written user/name")
+    with as_user_error(f"--push_to_hub {repo}"):
+        HfApi().whoami()
+
+
+def create_repo(repo: str) -> None:
+    """Create the repo on the Hub if it does not exist.
+
+    Raises:
+        UserError: the Hub refuses it, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    with as_user_error(f"--push_to_hub {repo}"):
+        HfApi().create_repo(repo, exist_ok=True)
+
+
+def push(repo: str, output_dir: Path, checkpoint: Path, warn) -> str | None:
+    """Upload the finished policy in `output_dir` and its last checkpoint.
+
+    Args:
+        warn: called with a line if the upload fails for good.
+
+    Returns:
+        The repo's address; None if the upload failed.
+    """
+    from huggingface_hub import HfApi
+
+    finished = [path.name for path in output_dir.iterdir() if path.is_file() and not path.name.startswith(".")]
 
     def upload() -> str:
-        to = {"repo_id": repo, "commit_message": message}
-        if checkpoint.resolve().parent != output_dir.resolve():  # a run that had nothing to do
-            HfApi().upload_folder(**to, folder_path=checkpoint, path_in_repo=checkpoint.name)
-        return HfApi().upload_folder(**to, folder_path=output_dir, allow_patterns=files).repo_url.url
+        if checkpoint.resolve().parent != output_dir.resolve():  # resumed from elsewhere with no step left to do
+            upload_checkpoint(repo, checkpoint)
+        commit = HfApi().upload_folder(
+            repo_id=repo,
+            folder_path=output_dir,
+            allow_patterns=[*finished, f"{checkpoint.name}/*"],
+            commit_message=f"Armature: {checkpoint.name}",
+        )
+        return commit.repo_url.url
 
-    return attempt(upload, f"--push_to_hub {repo}", warn, f"all is in {output_dir}: hf upload {repo} {output_dir}")
+    remedy = f"The run is complete in {output_dir}. Upload it with: hf upload {repo} {output_dir}"
+    return retried(upload, f"--push_to_hub {repo}", remedy, warn)
 
 
-def attempt(upload, what: str, warn, remedy: str):
-    """What `upload()` returns; it is tried again after each of WAITS seconds, and then message, not raised."""
+def upload_checkpoint(repo: str, checkpoint: Path) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().upload_folder(
+        repo_id=repo,
+        folder_path=checkpoint,
+        path_in_repo=checkpoint.name,
+        commit_message=f"Armature: {checkpoint.name}",
+    )
+
+
+def retried(upload, what: str, remedy: str, warn):
+    """The result of `upload()`, which is tried again after each of WAITS; warns and returns None if the last try fails."""
     for wait in (*WAITS, None):
         try:
-            with hub_errors(what):
+            with as_user_error(what):
                 return upload()
-        except Exception as error:  # whatever it is, the run does not fail for it
-            if wait is None:
-                warn(f"{one_line(error)[:300]}; {remedy}")
-            else:
+        except Exception as error:  # of any type (hf_xet's are RuntimeErrors): a failed upload never ends a run
+            if wait is not None:
                 time.sleep(wait)
+                continue
+            reason = (
+                str(error) if isinstance(error, UserError) else f"{what}: {type(error).__name__}: {one_line(error)}"
+            )
+            warn(f"{reason[:300]}. {remedy}")
     return None
 
 
 class Uploader:
-    """Uploads checkpoints as they are made, in a thread, one at a time; the run neither waits for it nor fails with it.
+    """Uploads checkpoints in a thread, one at a time. The run neither waits for it nor fails with it.
 
-    A checkpoint that still waits when a newer one is made is passed over.
+    A checkpoint that is still waiting when a newer one arrives is skipped. The thread is a daemon, unlike that of huggingface_hub's
+    `run_as_future`, which keeps the process from ending until the upload has.
 
     Args:
         repo: user/name.
-        warn: called with a line for people.
+        warn: called with a line if an upload fails for good.
     """
 
     def __init__(self, repo: str, warn):
-        self.repo, self.warn = repo, warn
+        self.repo = repo
+        self.warn = warn
+        self.lock = threading.Lock()  # guards the three below
         self.waiting: Path | None = None
         self.uploading: Path | None = None
-        self.changed, self.ended = threading.Condition(), False
-        self.thread = threading.Thread(target=self._run, name="uploader", daemon=True)
-        self.thread.start()
+        self.thread: threading.Thread | None = None
 
     @property
     def in_use(self) -> list[Path]:
-        """Checkpoints that are not to be deleted now."""
-        with self.changed:
+        """Checkpoints that must not be deleted now."""
+        with self.lock:
             return [path for path in (self.waiting, self.uploading) if path is not None]
 
     def put(self, checkpoint: Path) -> None:
-        with self.changed:
+        """Upload this checkpoint next."""
+        with self.lock:
             self.waiting = checkpoint
-            self.changed.notify()
+            if self.thread is None:
+                self.thread = threading.Thread(target=self._run, name="uploader", daemon=True)
+                self.thread.start()
 
     def _run(self) -> None:
-        while True:
-            with self.changed:
-                self.uploading = None
-                self.changed.wait_for(lambda: self.waiting is not None or self.ended)
-                if self.waiting is None:
-                    return
-                path, self.waiting, self.uploading = self.waiting, None, self.waiting
-            what, remedy = f"--push_checkpoints: {path.name}", "it stays on disk, and the next one is tried"
-            attempt(functools.partial(self._upload, path), what, self.warn, remedy)
+        checkpoint = self._next()
+        while checkpoint is not None:
+            upload = functools.partial(upload_checkpoint, self.repo, checkpoint)
+            remedy = "It stays on disk, and the next checkpoint is uploaded again"
+            retried(upload, f"--push_checkpoints: {checkpoint.name}", remedy, self.warn)
+            checkpoint = self._next()
 
-    def _upload(self, path: Path) -> None:
-        from huggingface_hub import HfApi
-
-        message = f"Armature: {path.name}"
-        HfApi().upload_folder(repo_id=self.repo, folder_path=path, path_in_repo=path.name, commit_message=message)
+    def _next(self) -> Path | None:
+        """Take the waiting checkpoint; if there is none, the thread ends."""
+        with self.lock:
+            self.uploading = self.waiting
+            self.waiting = None
+            if self.uploading is None:
+                self.thread = None
+            return self.uploading
 
     def close(self, seconds: float) -> None:
-        """Let what is under way end, for at most so many seconds."""
-        with self.changed:
-            self.ended = True
-            self.changed.notify()
-        self.thread.join(seconds)
+        """Wait for the uploads that have begun or are waiting, but at most this long."""
+        with self.lock:
+            thread = self.thread
+        if thread is not None:
+            thread.join(seconds)

@@ -50,28 +50,29 @@ def test_prune_keeps_the_newest_the_multiples_and_those_named(tmp_path):
     folders = [a_checkpoint(tmp_path, step) for step in (1, 2, 3, 4, 5, 6)]
     prune(tmp_path, 6, None, None)
     assert len(find_checkpoints(tmp_path)) == 6
-    prune(tmp_path, 6, 2, 3, never=[folders[0]])
+    prune(tmp_path, 6, 2, 3, protected=[folders[0]])
     assert find_checkpoints(tmp_path) == [folders[0], folders[2], *folders[4:]]
     prune(tmp_path, 6, 2, None)
     assert find_checkpoints(tmp_path) == folders[4:]
     assert not list(tmp_path.glob(".*"))
 
 
-def test_prune_leaves_later_steps_of_an_earlier_course(tmp_path):
+def test_prune_leaves_later_steps_of_an_earlier_branch(tmp_path):
     folders = [a_checkpoint(tmp_path, step) for step in (1, 2, 8, 9)]
     prune(tmp_path, 2, 1, None)
     assert find_checkpoints(tmp_path) == folders[1:]
 
 
-def test_prune_keeps_the_newest_of_the_course_taken_last(tmp_path):
+@pytest.mark.parametrize("key", ["branch", "course"])  # older checkpoints call it a course
+def test_prune_keeps_the_newest_of_the_latest_branch(tmp_path, key):
     folders = [a_checkpoint(tmp_path, step) for step in (4, 5, 8, 10)]
-    for folder, course in zip(folders, (0, 5, 0, 5), strict=True):  # back to 4, and on by other steps
-        (folder / "trainer_state.json").write_text(json.dumps({"course": course}))
+    for folder, branch in zip(folders, (0, 5, 0, 5), strict=True):  # back to 4, and on by other steps
+        (folder / "trainer_state.json").write_text(json.dumps({key: branch}))
     prune(tmp_path, 10, 2, None)
     assert find_checkpoints(tmp_path) == [folders[1], folders[3]]
 
 
-def test_what_a_dead_process_left_goes_and_what_it_was_replacing_comes_back(tmp_path):
+def test_recover_deletes_what_a_killed_process_left_and_puts_back_what_it_was_replacing(tmp_path):
     (tmp_path / ".checkpoint-3.tmp").mkdir()
     a_checkpoint(tmp_path, 5).rename(tmp_path / ".checkpoint-5.old")  # killed between two renames
     a_checkpoint(tmp_path, 6, b"old").rename(tmp_path / ".checkpoint-6.old")

@@ -72,17 +72,18 @@ def test_background_or_not_gives_the_same_bytes(made, tmp_path, policy):
 
 
 def test_copies_are_apart_from_the_original_keep_ties_and_reuse_their_memory():
-    copies, weight = StagingBuffers(), torch.arange(6.0).reshape(2, 3)
+    copies = StagingBuffers()
+    weight = torch.arange(6.0).reshape(2, 3)
     tree = {"a": weight, "tied": weight, "transposed": weight.T, "groups": [{"lr": 1e-3, "params": [0, 1]}], "n": 3}
-    first = copies.of(tree)
+    first = copies.copy(tree)
     kept = first["a"].data_ptr()
     weight += 1
     assert torch.equal(first["a"], torch.arange(6.0).reshape(2, 3))
     assert first["tied"] is first["a"]
     assert first["transposed"].shape == (3, 2)
     assert first["groups"] == tree["groups"]
-    assert copies.of(tree)["a"].data_ptr() == kept
-    assert torch.equal(copies.of(tree)["a"], weight)
+    assert copies.copy(tree)["a"].data_ptr() == kept
+    assert torch.equal(copies.copy(tree)["a"], weight)
 
 
 def test_keep_every_and_keep_last(settings):
@@ -138,8 +139,8 @@ def test_a_second_run_in_the_folder_is_refused(settings, tmp_path):
     with sole_writer(tmp_path / "run"), pytest.raises(UserError) as refused:
         train(**settings)
     assert str(refused.value) == (
-        f"--output_dir {tmp_path}/run is being written by process {os.getpid()} on {socket.gethostname()}: "
-        "stop that run first, or pass another --output_dir"
+        f"--output_dir {tmp_path}/run is being written by process {os.getpid()} on {socket.gethostname()}. "
+        "Stop that run first, or pass another --output_dir"
     )
     assert not (tmp_path / "run").exists()  # nothing was begun there
     train(**settings)
@@ -194,7 +195,7 @@ def test_a_full_disk_harms_nothing_and_the_next_save_succeeds(settings, small_di
     assert len(message) == 1
     assert message[0].startswith(f"warning: checkpoint-2 could not be written to {run}: ")
     assert "No space left on device" in message[0]
-    assert message[0].endswith("; training goes on, and the next save tries again")
+    assert message[0].endswith(". Training continues, and the next save tries again")
     assert steps(run) == [4]
 
 
@@ -280,11 +281,11 @@ def test_latest_and_auto_pass_over_what_is_damaged(settings, tmp_path, capsys):
     assert train(**settings, resume_from_checkpoint="auto").checkpoint == run / "checkpoint-4"
     message = capsys.readouterr().out
     assert f"warning: {run}/checkpoint-4 is damaged: trainer_state.json has " in message
-    assert "it is passed over" in message
+    assert "it is skipped" in message
     verify(run / "checkpoint-4")
     for path in find_checkpoints(run):
         (path / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config.json is missing.*has no other: delete it to start afresh"):
+    with pytest.raises(UserError, match=r"config.json is missing.*has no other. Delete it to start afresh"):
         train(**settings, resume_from_checkpoint="auto")
 
 
@@ -335,7 +336,7 @@ def test_a_full_disk_at_the_end_is_a_line_and_the_checkpoint_is_whole(settings, 
 
     monkeypatch.setattr(writer.shutil, "copyfile", full)
     with pytest.raises(
-        UserError, match=r"checkpoint-4 is whole, but the finished policy cannot be written to .*Errno 28"
+        UserError, match=r"checkpoint-4 is complete, but the finished policy cannot be written to .*Errno 28"
     ):
         train(**settings)
     verify(tmp_path / "run" / "checkpoint-4")

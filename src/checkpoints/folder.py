@@ -1,9 +1,4 @@
-"""The checkpoint folder: found, verified, read, pruned, and a CLI to look at it. Knows files, not loops.
-
-python src/checkpoint.py list outputs/my_run
-python src/checkpoint.py verify outputs/my_run
-python src/checkpoint.py show outputs/my_run/checkpoint-5000
-"""
+"""The checkpoint folder: find, verify, read and prune. Knows files, and nothing of policies or of training."""
 
 import contextlib
 import hashlib
@@ -18,24 +13,22 @@ from pathlib import Path
 from errors import UserError, nearest, one_line
 from hub import newest_checkpoint
 
-WEIGHTS, MANIFEST, OPTIMIZER = "policy.safetensors", "manifest.json", "optimizer_state.pth"
-TRAINED_WEIGHTS = "training_weights.safetensors"  # with --ema_decay: those being trained, WEIGHTS being their average
-ALIASES = {  # LeRobot's name: ours, one file under both
+WEIGHTS = "policy.safetensors"
+TRAINED_WEIGHTS = "training_weights.safetensors"  # with --ema_decay, where WEIGHTS are the average
+OPTIMIZER = "optimizer_state.pth"
+MANIFEST = "manifest.json"
+ALIASES = {  # LeRobot's name of a file: ours. Both are links to one file.
     "model.safetensors": WEIGHTS,
     "policy_preprocessor.json": "preprocessor_config.json",
     "policy_postprocessor.json": "postprocessor_config.json",
 }
-NOT_FINAL = (
-    OPTIMIZER,
-    TRAINED_WEIGHTS,
-    "trainer_state.json",
-    MANIFEST,
-)  # what resuming needs and running the policy does not
+ADAPTER = "adapter_model.safetensors"  # PEFT's name of WEIGHTS, if these are adapters
+RESUME_ONLY = (OPTIMIZER, TRAINED_WEIGHTS, "trainer_state.json", MANIFEST)  # not needed to run the policy
 
 
 @dataclass
 class TrainState:
-    """What a checkpoint holds besides the policy and its processors.
+    """What a checkpoint holds besides the policy, its processors and the optimizer.
 
     Attributes:
         trainer_state: step, samples seen, seed, batch geometry and partial sums of the log.
@@ -54,83 +47,201 @@ def sha256(path: Path) -> str:
 
 
 def manifest_text(files: dict[str, dict]) -> str:
-    """manifest.json of `files` (name -> size and sha256), with its own sha256 as the last entry."""
-    own = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    return json.dumps({**files, MANIFEST: {"sha256": own}}, indent=2) + "\n"
+    """manifest.json of `files` (name -> size and sha256); its last entry is a sha256 of the others."""
+    checksum = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return json.dumps({**files, MANIFEST: {"sha256": checksum}}, indent=2) + "\n"
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the manifest of all files that lie in `folder`."""
-    files = {
-        path.name: {"size": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.iterdir())
-        if path.name != MANIFEST
-    }
+    """Write manifest.json, which lists every other file of the folder."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != MANIFEST:
+            files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
     (folder / MANIFEST).write_text(manifest_text(files))
 
 
-def find_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoint-<step> folders, lowest step first."""
-    found = [(step_of(path), path) for path in Path(output_dir).glob("checkpoint-*") if (path / MANIFEST).is_file()]
-    return [path for step, path in sorted((step, path) for step, path in found if step is not None)]
-
-
 def step_of(path: Path) -> int | None:
-    """The step in a folder's name, None if it has none."""
+    """The step in a folder's name; None if it has none."""
     match = re.fullmatch(r"checkpoint-(\d+)", path.name)
     return int(match[1]) if match else None
 
 
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoint-<step> folders, lowest step first."""
+    folders = Path(output_dir).glob("checkpoint-*")
+    complete = [path for path in folders if step_of(path) is not None and (path / MANIFEST).is_file()]
+    return sorted(complete, key=lambda path: (step_of(path), path))
+
+
+def branch_of(trainer_state: dict) -> int:
+    """Branch that a run was on, 0 at first. Going back to an earlier step begins another; older checkpoints call it `course`."""
+    return int(trainer_state.get("branch", trainer_state.get("course", 0)))
+
+
 def sort_key(path: Path) -> tuple[int, int]:
-    """(course, step) of a checkpoint, by which the newest is the largest: a run that goes back to an earlier step begins another course."""
+    """(branch, step) of a checkpoint, largest for the newest: the latest step of the most recent branch."""
     try:
-        return int(read_json(path / "trainer_state.json").get("course", 0)), step_of(path)
-    except (UserError, AttributeError, TypeError, ValueError):
+        return branch_of(read_json(path / "trainer_state.json")), step_of(path)
+    except (UserError, AttributeError, TypeError, ValueError):  # damaged, which `verify` reports
         return 0, step_of(path)
 
 
 def prune(output_dir: Path, step: int, keep_last: int | None, keep_every: int | None, protected=()) -> None:
-    """Delete checkpoints up to `step` but the `keep_last` newest (None keeps all), multiples of `keep_every`, and `never`.
+    """Delete old checkpoints, but keep the `keep_last` newest (None: all), multiples of `keep_every`, and `protected`.
 
-    Those after `step` are an earlier course of the run, which it replaces as it comes to them.
+    Checkpoints after `step` stay too: they are an earlier branch's, and the run replaces them when it reaches their steps.
     """
     if keep_last is None:
         return
-    kept = {path.resolve() for path in protected}
+    protected = {path.resolve() for path in protected}
     up_to_now = [path for path in find_checkpoints(output_dir) if step_of(path) <= step]
     for path in sorted(up_to_now, key=sort_key)[:-keep_last]:
-        if path.resolve() not in kept and not (keep_every and step_of(path) % keep_every == 0):
-            gone = path.with_name(f".{path.name}.tmp")
-            os.rename(path, gone)  # a half-deleted folder is never called checkpoint-<step>
-            shutil.rmtree(gone)
+        is_multiple = keep_every is not None and step_of(path) % keep_every == 0
+        if is_multiple or path.resolve() in protected:
+            continue
+        half_deleted = path.with_name(f".{path.name}.tmp")  # never called checkpoint-<step>
+        os.rename(path, half_deleted)
+        shutil.rmtree(half_deleted)
 
 
 def best_checkpoint(output_dir: Path) -> tuple[Path | None, float | None]:
-    """The checkpoint with the lowest validation loss, and that loss; None twice if none was validated."""
+    """The checkpoint with the lowest validation loss, and that loss; (None, None) if none was validated."""
     losses = {}
     for path in find_checkpoints(output_dir):
-        with contextlib.suppress(UserError):  # a damaged one is not the best
-            losses[path] = read_json(path / "training_info.json").get("val_loss")
-    losses = {path: loss for path, loss in losses.items() if loss is not None}
+        with contextlib.suppress(UserError):  # a damaged checkpoint is not the best
+            loss = read_json(path / "training_info.json").get("val_loss")
+            if loss is not None:
+                losses[path] = loss
     return min(losses.items(), key=lambda item: item[1], default=(None, None))
 
 
 def recover(output_dir: Path) -> None:
-    """Remove what a process that is gone left half-written, and put back what it was replacing.
+    """Delete what a killed process left half-written, and put back the checkpoint that it was replacing.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    (output_dir / ".writable.tmp").write_bytes(b"?" * 4096)
+    (output_dir / ".writable.tmp").write_bytes(bytes(4096))  # fails if the folder is read-only or its disk is full
     for backup in output_dir.glob(".checkpoint-*.old"):
-        place = output_dir / backup.name[1:].removesuffix(".old")
-        shutil.rmtree(backup) if place.exists() else os.rename(backup, place)
+        checkpoint = output_dir / backup.name[1:].removesuffix(".old")
+        if checkpoint.exists():
+            shutil.rmtree(backup)
+        else:
+            os.rename(backup, checkpoint)
     for path in output_dir.glob(".*.tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def has_backup(path: Path) -> bool:
+    """Whether a process was killed while it replaced this checkpoint; `recover` puts the old one back."""
+    return (path.parent / f".{path.name}.old").is_dir()
+
+
+def find_resume(asked: str, output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `--resume_from_checkpoint` names, verified, and warnings about damaged ones.
+
+    The checkpoint is None if `auto` finds none.
+
+    Raises:
+        UserError: there is none, it is not a checkpoint, or it is damaged.
+    """
+    if asked in ("latest", "auto"):
+        return newest_intact(output_dir, asked)
+    path = Path(asked).expanduser()
+    if not path.is_dir():
+        # me/my_run is a Hub repo, unless there is a folder `me`
+        if asked.count("/") != 1 or path.parent.exists() or asked.startswith((".", "~")):
+            raise UserError(f"--resume_from_checkpoint {asked}: there is no such folder{others_than(path)}")
+        path = newest_checkpoint(asked, "--resume_from_checkpoint", sort_key)
+    elif not (path / MANIFEST).is_file():
+        newest = max(find_checkpoints(path), key=sort_key, default="a checkpoint-<step> folder")
+        raise UserError(
+            f"--resume_from_checkpoint {asked} is not a complete checkpoint (it has no {MANIFEST}). Pass {newest}"
+        )
+    try:
+        verify(path)
+    except UserError as error:
+        raise UserError(f"{error}. Resume from another checkpoint") from None
+    return path, []
+
+
+def others_than(path: Path) -> str:
+    """What to pass instead of a checkpoint that does not exist, to end a message."""
+    names = [other.name for other in find_checkpoints(path.parent)]
+    if not names:
+        return ". Pass latest or auto to find one in --output_dir"
+    return f"{nearest(path.name, names)}. {path.parent} has {', '.join(names)}"
+
+
+def newest_intact(output_dir: Path, asked: str) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint, and a warning for each newer one, which is damaged.
+
+    Raises:
+        UserError: all are damaged, or `asked` is latest and there is none.
+    """
+    warnings = []
+    for path in sorted(find_checkpoints(output_dir), key=sort_key, reverse=True):
+        try:
+            verify(path)
+            return path, warnings
+        except UserError as error:
+            warnings.append(f"{error}; it is skipped")
+    if warnings:
+        raise UserError(f"{warnings[-1]}, and {output_dir} has no other. Delete it to start afresh")
+    if asked == "latest":
+        raise UserError(
+            f"--resume_from_checkpoint latest: {output_dir} has no checkpoint-<step> folder. Leave the flag out to start afresh"
+        )
+    return None, []
+
+
+def verify(path: Path, suffix: str = "") -> None:
+    """Compare the files of a checkpoint (or those whose names end in `suffix`) with its manifest.
+
+    Raises:
+        UserError: names every file that is missing or differs.
+    """
+    manifest = read_json(path / MANIFEST)
+    files = {}
+    if isinstance(manifest, dict):
+        files = {name: entry for name, entry in manifest.items() if name != MANIFEST}
+    if manifest_text(files) != (path / MANIFEST).read_text():
+        raise UserError(f"{path} is damaged: {MANIFEST} does not match its sha256")
+    damage = []
+    hashes = {}  # by inode: a file with two names is read once
+    for name, expected in files.items():
+        if name.endswith(suffix):
+            try:
+                problem = file_problem(path / name, expected, hashes)
+            except OSError as error:
+                problem = f"cannot be read ({one_line(error)})"
+            if problem:
+                damage.append(f"{name} {problem}")
+    if damage:
+        raise UserError(f"{path} is damaged: {', '.join(damage)}")
+
+
+def file_problem(file: Path, expected: dict, hashes: dict) -> str | None:
+    """How a file differs from its entry in the manifest; None if it does not."""
+    if not file.is_file():
+        return "is missing"
+    stat = file.stat()
+    if stat.st_size != expected["size"]:
+        return f"has {stat.st_size} bytes, expected {expected['size']}"
+    inode = (stat.st_dev, stat.st_ino or file.name)  # some file systems number no files
+    if inode not in hashes:
+        hashes[inode] = sha256(file)
+    if hashes[inode] != expected["sha256"]:
+        return "does not match its sha256"
+    return None
 
 
 def verify_policy(folder: Path) -> None:
-    """Compare the tensors of a policy and its processors with the manifest, where the folder has one.
+    """Compare the tensors of a policy and its processors with the manifest, if the folder has one.
 
     Raises:
         UserError: as `verify`.
@@ -139,141 +250,64 @@ def verify_policy(folder: Path) -> None:
         verify(folder, ".safetensors")
 
 
-def has_backup(path: Path) -> bool:
-    """Whether a checkpoint was being replaced when the process was killed: `recover` puts it back."""
-    return (path.parent / f".{path.name}.old").is_dir()
-
-
-def find_resume(asked: str, output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint that `--resume_from_checkpoint` means, verified (None if `auto` finds none), and what to warn of.
-
-    Raises:
-        UserError: there is none, it is no checkpoint, or it is damaged.
-    """
-    if asked in ("latest", "auto"):
-        return newest_whole(output_dir, asked)
-    path = Path(asked).expanduser()
-    if path.is_dir():
-        if not (path / MANIFEST).is_file():
-            newest = max(find_checkpoints(path), key=sort_key, default=None)
-            hint = f": it holds {newest.name}, pass {newest}" if newest else ": pass a checkpoint-<step> folder"
-            raise UserError(f"--resume_from_checkpoint {asked} is no complete checkpoint (it has no {MANIFEST}){hint}")
-    elif asked.count("/") == 1 and not path.parent.exists() and not asked.startswith((".", "~")):
-        path = newest_checkpoint(asked, "--resume_from_checkpoint", sort_key)
-    else:
-        names = [p.name for p in find_checkpoints(path.parent)]
-        there = ": latest and auto find one by themselves"
-        if names:
-            there = f"{nearest(path.name, names)}: {path.parent} has {', '.join(names)}"
-        raise UserError(f"--resume_from_checkpoint {asked}: there is no such folder{there}")
-    try:
-        verify(path)
-    except UserError as error:
-        raise UserError(f"{error}: take another checkpoint") from None
-    return path, []
-
-
-def newest_whole(output_dir: Path, asked: str) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is not damaged, and a warning for each newer one that is."""
-    found, warnings = sorted(find_checkpoints(output_dir), key=sort_key), []
-    for path in reversed(found):
-        try:
-            verify(path)
-            return path, warnings
-        except UserError as error:
-            warnings.append(f"{error}: it is passed over")
-    if found:
-        raise UserError(f"{warnings[-1]}, and {output_dir} has no other: delete it to start afresh")
-    if asked == "latest":
-        raise UserError(
-            f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint-<step> folder: drop the flag to start afresh"
-        )
-    return None, []
-
-
-def verify(path: Path, suffix: str = "") -> None:
-    """Compare every file, or those whose names end so, with the manifest.
-
-    Raises:
-        UserError: names the files that are missing or differ.
-    """
-    manifest, damage, hashed = read_json(path / MANIFEST), [], {}
-    files = {name: entry for name, entry in manifest.items() if name != MANIFEST} if type(manifest) is dict else {}
-    if manifest_text(files) != (path / MANIFEST).read_text():
-        raise UserError(f"{path} is damaged: {MANIFEST} does not match its sha256")
-    for name, wanted in files.items():
-        if not name.endswith(suffix):
-            continue
-        file = path / name
-        try:
-            if not file.is_file():
-                damage.append(f"{name} is missing")
-                continue
-            there = file.stat()
-            if there.st_size != wanted["size"]:
-                damage.append(f"{name} has {there.st_size} bytes, expected {wanted['size']}")
-                continue
-            inode = (there.st_dev, there.st_ino) if there.st_ino else name
-            if inode not in hashed:  # two names of one file are read once
-                hashed[inode] = sha256(file)
-            if hashed[inode] != wanted["sha256"]:
-                damage.append(f"{name} does not match its sha256")
-        except OSError as error:
-            damage.append(f"{name} cannot be read ({one_line(error)})")
-    if damage:
-        raise UserError(f"{path} is damaged: {', '.join(damage)}")
-
-
 def read_state(path: Path, resume_step: int | None) -> TrainState:
-    """What a checkpoint recorded of its run, with the step in its name (or `resume_step`) checked against it.
+    """What a checkpoint recorded of its run.
+
+    Args:
+        resume_step: the step that `--resume_step` claims; None to take it from the folder's name.
 
     Raises:
-        UserError: the step in the name is not the step inside.
+        UserError: a file cannot be read, or the step in it is not the claimed one.
     """
     state = TrainState(
-        *(read_json(path / f"{name}.json") for name in ("trainer_state", "train_config", "training_info"))
+        trainer_state=read_json(path / "trainer_state.json"),
+        train_config=read_json(path / "train_config.json"),
+        training_info=read_json(path / "training_info.json"),
     )
-    if "loss_sum" in state.trainer_state:  # of an older version
+    if "loss_sum" in state.trainer_state:  # older versions kept one sum, not one per process
         state.trainer_state["loss_sums"] = [state.trainer_state.pop("loss_sum")]
-    named, inside = step_of(path) if resume_step is None else resume_step, state.trainer_state["step"]
-    if named is None:
+    step = state.trainer_state["step"]
+    claimed = step_of(path) if resume_step is None else resume_step
+    if claimed is None:
         raise UserError(
-            f"{path.name} has no step in its name: pass --resume_step {inside} if that is the step it holds"
+            f"{path.name} has no step in its name. Pass --resume_step {step} if it is the checkpoint of that step"
         )
-    if named != inside:
-        said = f"--resume_step {named}" if resume_step is not None else f"the name {path.name}"
+    if claimed != step:
+        flag = f"the name {path.name}" if resume_step is None else f"--resume_step {resume_step}"
         raise UserError(
-            f"{said} says step {named}, trainer_state.json inside says {inside}: "
-            f"rename the folder to checkpoint-{inside} or pass --resume_step {inside}"
+            f"{flag} says step {claimed}, but trainer_state.json inside says {step}. "
+            f"Rename the folder to checkpoint-{step}, or pass --resume_step {step}"
         )
     return state
 
 
-def load_optimizer(path: Path, distributed, policy, optimizer) -> None:
-    """Load optimizer_state.pth, which may hold tensors and numbers and no code; rates, decay and kernels stay as they are."""
+def read_optimizer(checkpoint: Path) -> dict:
+    """The optimizer's state dict in a checkpoint: tensors and numbers, on the CPU.
+
+    Raises:
+        UserError: the file is damaged, or holds code, which is not run.
+    """
     import torch
 
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-
-    def with_settings(groups) -> None:
-        for group, mine in zip(groups, settings, strict=False):  # their number is checked when they are loaded
-            group.update(mine)
-
+    file = checkpoint / OPTIMIZER
     try:
-        state = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it would run {code[1]}, and may hold tensors and numbers alone" if code else one_line(error)[:160]
-        raise UserError(f"{path / OPTIMIZER} is refused: {why}") from error
-    try:
-        with_settings(state["param_groups"])  # by which torch chooses the state's device
-        distributed.load_optimizer_state(policy, optimizer, state)
-        with_settings(optimizer.param_groups)  # FSDP's way changes them
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path / OPTIMIZER} does not fit this policy's optimizer: {one_line(error)[:160]}") from error
+        if code:
+            raise UserError(
+                f"{file} is refused: expected tensors and numbers, got code that would run {code[1]}. "
+                "Resume from a checkpoint that you trust"
+            ) from error
+        raise UserError(f"{file} cannot be read: {one_line(error)[:160]}. Resume from another checkpoint") from error
 
 
 def read_json(path: Path) -> dict:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""Writing checkpoints: whole or not at all, in the background, by one run in a folder at a time.
+"""Write checkpoints: complete or absent, in the background, by one run in a folder at a time.
 
-A checkpoint is written into a hidden folder beside its place, every file is flushed to disk and listed with its sha256 in
-manifest.json, and then the folder is renamed: one called checkpoint-<step> is complete or does not exist.
+A checkpoint is written into a hidden folder beside its place. Every file is flushed to disk and listed with its sha256 in
+manifest.json, then the folder is renamed: a folder called checkpoint-<step> is complete or does not exist.
 """
 
 import contextlib
@@ -16,13 +16,15 @@ from types import SimpleNamespace
 from uuid import uuid4
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import Tensor
 
 from checkpoints.folder import (
+    ADAPTER,
     ALIASES,
-    NOT_FINAL,
     OPTIMIZER,
+    RESUME_ONLY,
     TRAINED_WEIGHTS,
     WEIGHTS,
     TrainState,
@@ -35,25 +37,26 @@ from checkpoints.folder import (
 from config import TrainConfig
 from errors import UserError, one_line
 from hub import Uploader
-from policy.adapters import ADAPTER
 from runtime import in_notebook
 
-LOCK, OWNER = ".lock", ".lock.json"
+LOCK = ".lock"
+OWNER = ".lock.json"  # who holds the lock, for people
+UPLOAD_SECONDS = 60  # how long the end of a run waits for uploads
 
 
 @dataclass
 class Snapshot:
-    """One snapshot of a run, safe from the steps that follow.
+    """A run at one step.
 
     Attributes:
         step: optimizer steps done.
-        weights: the policy's state dict, on the host.
-        trained_weights: those being trained, where `weights` are their average; else empty.
-        optimizer: the optimizer's state dict, on the host.
+        weights: the policy's state dict.
+        trained_weights: with --ema_decay the weights being trained, whose average is `weights`; else empty.
+        optimizer: the optimizer's state dict.
         policy_config, preprocessor, postprocessor: LeRobot objects, which training does not change.
         state: what else a resume needs.
-        adapters: PEFT's config, where `weights` are adapters.
-        ready: event after which the copies are complete; None where they are already.
+        adapters: PEFT's config, if `weights` are adapters.
+        ready: CUDA event after which the copies on the host are complete; None if they already are.
     """
 
     step: int
@@ -67,77 +70,91 @@ class Snapshot:
     adapters: object = None
     ready: object = None
 
+    @property
+    def tensors(self) -> tuple[dict, dict, dict]:
+        return self.weights, self.trained_weights, self.optimizer
+
+
+def map_tensors(function, tree):
+    """`tree`, made of dicts, lists and tuples, with `function` applied to each tensor."""
+    if isinstance(tree, Tensor):
+        return function(tree.detach())
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, item) for key, item in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tensors(function, item) for item in tree)
+    return tree
+
 
 class StagingBuffers:
-    """Copies of a state dict's tensors in host memory that is used again: fresh memory costs more than the copy into it."""
+    """Host memory that each snapshot is copied into. It is reused: allocating it takes longer than the copy."""
 
     def __init__(self):
-        self.buffers: dict[tuple, Tensor] = {}
+        self.buffers: list[Tensor] = []  # in the order of the tensors of the last snapshot
 
-    def of(self, tree, path: tuple = ()):
+    def copy(self, tree):
         """`tree` with each tensor copied; tensors that are one (tied weights) stay one."""
-        self.seen = {} if path == () else self.seen
-        if isinstance(tree, dict):
-            return {key: self.of(item, (*path, key)) for key, item in tree.items()}
-        if isinstance(tree, (list, tuple)):
-            return type(tree)(self.of(item, (*path, i)) for i, item in enumerate(tree))
-        return self._copy(tree.detach(), path) if isinstance(tree, Tensor) else tree
+        spare = iter(self.buffers)
+        self.buffers = []
+        copies = {}  # by the memory that they are copies of
 
-    def _copy(self, tensor: Tensor, path: tuple) -> Tensor:
-        view = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if view in self.seen and tensor.numel():
-            return self.seen[view]
-        buffer = self.buffers.get(path)
-        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
-            buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        self.buffers[path] = self.seen[view] = buffer.copy_(tensor, non_blocking=tensor.is_cuda)
-        return buffer
+        def copy(tensor: Tensor) -> Tensor:
+            memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if memory in copies and tensor.numel() > 0:
+                return copies[memory]
+            buffer = next(spare, None)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                # page-locked memory, which a GPU copies to without being waited for
+                buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self.buffers.append(buffer)
+            copies[memory] = buffer.copy_(tensor, non_blocking=tensor.is_cuda)
+            return buffer
 
-
-def on_host(tree):
-    """`tree` with its tensors on the host: themselves where they are there already."""
-    if isinstance(tree, dict):
-        return {key: on_host(item) for key, item in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(on_host(item) for item in tree)
-    return tree.detach().cpu() if isinstance(tree, Tensor) else tree
+        return map_tensors(copy, tree)
 
 
 class Writer:
-    """Writes the checkpoints of a run, one at a time, and deletes those that are not to be kept.
+    """Writes the checkpoints of a run, one at a time, and deletes old ones.
 
-    A save that fails is told and tried again at the next one, or on leaving; two in a row stop the run.
+    A save that fails is reported and repeated at the next one, or at the end. Two failures in a row stop the run.
 
     Args:
         output_dir: where the checkpoint-<step> folders go.
         config: save_async (write in a thread, from copies in host memory), keep_last and keep_every (see `prune`).
         warn: called with a line for people.
-        saved: the newest checkpoint there is, None before the first.
+        saved: the newest checkpoint there is; None before the first.
     """
 
     def __init__(self, output_dir: Path, config: TrainConfig, warn, saved: Path | None):
-        self.output_dir, self.config, self.warn, self.saved = output_dir, config, warn, saved
+        self.output_dir = output_dir
+        self.config = config
+        self.warn = warn
+        self.saved = saved
         self.background = config.save_async == "on"
-        self.copies, self.thread, self.snapshot = StagingBuffers(), None, None
-        self.failures: list[BaseException] = []  # of saves in a row
+        self.staging = StagingBuffers()
+        self.thread: threading.Thread | None = None
+        self.snapshot: Snapshot | None = None  # being written, or to be written again
+        self.protected: list[Path] = []
+        self.failures: list[BaseException] = []  # of the last saves in a row
         self.uploader = Uploader(config.push_to_hub, warn) if config.push_checkpoints else None
 
     def save(self, snapshot: Snapshot, protected=()) -> None:
-        """Save this snapshot, which is copied first; `never` are checkpoints that are not to be deleted for it.
+        """Write a checkpoint, in the background from a copy. `protected` checkpoints are not deleted to make room.
 
         Raises:
             UserError: saving failed twice in a row.
         """
         self.wait()
-        self.protected = protected
-        device = next(iter(snapshot.weights.values())).device
-        trees = snapshot.weights, snapshot.trained_weights, snapshot.optimizer
-        weights, trained_weights, optimizer = (self.copies.of if self.background else on_host)(trees)
-        ready = None
-        if self.background and device.type == "cuda":  # queued before the next step's kernels: no need to wait here
-            ready = torch.cuda.current_stream(device).record_event()
-        snapshot = replace(snapshot, weights=weights, trained_weights=trained_weights, optimizer=optimizer, ready=ready)
-        self.snapshot = snapshot
+        self.protected = list(protected)
+        to_host = self.staging.copy if self.background else host_tensors
+        weights, trained_weights, optimizer = to_host(snapshot.tensors)
+        self.snapshot = replace(
+            snapshot,
+            weights=weights,
+            trained_weights=trained_weights,
+            optimizer=optimizer,
+            ready=self._copies_are_done(snapshot),
+        )
         if self.background:
             self.thread = threading.Thread(target=self._write, name="checkpoint writer", daemon=True)
             self.thread.start()
@@ -145,31 +162,51 @@ class Writer:
             self._write()
             self.check()
 
+    def _copies_are_done(self, snapshot: Snapshot):
+        """On a GPU, an event behind the copies: training's next kernels follow them in the stream, so that it need not wait."""
+        device = next(iter(snapshot.weights.values())).device
+        if self.background and device.type == "cuda":
+            return torch.cuda.current_stream(device).record_event()
+        return None
+
     def _write(self) -> None:
+        """Write the snapshot. Errors are kept for the training loop, which meets them at its next save, log line or end."""
         try:
             if self.snapshot.ready is not None:
                 self.snapshot.ready.synchronize()
             self.saved = write_checkpoint(self.output_dir, self.snapshot)
+            self._clean_up()
+            self.failures = []
+            self.snapshot = None
+        except UserError as error:
+            self.failures.append(error)
+            if len(self.failures) == 1:
+                self.warn(f"{error}. Training continues, and the next save tries again")
+        except BaseException as error:
+            self.failures.append(error)
+
+    def _clean_up(self) -> None:
+        """Name the best checkpoint, upload the new one and delete old ones.
+
+        Raises:
+            UserError: the disk failed; the new checkpoint is complete.
+        """
+        try:
             protected = [*self.protected, *mark_best(self.output_dir)]
             if self.uploader is not None:
                 self.uploader.put(self.saved)
                 protected += self.uploader.in_use
             prune(self.output_dir, self.snapshot.step, self.config.keep_last, self.config.keep_every, protected)
-            self.failures, self.snapshot = [], None
-        except BaseException as error:  # reaches the loop at its next save, log line or end
-            if isinstance(error, OSError):  # the checkpoint is whole: naming the best or deleting old ones failed
-                error = UserError(f"{self.output_dir} could not be written: {one_line(error)}")
-            self.failures.append(error)
-            if isinstance(error, UserError) and len(self.failures) == 1:
-                self.warn(f"{error}; training goes on, and the next save tries again")
+        except OSError as error:
+            raise UserError(f"{self.output_dir} could not be written: {one_line(error)}") from error
 
     def check(self) -> None:
-        """Raise what stopped the writer for good: a second failure in a row, or a mistake of ours."""
+        """Raise what stopped the writer: a second failure in a row, or a bug."""
         for error in self.failures:
             if not isinstance(error, UserError):
                 raise error
         if len(self.failures) > 1:
-            raise UserError(f"{self.failures[-1]}; that was the second time in a row: free some space and resume")
+            raise UserError(f"{self.failures[-1]}. This was the second time in a row: free some space and resume")
 
     def wait(self) -> None:
         """Return when nothing is being written.
@@ -183,7 +220,7 @@ class Writer:
         self.check()
 
     def finish(self) -> None:
-        """Wait, and try once more what could not be written.
+        """Wait, and write what could not be written before.
 
         Raises:
             UserError: it cannot be written now either.
@@ -198,60 +235,98 @@ class Writer:
 
     def __exit__(self, kind, error, trace):
         if self.uploader is not None:
-            self.uploader.close(60 if kind is None else 0)
+            self.uploader.close(UPLOAD_SECONDS if kind is None else 0)
         if kind is None:
             self.finish()
         elif self.thread is not None and (in_notebook() or not issubclass(kind, KeyboardInterrupt)):
-            self.thread.join()  # in a notebook too, where the thread would meet the next run's
+            # Ctrl-C leaves the thread behind, except in a notebook, where it would meet the next run's
+            self.thread.join()
+
+
+def host_tensors(tree):
+    """`tree` with its tensors on the host; those that are there already are not copied."""
+    return map_tensors(Tensor.cpu, tree)
 
 
 def write_checkpoint(output_dir: Path, snapshot: Snapshot) -> Path:
     """Write checkpoint-<step> into `output_dir` and return it.
 
     Raises:
-        UserError: the disk is full or cannot be written; nothing is left behind and earlier checkpoints are untouched.
+        UserError: the disk is full or cannot be written. Nothing is left behind, and earlier checkpoints are untouched.
     """
-    name = f"checkpoint-{snapshot.step}"
-    place, backup = output_dir / name, output_dir / f".{name}.old"
-    folder = output_dir / f".{name}.{uuid4().hex[:8]}.tmp"  # its own even if an interrupted run's thread writes on
+    checkpoint = output_dir / f"checkpoint-{snapshot.step}"
+    backup = output_dir / f".{checkpoint.name}.old"
+    # a name that no other thread uses: that of an interrupted run may still be writing this step
+    folder = output_dir / f".{checkpoint.name}.{uuid4().hex[:8]}.tmp"
     try:
         folder.mkdir()
-        save_model(SimpleNamespace(state_dict=lambda: snapshot.weights), str(folder / WEIGHTS))
-        snapshot.policy_config.save_pretrained(folder)
-        snapshot.preprocessor.save_pretrained(folder, config_filename="preprocessor_config.json")
-        snapshot.postprocessor.save_pretrained(folder, config_filename="postprocessor_config.json")
-        if snapshot.trained_weights:
-            save_model(SimpleNamespace(state_dict=lambda: snapshot.trained_weights), str(folder / TRAINED_WEIGHTS))
-        torch.save(snapshot.optimizer, folder / OPTIMIZER)
-        for part in ("trainer_state", "train_config", "training_info"):
-            (folder / f"{part}.json").write_text(json.dumps(getattr(snapshot.state, part), indent=2) + "\n")
-        if snapshot.adapters is not None:
-            snapshot.adapters.save_pretrained(folder)
-        for alias, source in ALIASES.items():
-            adapters = snapshot.adapters is not None and source == WEIGHTS
-            link(folder / source, folder / (ADAPTER if adapters else alias))
+        with disk_errors(folder, snapshot):
+            write_files(folder, snapshot)
         write_manifest(folder)
         for path in [*sorted(folder.iterdir()), folder, output_dir / "metrics.jsonl"]:
             flush(path)
-        if place.exists():  # an earlier course of this run wrote that step
+        if checkpoint.exists():  # an earlier branch of this run wrote this step
             shutil.rmtree(backup, ignore_errors=True)
-            os.rename(place, backup)
-        os.rename(folder, place)
+            os.rename(checkpoint, backup)
+        os.rename(folder, checkpoint)
         flush(output_dir)
         shutil.rmtree(backup, ignore_errors=True)
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
-        if backup.exists() and not place.exists():
-            os.rename(backup, place)
-        # torch and safetensors tell a full disk as errors of their own
-        if isinstance(error, OSError) or any(word in str(error).lower() for word in ("write", "os error")):
-            raise UserError(f"{name} could not be written to {output_dir}: {one_line(error)[:200]}") from error
+        if backup.exists() and not checkpoint.exists():
+            os.rename(backup, checkpoint)
+        if isinstance(error, OSError):
+            raise UserError(f"{checkpoint.name} could not be written to {output_dir}: {one_line(error)}") from error
         raise
-    return place
+    return checkpoint
+
+
+def write_files(folder: Path, snapshot: Snapshot) -> None:
+    """Every file of a checkpoint but its manifest."""
+    save_weights(snapshot.weights, folder / WEIGHTS)
+    snapshot.policy_config.save_pretrained(folder)
+    snapshot.preprocessor.save_pretrained(folder, config_filename="preprocessor_config.json")
+    snapshot.postprocessor.save_pretrained(folder, config_filename="postprocessor_config.json")
+    if snapshot.trained_weights:
+        save_weights(snapshot.trained_weights, folder / TRAINED_WEIGHTS)
+    torch.save(snapshot.optimizer, folder / OPTIMIZER)
+    for name in ("trainer_state", "train_config", "training_info"):
+        (folder / f"{name}.json").write_text(json.dumps(getattr(snapshot.state, name), indent=2) + "\n")
+    if snapshot.adapters is not None:
+        snapshot.adapters.save_pretrained(folder)
+    for alias, source in ALIASES.items():
+        is_adapter = snapshot.adapters is not None and source == WEIGHTS
+        link(folder / source, folder / (ADAPTER if is_adapter else alias))
+
+
+def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a state dict, in which a tensor of two names (tied weights) is stored under one."""
+    save_model(SimpleNamespace(state_dict=lambda: dict(tensors)), str(path))  # takes a module
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path, snapshot: Snapshot):
+    """Let a disk that fails within this context be an OSError.
+
+    safetensors writes in Rust and torch.save in C++. Both raise errors of their own without an errno, so the disk is asked
+    again from Python: as many bytes as the snapshot has must fit beside what is there.
+    """
+    try:
+        yield
+    except (SafetensorError, RuntimeError):
+        sizes = []
+        map_tensors(lambda tensor: sizes.append(tensor.nbytes), snapshot.tensors)
+        block = os.urandom(2**20)  # which a file system cannot compress
+        with open(folder / "probe", "wb") as probe:
+            for _ in range(sum(sizes) // len(block) + 1):
+                probe.write(block)
+            probe.flush()
+            os.fsync(probe.fileno())
+        raise
 
 
 def link(source: Path, alias: Path) -> None:
-    """`alias` as a hard link to `source`, or as a copy where the file system has none."""
+    """`alias` as a hard link to `source`, or as a copy if the file system has no links."""
     try:
         os.link(source, alias)
     except OSError:
@@ -259,7 +334,7 @@ def link(source: Path, alias: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have a file or folder on the disk itself, not only in the system's cache; nothing if it is not there."""
+    """Move a file or folder from the system's cache to the disk itself; nothing if it does not exist."""
     if not path.exists() or (path.is_dir() and os.name == "nt"):  # Windows cannot open a folder
         return
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -270,7 +345,7 @@ def flush(path: Path) -> None:
 
 
 def mark_best(output_dir: Path) -> list[Path]:
-    """Name the checkpoint with the lowest validation loss in best.json; returns it, or nothing if none was validated."""
+    """Name the checkpoint with the lowest validation loss in best.json. Returns it, or nothing if none was validated."""
     best, loss = best_checkpoint(output_dir)
     if best is None:
         return []
@@ -282,50 +357,54 @@ def mark_best(output_dir: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def finishing(checkpoint: Path, output_dir: Path):
-    """Within this, a disk that fails is a line."""
+    """Turn a disk error into a UserError while the files of the finished policy are written."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{checkpoint} is whole, but the finished policy cannot be written to {output_dir} ({one_line(error)}): "
-            f"make room and go on from it with --resume_from_checkpoint {checkpoint}"
+            f"{checkpoint} is complete, but the finished policy cannot be written to {output_dir} ({one_line(error)}). "
+            f"Free some space and resume with --resume_from_checkpoint {checkpoint}"
         ) from error
 
 
 def publish(checkpoint: Path, output_dir: Path) -> None:
     """Put the files that run the policy into `output_dir` itself, one atomic replacement each."""
     for source in sorted(checkpoint.iterdir()):
-        if source.name not in NOT_FINAL:
-            fresh = output_dir / f".{source.name}.tmp"
-            # weights are linked, for their size; what a person might edit is copied, or the checkpoint would change with it
-            (link if source.suffix == ".safetensors" else shutil.copyfile)(source, fresh)
-            os.replace(fresh, output_dir / source.name)
+        if source.name in RESUME_ONLY:
+            continue
+        fresh = output_dir / f".{source.name}.tmp"
+        if source.suffix == ".safetensors":
+            link(source, fresh)
+        else:  # people edit these: as a link, an edit would damage the checkpoint
+            shutil.copyfile(source, fresh)
+        os.replace(fresh, output_dir / source.name)
 
 
 @contextlib.contextmanager
 def sole_writer(output_dir: Path):
-    """Within this, no other run writes into `output_dir`, and nothing half-written lies in it.
+    """Within this context, no other run writes into `output_dir`, and nothing half-written is in it.
 
-    The lock is the system's (flock), which goes with the process that holds it, however that ends.
+    The lock is the system's (flock): it ends with the process that holds it, even if that is killed.
 
     Raises:
-        UserError: another run holds it (its pid and host are named), it is no run's folder, or cannot be written.
+        UserError: another run holds it (the message names its pid and host), it is not a run's folder, or cannot be written.
     """
     from filelock import FileLock, Timeout
 
-    fresh, lock = not output_dir.exists(), FileLock(output_dir / LOCK, timeout=0)
+    is_new = not output_dir.exists()
+    lock = FileLock(output_dir / LOCK, timeout=0)
     try:
-        others = [name for name in ("meta", "README.md", "config.json") if (output_dir / name).exists()]
-        if others and not (output_dir / LOCK).exists() and not find_checkpoints(output_dir):
-            message = f"--output_dir {output_dir} is no run's folder, it holds {others[0]}"
-            raise UserError(f"{message}: pass another, which may be new")
+        refuse_other_folder(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         owner = {"pid": os.getpid(), "host": socket.gethostname()}
         (output_dir / OWNER).write_text(json.dumps(owner) + "\n")
         recover(output_dir)
     except Timeout:
-        raise UserError(f"--output_dir {output_dir} is being written by {owner_of(output_dir)}") from None
+        raise UserError(
+            f"--output_dir {output_dir} is being written by {owner_of(output_dir)}. "
+            "Stop that run first, or pass another --output_dir"
+        ) from None
     except OSError as error:
         lock.release()
         raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
@@ -334,13 +413,22 @@ def sole_writer(output_dir: Path):
     finally:
         (output_dir / OWNER).unlink(missing_ok=True)
         lock.release()
-        if fresh and [path.name for path in output_dir.iterdir()] == [LOCK]:  # a run that never began
+        if is_new and [path.name for path in output_dir.iterdir()] == [LOCK]:  # the run never began
             shutil.rmtree(output_dir)
+
+
+def refuse_other_folder(output_dir: Path) -> None:
+    """Raise a UserError if the folder holds a dataset, a project or a policy, and no run."""
+    if (output_dir / LOCK).exists() or find_checkpoints(output_dir):
+        return
+    for name in ("meta", "README.md", "config.json"):
+        if (output_dir / name).exists():
+            raise UserError(f"--output_dir {output_dir} is not a run's folder: it holds {name}. Pass another folder")
 
 
 def owner_of(output_dir: Path) -> str:
     try:
         owner = json.loads((output_dir / OWNER).read_text())
-        return f"process {owner['pid']} on {owner['host']}: stop that run first, or pass another --output_dir"
-    except (OSError, ValueError, KeyError):  # between its lock and its name
-        return "another process: stop that run first, or pass another --output_dir"
+        return f"process {owner['pid']} on {owner['host']}"
+    except (OSError, ValueError, KeyError):  # it has the lock, but has not written its name yet
+        return "another process"

@@ -18,9 +18,11 @@ import hub
 from data import v2
 from data.checks import check_values
 from data.videos import Videos, find_videos, video_problems
-from errors import UserError, dataset_errors, nearest, one_line
+from errors import UserError, as_user_error, nearest, one_line
 
 AXES = "height", "width", "channels"
+REQUIRED = ("codebase_version", "fps", "features")  # in meta/info.json
+ONLINE = "Pass a local folder, or try again online"
 
 
 @dataclass
@@ -160,8 +162,8 @@ def open_folder(dataset_id: str, folder: Path):
     """Metadata of a folder, v3.0 or v2.1."""
     if not (folder / "meta" / "info.json").is_file():
         raise UserError(f"{dataset_id} is a folder without meta/info.json: not a LeRobot dataset")
-    with dataset_errors(dataset_id):
-        version = json.loads((folder / "meta" / "info.json").read_text()).get("codebase_version")
+    with as_user_error(f"dataset {dataset_id}", invalid=ValueError, offline=ONLINE):
+        version = read_info(folder / "meta" / "info.json")["codebase_version"]
         name = folder.resolve().name
         if version == "v2.1":
             return v2.read_metadata(folder, name)
@@ -177,12 +179,28 @@ def open_folder(dataset_id: str, folder: Path):
     )
 
 
+def read_info(path: Path) -> dict:
+    """The content of meta/info.json.
+
+    Raises:
+        UserError: it is not JSON, or lacks what every dataset has.
+    """
+    try:
+        info = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {one_line(error)}") from error
+    missing = [name for name in REQUIRED if name not in info]
+    if missing:
+        raise UserError(f"{path} has no {', '.join(missing)}. Copy or download the dataset again")
+    return info
+
+
 def open_hub(dataset_id: str, dataset_root: str | None, revision: str | None):
     """Metadata of a Hub dataset, v3.0 or v2.1 (of which the whole is downloaded)."""
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
     from lerobot.datasets.utils import BackwardCompatibilityError
 
-    with dataset_errors(dataset_id):
+    with as_user_error(f"dataset {dataset_id}", invalid=ValueError, offline=ONLINE):
         try:
             return LeRobotDatasetMetadata(dataset_id, root=dataset_root, revision=revision)
         except BackwardCompatibilityError:
@@ -202,7 +220,7 @@ def download(dataset_id: str, dataset_root: str | None, revision: str | None, ep
     """Have every file of the episodes on disk; nothing is fetched that is there already."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    with dataset_errors(dataset_id):
+    with as_user_error(f"dataset {dataset_id}", invalid=ValueError, offline=ONLINE):
         LeRobotDataset(dataset_id, root=dataset_root, revision=revision, episodes=episodes, video_backend="pyav")
 
 
