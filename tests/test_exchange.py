@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ import export
 from checkpoints.folder import read_json, sort_key
 from config import TrainConfig
 from errors import UserError
-from exchange.lerobot_runs import from_lerobot, own_optimizer, to_lerobot
+from exchange import lerobot_runs, portable
+from exchange.lerobot_runs import from_lerobot, optimizer_config, read_schedule, scheduler_config, to_lerobot
 from helpers.hub_server import Hub
 from helpers.runs import SMALL_POLICY_ARGS, small
 from hub import create_repo, newest_checkpoint
@@ -81,7 +83,7 @@ def test_out_and_in_again(ours, tmp_path, capsys):
 def test_out_refuses_what_is_there(ours, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     assert export.main([str(ours), str(tmp_path / "there"), "--format", "lerobot"]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already. Choose another folder" in capsys.readouterr().err
 
 
 def test_episodes_and_names_go_both_ways(made, tmp_path):
@@ -124,9 +126,43 @@ def test_what_was_held_out_stays_so_there_when_the_dataset_has_grown(made, tmp_p
     ("diffusion", {"grad_clip_norm": 5.0}, "cosine", 500), ("diffusion", {"warmup_steps": 7}, "cosine", 7),
     ("act", {"warmup_steps": 7}, "constant_with_warmup", 7), ("act", {"lr_schedule": "linear"}, "linear", 0)])  # fmt: skip
 def test_the_schedule_goes_along(policy, settings, name, warmup):
-    own = own_optimizer(policy_config(policy, None, "cpu"), TrainConfig(dataset_id=["x"], **settings))
-    assert (own["scheduler"].name, own["scheduler"].num_warmup_steps) == (name, warmup)
-    assert own["optimizer"].grad_clip_norm == settings.get("grad_clip_norm", 10.0)
+    policy_cfg = policy_config(policy, None, "cpu")
+    config = TrainConfig(dataset_id=["x"], **settings)
+    scheduler = scheduler_config(policy_cfg, config)
+    assert (scheduler.name, scheduler.num_warmup_steps) == (name, warmup)
+    assert optimizer_config(policy_cfg, config).grad_clip_norm == settings.get("grad_clip_norm", 10.0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"warmup_steps": 7}, {"lr_schedule": "constant", "warmup_steps": 7},
+    {"lr_schedule": "linear"}, {"lr_schedule": "cosine", "warmup_steps": 7}])  # fmt: skip
+@pytest.mark.parametrize("policy", ["act", "diffusion", "flow"])
+def test_the_schedule_comes_back(policy, settings):
+    """What is written for lerobot-train is read back as settings that have the same schedule."""
+    policy_cfg = policy_config(policy, None, "cpu")
+    config = TrainConfig(dataset_id=["x"], **settings)
+    written = scheduler_config(policy_cfg, config)
+    as_json = written and {"type": written.type, **asdict(written)}
+    back = read_schedule(as_json, policy_cfg, TrainConfig(dataset_id=["x"]))
+    assert scheduler_config(policy_cfg, TrainConfig(dataset_id=["x"], **back)) == written
+
+
+def test_a_schedule_that_is_not_ours_is_refused(ours, tmp_path):
+    folder = to_lerobot(ours, tmp_path / "lerobot")
+    path = folder / "pretrained_model" / "train_config.json"
+    scheduler = {"type": "cosine_annealing_with_warmup", "num_warmup_steps": 5}
+    path.write_text(json.dumps({**read_json(path), "use_policy_training_preset": False, "scheduler": scheduler}))
+    with pytest.raises(
+        UserError, match=r"cosine_annealing.* Armature does not have. Pass --policy_path .*/000004 to start"
+    ):
+        from_lerobot(folder)
+
+
+def test_a_later_lerobot_is_named(ours, tmp_path, monkeypatch):
+    """After 0.6.1 LeRobot has other functions for its checkpoints."""
+    monkeypatch.delattr("lerobot.common.train_utils.save_checkpoint")
+    monkeypatch.setattr(lerobot_runs, "version", lambda package: "0.7.0")
+    with pytest.raises(UserError, match=r"expected lerobot 0.6.1, got 0.7.0 .* Run `uv pip install lerobot==0.6.1`"):
+        to_lerobot(ours, tmp_path / "lerobot")
 
 
 @pytest.mark.parametrize(("changed", "why"), [
@@ -148,12 +184,12 @@ def test_out_refuses_what_lerobot_has_no_place_for(ours, tmp_path, changed, why)
 def test_out_refuses_a_history_of_resized_pictures(made, tmp_path):
     settings = small("diffusion", dataset_id=str(made("video")), image_size=[48, 64], steps=1)
     checkpoint = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
-    with pytest.raises(UserError, match="was trained with pictures resized and a history, which"):
+    with pytest.raises(UserError, match="was trained with resized pictures and a history of them, which"):
         to_lerobot(checkpoint, tmp_path / "lerobot")
 
 
 @pytest.mark.slow
-def test_lerobot_train_takes_over_and_hands_back(made, tmp_path):
+def test_lerobot_train_takes_over_and_hands_back(ours, made, tmp_path):
     """The real lerobot-train: its run goes on here, ours goes on there, with the same actions at each hand-over."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     pairs = [f"--policy.{pair.replace('=none', '=null')}" for pair in SMALL_POLICY_ARGS["act"].split()]
@@ -171,15 +207,15 @@ def test_lerobot_train_takes_over_and_hands_back(made, tmp_path):
     assert result.steps == 6
     assert read_json(taken / "trainer_state.json")["samples_seen"] == 16
 
-    folder = to_lerobot(tmp_path / "here" / "checkpoint-5", tmp_path / "there")
-    assert torch.equal(chunk(folder / "pretrained_model"), chunk(tmp_path / "here" / "checkpoint-5"))
-    config = folder / "pretrained_model" / "train_config.json"
-    go_on = [str(BIN / "lerobot-train"), "--resume=true", f"--config_path={config}", "--steps=7"]
-    done = subprocess.run(go_on, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (
-        json.loads((tmp_path / "there/checkpoints/000007/training_state/training_step.json").read_text())["step"] == 7
-    )
+    # `ours` has a schedule of its own, and two groups of parameters
+    for name, checkpoint in (("there", tmp_path / "here" / "checkpoint-5"), ("scheduled", ours)):
+        folder = to_lerobot(checkpoint, tmp_path / name)
+        assert torch.equal(chunk(folder / "pretrained_model"), chunk(checkpoint))
+        config = folder / "pretrained_model" / "train_config.json"
+        resume = [str(BIN / "lerobot-train"), "--resume=true", f"--config_path={config}", "--steps=7"]
+        done = subprocess.run(resume, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert read_json(tmp_path / name / "checkpoints/000007/training_state/training_step.json")["step"] == 7
 
 
 @pytest.mark.slow
@@ -239,7 +275,7 @@ def test_old_policy_is_migrated(ours, made, tmp_path):
     assert train(**settings, output_dir=str(tmp_path / "run")).steps == 1
 
 
-@pytest.mark.parametrize(("policy", "kind"), [("flow", "torchscript"), ("flow", "torch-export"), ("act", "torchscript"),
+@pytest.mark.parametrize(("policy", "kind"), [("flow", "torch-export"), ("act", "torch-export"),
     pytest.param("flow", "onnx", marks=pytest.mark.slow), pytest.param("act", "onnx", marks=pytest.mark.slow)])  # fmt: skip
 def test_export(ours, made, tmp_path, policy, kind, capsys):
     """The written file computes the policy's chunk to 1e-4, and says how to normalise."""
@@ -255,7 +291,7 @@ def test_export(ours, made, tmp_path, policy, kind, capsys):
     assert path.stat().st_size > 10_000
     path.unlink()
     assert export.main([str(ours), str(path), "--format", kind]) == 2
-    assert f"{path.name}.json is there already" in capsys.readouterr().err
+    assert f"{path.name}.json exists already. Choose another name" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -272,9 +308,12 @@ def test_int8_is_written_if_it_is_close(ours, made, tmp_path, capsys, monkeypatc
         sizes[name] = path.stat().st_size
         assert read_json(path.with_name(f"{path.name}.json"))["largest_difference"] < 0.1
     assert sizes["small"] < sizes["whole"]
-    monkeypatch.setattr(export, "INT8_TOLERANCE", 1e-9)
+    monkeypatch.setattr(portable, "INT8_TOLERANCE", 1e-9)
     assert export.main([str(ours), str(tmp_path / "no.onnx"), "--format", "onnx", "--int8"]) == 2
-    assert "--int8: the export differs from the policy by" in capsys.readouterr().err
+    assert (
+        "--int8: the exported network differs too much from the policy: expected at most 1e-09, got"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "no.onnx").exists()
 
 
@@ -282,9 +321,15 @@ def test_export_tells_what_does_not_export(made, tmp_path, capsys):
     checkpoint = train(
         **small("diffusion", dataset_id=[str(made("video"))], steps=1), output_dir=str(tmp_path / "run")
     ).checkpoint
-    assert export.main([str(checkpoint), str(tmp_path / "x.pt"), "--format", "torchscript"]) == 2
-    assert "policy diffusion with these settings does not export" in capsys.readouterr().err
+    assert export.main([str(checkpoint), str(tmp_path / "x.pt"), "--format", "torch-export"]) == 2
+    assert "policy diffusion does not export with these settings: expected act, or flow" in capsys.readouterr().err
     assert not (tmp_path / "x.pt").exists()
+
+
+def test_torchscript_was_dropped(capsys):
+    with pytest.raises(SystemExit):
+        export.main(["checkpoint-1", "x.pt", "--format", "torchscript"])
+    assert "TorchScript was dropped: pass torch-export or onnx" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -369,7 +414,7 @@ def test_hub_repo_without_checkpoint(hub, made, tmp_path):
 
 def test_an_optimizers_state_goes_to_the_device_of_its_kernels(tmp_path):
     """lerobot-train's optimizer is not fused, ours is: its count of steps goes to the weights' device ("meta" in a GPU's place)."""
-    from checkpoints.folder import load_optimizer
+    from checkpoints.folder import read_optimizer
     from training.distributed import Distributed
 
     theirs, mine = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta")
@@ -379,6 +424,6 @@ def test_an_optimizers_state_goes_to_the_device_of_its_kernels(tmp_path):
     torch.save(optimizer.state_dict(), tmp_path / "optimizer_state.pth")
     optimizer = torch.optim.AdamW(mine.parameters(), lr=0.5)
     optimizer.param_groups[0]["fused"] = True
-    load_optimizer(tmp_path, Distributed("cpu"), mine, optimizer)
+    Distributed().load_optimizer_state(mine, optimizer, read_optimizer(tmp_path))
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert optimizer.state[mine.weight]["step"].device.type == "meta"

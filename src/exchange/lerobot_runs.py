@@ -1,251 +1,419 @@
-"""LeRobot's own checkpoints on their way in: of lerobot-train, and policies of before processors.
+"""Checkpoints of lerobot-train: taken over here, and written for lerobot-train to resume.
 
-Its layout is checkpoints/<step>/{pretrained_model,training_state}; ours is checkpoint-<step> (see checkpoint.py).
-export.py has the way out.
+lerobot-train writes checkpoints/<step>/{pretrained_model,training_state}, Armature writes checkpoint-<step>.
 """
 
+import contextlib
 import hashlib
 import math
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
-from checkpoints.folder import TRAINED_WEIGHTS, TrainState, load_optimizer, read_json, step_of
-from config import FIELDS, TrainConfig
-from errors import UserError, one_line
-from policy.factory import converted_dir
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-# of its "diffuser" scheduler: ours
-LEROBOT_SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"}
+from checkpoints.folder import TRAINED_WEIGHTS, TrainState, read_json, read_optimizer, step_of
+from checkpoints.writer import Snapshot, write_checkpoint
+from config import FIELDS, TrainConfig
+from data.source import open_dataset
+from data.split import split
+from errors import UserError, one_line
+from policy.factory import build_policy, load_policy_config
+from policy.migration import converted_dir
+from policy.presets import scheduler_preset
+from processors.pipelines import load_processors, parse_rename, resize_of
+
+
+def as_pairs(rename: dict[str, str] | None) -> list[str] | None:
+    """LeRobot's rename_map as the values of --rename."""
+    return [f"{old}={new}" for old, new in (rename or {}).items()] or None
+
+
+def as_is(value):
+    return value
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting that both trainers have.
+
+    Attributes:
+        ours: its field in TrainConfig.
+        theirs: its place in LeRobot's train_config.json, levels separated by dots.
+        read: LeRobot's value, None where the file has none, to ours; None stands for our default.
+        write: our value to LeRobot's.
+    """
+
+    ours: str
+    theirs: str
+    read: Callable = as_is
+    write: Callable = as_is
+
+
+SETTINGS = (
+    Setting("revision", "dataset.revision"),
+    Setting(
+        "imagenet_stats",
+        "dataset.use_imagenet_stats",
+        read={True: "on", False: "off", None: "on"}.get,
+        write={"on": True, "off": False}.get,
+    ),
+    Setting("augment", "dataset.image_transforms.enable", read=bool, write=bool),
+    Setting("rename", "rename_map", read=as_pairs, write=parse_rename),
+    Setting("deterministic", "cudnn_deterministic", read=bool, write=bool),
+    Setting("seed", "seed", read=lambda seed: seed or 0),
+    Setting("batch_size", "batch_size"),
+    Setting("steps", "steps"),
+    Setting("log_freq", "log_freq", read=lambda steps: steps or None),  # LeRobot's 0 writes no log
+    Setting("save_freq", "save_freq", read=lambda steps: max(0, steps or 0)),
+)
+# Fields of LeRobot's optimizer config that TrainConfig calls by the same names.
+OPTIMIZER_SETTINGS = ("lr", "weight_decay", "grad_clip_norm")
+# --lr_schedule to the name in LeRobot's "diffuser" scheduler. LeRobot's own "constant" has no warm-up.
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+def value_at(tree: dict, path: str):
+    """The value at a dotted path in nested dicts; None where a level is missing or null."""
+    for name in path.split("."):
+        tree = (tree or {}).get(name)
+    return tree
+
+
+def set_at(target, path: str, value) -> None:
+    """Set the attribute at a dotted path."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        target = getattr(target, parent)
+    setattr(target, name, value)
+
+
+@contextlib.contextmanager
+def lerobot_imports(purpose: str):
+    """Around imports of functions that LeRobot dropped after 0.6.1."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"{purpose} needs functions that later versions of LeRobot dropped: expected lerobot 0.6.1, "
+            f"got {version('lerobot')} ({one_line(error)}). Run `uv pip install lerobot==0.6.1`"
+        ) from error
 
 
 def lerobot_checkpoint(asked: str | None) -> Path | None:
-    """The checkpoint of lerobot-train that a path means: checkpoints/<step>, its pretrained_model, or a run's newest; else None."""
-    path = Path(asked or "").expanduser()
-    places = (path, path.parent, path / "checkpoints" / "last") if asked else ()
-    found = (p for p in places if (p / "pretrained_model").is_dir() and (p / "training_state").is_dir())
-    return next(found, None)
+    """The checkpoint of lerobot-train that a path stands for, None if it stands for none.
+
+    Args:
+        asked: checkpoints/<step>, its pretrained_model, or a run's folder, which stands for its newest checkpoint.
+    """
+    if not asked:
+        return None
+    path = Path(asked).expanduser()
+    for folder in (path, path.parent, path / "checkpoints" / "last"):
+        if (folder / "pretrained_model").is_dir() and (folder / "training_state").is_dir():
+            return folder
+    return None
 
 
 def from_lerobot(folder: Path) -> Path:
-    """A checkpoint of lerobot-train as one of ours, in the user's cache.
+    """Convert a checkpoint of lerobot-train to one of ours, in the user's cache; one that is there already is reused.
 
-    The run goes on at sample step x batch x processes of our order; LeRobot's own resume would repeat its first epoch's in every later one.
+    The run resumes at the sample it had reached (step x batch x processes), in our order of samples.
 
     Args:
         folder: checkpoints/<step>, which holds pretrained_model and training_state.
 
     Raises:
-        UserError: something is missing, or has no counterpart here.
+        UserError: a file is missing or damaged, or the run used what Armature does not have.
     """
-    from lerobot.common.train_utils import load_training_step
-    from lerobot.optim.optimizers import load_optimizer_state_dict
-    from safetensors.torch import load_file
-
-    from checkpoints.writer import Snapshot, write_checkpoint
-    from policy.factory import load_policy_config
-    from processors.pipelines import load_processors
-
     folder = folder.resolve()
-    model, training = folder / "pretrained_model", folder / "training_state"
-    theirs, counts = read_json(model / "train_config.json"), read_json(training / "training_step.json")
+    model = folder / "pretrained_model"
+    policy_config = load_policy_config(model, None, "cpu")
+    position = read_json(folder / "training_state" / "training_step.json")
+    settings = settings_of(read_json(model / "train_config.json"), folder, policy_config)
+    # LeRobot counts the batch of one process, Armature that of all of them.
+    local_batch_size = position.get("batch_size") or settings["batch_size"]
+    settings["batch_size"] = local_batch_size * (position.get("num_processes") or 1)
+    config = TrainConfig(**settings, policy=policy_config.type)
+
+    with lerobot_imports("Resuming a run of lerobot-train"):
+        from lerobot.optim.optimizers import load_optimizer_state_dict
     try:
-        step, optimizer = load_training_step(training), load_optimizer_state_dict(training)
+        weights_file = model / "model.safetensors"
+        version_of_weights = str([str(folder), weights_file.stat().st_mtime_ns])
+        output = converted_dir() / hashlib.sha256(version_of_weights.encode()).hexdigest()[:16]
+        checkpoint = output / f"checkpoint-{position['step']}"
+        if checkpoint.is_dir():
+            return checkpoint
+        weights = load_file(weights_file)
+        optimizer = load_optimizer_state_dict(folder / "training_state")
         optimizer["state"] = {int(number): entry for number, entry in optimizer["state"].items()}
-        weights = load_file(model / "model.safetensors")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be read as a checkpoint of lerobot-train: {one_line(error)[:200]}") from error
-    config = TrainConfig(**settings_of(theirs, folder))
-    processes = counts.get("num_processes") or 1
-    policy = load_policy_config(model, None, "cpu")
-    batch = (counts.get("batch_size") or config.batch_size) * processes
-    config.batch_size, config.policy = batch, policy.type
-    standing = {"step": step, "samples_seen": step * batch, "batch_size": batch, "seed": config.seed, "world_size": 1}
-    state = TrainState(
-        trainer_state={**standing, "loss_sums": [0.0], "loss_count": 0, "scaler": {}, "tracker_run_id": None},
+    preprocessor, postprocessor = load_processors(model, "cpu")
+    snapshot = Snapshot(
+        step=position["step"],
+        weights=weights,
+        trained_weights={},
+        optimizer=optimizer,
+        policy_config=policy_config,
+        preprocessor=preprocessor,
+        postprocessor=postprocessor,
+        state=state_at(position["step"], config, folder),
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    return write_checkpoint(output, snapshot)
+
+
+def state_at(step: int, config: TrainConfig, folder: Path) -> TrainState:
+    """What a checkpoint of ours would record of the run in `folder`."""
+    position = {
+        "step": step,
+        "samples_seen": step * config.batch_size,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "world_size": 1,
+    }
+    return TrainState(
+        trainer_state={**position, "loss_sums": [0.0], "loss_count": 0, "scaler": {}, "tracker_run_id": None},
         train_config={name: value for name, value in config.asdict().items() if value is not None},
         training_info={
-            "policy": policy.type,
+            "policy": config.policy,
             "dataset": config.dataset_id,
             "loss": None,
             "val_loss": None,
             "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "converted_from": str(folder),
             "train_seconds": 0.0,
-            **standing,
+            **position,
         },
     )
-    facts = [str(folder), (model / "model.safetensors").stat().st_mtime_ns]
-    place = converted_dir() / hashlib.sha256(str(facts).encode()).hexdigest()[:16]
-    if (place / f"checkpoint-{step}").is_dir():
-        return place / f"checkpoint-{step}"
-    place.mkdir(parents=True, exist_ok=True)
-    return write_checkpoint(
-        place, Snapshot(step, weights, {}, optimizer, policy, *load_processors(model, "cpu"), state)
+
+
+def settings_of(theirs: dict, folder: Path, policy_config) -> dict:
+    """Settings of TrainConfig for LeRobot's train_config.json, without those that keep our default.
+
+    Raises:
+        UserError: the run used what Armature does not have.
+    """
+    for path in ("sample_weighting", "use_rabc", "dataset.streaming"):
+        if value_at(theirs, path):
+            raise UserError(f"{folder} was trained with {path}, which Armature does not have. {new_run_from(folder)}")
+    dataset = theirs["dataset"]
+    dataset_id = dataset.get("root") or dataset["repo_id"]
+    episodes = as_text(dataset.get("episodes"))
+    settings = {
+        "dataset_id": [dataset_id],
+        "episodes": episodes,
+        "val_episodes": held_out(dataset_id, dataset.get("revision"), episodes, dataset.get("eval_split") or 0.0),
+    }
+    for setting in SETTINGS:
+        settings[setting.ours] = setting.read(value_at(theirs, setting.theirs))
+    for name in OPTIMIZER_SETTINGS:
+        settings[name] = value_at(theirs, f"optimizer.{name}")
+    settings = {name: value for name, value in settings.items() if value is not None}
+
+    schedule = read_schedule(theirs.get("scheduler"), policy_config, TrainConfig(**settings))
+    # Another version of LeRobot may describe its policy's own schedule in other fields.
+    if schedule is None and theirs.get("use_policy_training_preset", True):
+        schedule = {}
+    if schedule is None:
+        raise UserError(
+            f"{folder} was trained with the scheduler {theirs.get('scheduler')}, which Armature does not have. "
+            f"{new_run_from(folder)}"
+        )
+    return settings | schedule
+
+
+def new_run_from(folder: Path) -> str:
+    """The remedy for a run that cannot be resumed here."""
+    return f"Pass --policy_path {folder} to start a new run from its weights"
+
+
+def read_schedule(scheduler: dict | None, policy_config, config: TrainConfig) -> dict | None:
+    """The --lr_schedule and --warmup_steps that stand for a scheduler in LeRobot's train_config.json; None if none do."""
+    name = value_at(scheduler, "name")
+    warmup_steps = value_at(scheduler, "num_warmup_steps") or 0
+    if name == "constant":  # LeRobot's schedule without a warm-up, whatever the file says of one
+        return {"lr_schedule": "constant", "warmup_steps": 0}
+    # The policy's own schedule, the same with another warm-up, or one by name.
+    candidates = [{}, {"warmup_steps": warmup_steps}]
+    for ours, theirs in SCHEDULES.items():
+        if theirs == name:
+            candidates.append({"lr_schedule": ours, "warmup_steps": warmup_steps})
+    for candidate in candidates:
+        built = scheduler_config(policy_config, replace(config, **candidate))
+        if scheduler == (built and {"type": built.type, **asdict(built)}):
+            return candidate
+    return None
+
+
+def scheduler_config(policy_config, config: TrainConfig):
+    """LeRobot's scheduler config for the schedule of a run of ours; None for a constant rate without a warm-up."""
+    from lerobot.optim import DiffuserSchedulerConfig
+
+    preset = scheduler_preset(policy_config, config)
+    if preset is not None:
+        return preset
+    if config.lr_schedule is None and config.warmup_steps is None:
+        return None
+    return DiffuserSchedulerConfig(
+        name=SCHEDULES[config.lr_schedule or "constant"], num_warmup_steps=config.warmup_steps or 0
     )
 
 
-def settings_of(theirs: dict, folder: Path) -> dict:
-    """Our settings for LeRobot's train_config.json."""
-    dataset = theirs["dataset"]
-    for what, asked in (("sample_weighting", theirs), ("use_rabc", theirs), ("streaming", dataset)):
-        if asked.get(what):
-            raise UserError(
-                f"{folder}: its {what} has no counterpart here: pass --policy_path to start from its weights"
-            )
-    name, episodes = dataset.get("root") or dataset["repo_id"], as_text(dataset.get("episodes"))
-    settings = {
-        "dataset_id": [name],
-        "revision": dataset.get("revision"),
-        "episodes": episodes,
-        "val_episodes": held_out(name, dataset.get("revision"), episodes, dataset.get("eval_split") or 0.0),
-        "rename": [f"{old}={new}" for old, new in (theirs.get("rename_map") or {}).items()] or None,
-        "imagenet_stats": "on" if dataset.get("use_imagenet_stats", True) else "off",
-        "augment": bool((dataset.get("image_transforms") or {}).get("enable")),
-        "deterministic": bool(theirs.get("cudnn_deterministic")),
-        **{name: theirs[name] for name in ("batch_size", "steps", "seed", "log_freq", "save_freq") if theirs.get(name)},
-    }
-    settings = {"seed": 0, **settings, "save_freq": max(0, theirs.get("save_freq", 0))}
-    if not theirs.get("use_policy_training_preset", True):
-        optimizer, scheduler = theirs["optimizer"], theirs.get("scheduler") or {"type": "diffuser", "name": "constant"}
-        if scheduler["type"] != "diffuser" or scheduler["name"] not in LEROBOT_SCHEDULES:
-            name = scheduler.get("name", scheduler["type"])
-            raise UserError(
-                f"{folder}: its scheduler {name} has no counterpart here: pass --policy_path to start from its weights"
-            )
-        settings |= {name: optimizer[name] for name in ("lr", "weight_decay", "grad_clip_norm") if name in optimizer}
-        settings |= {
-            "lr_schedule": LEROBOT_SCHEDULES[scheduler["name"]],
-            "warmup_steps": 0 if scheduler["name"] == "constant" else scheduler.get("num_warmup_steps") or 0,
-        }
-    return settings
+def optimizer_config(policy_config, config: TrainConfig):
+    """LeRobot's optimizer config for a run of ours: the policy's own with the flags over it."""
+    given = {name: getattr(config, name) for name in OPTIMIZER_SETTINGS}
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(policy_config.get_optimizer_preset(), **given)
 
 
 def as_text(episodes: list[int] | None) -> str | None:
-    return ",".join(map(str, episodes)) if episodes else None
+    """A list of episodes as the value of --episodes."""
+    return ",".join(str(episode) for episode in episodes or []) or None
 
 
-def held_out(name: str, revision: str | None, episodes: str | None, fraction: float) -> str | None:
-    """The episodes that lerobot-train's dataset.eval_split holds out: the last of each task."""
+def held_out(dataset_id: str, revision: str | None, episodes: str | None, fraction: float) -> str | None:
+    """The episodes that lerobot-train's dataset.eval_split holds out: the last ones of each task, rounded up."""
     if not fraction:
         return None
-    from data.source import open_dataset
-
-    source, by_task = open_dataset(name, None, revision, episodes), {}
+    source = open_dataset(dataset_id, None, revision, episodes)
+    by_task: dict[str, list[int]] = {}
     for episode in source.episodes:
-        by_task.setdefault(source.meta.episodes["tasks"][episode][0], []).append(episode)
-    return as_text(sorted(e for some in by_task.values() for e in some[len(some) - math.ceil(len(some) * fraction) :]))
+        task = source.meta.episodes["tasks"][episode][0]
+        by_task.setdefault(task, []).append(episode)
+    chosen = []
+    for members in by_task.values():
+        chosen += members[len(members) - math.ceil(len(members) * fraction) :]
+    return as_text(sorted(chosen))
 
 
 def to_lerobot(checkpoint: Path, output: Path) -> Path:
-    """A checkpoint-<step> as `output`/checkpoints/<step>, which `lerobot-train --resume=true` continues.
+    """Write a checkpoint-<step> as `output`/checkpoints/<step>, which `lerobot-train --resume=true` continues.
 
     Raises:
-        UserError: `output` is there already, or the checkpoint holds what LeRobot has no place for.
+        UserError: `output` exists, or the run used what lerobot-train cannot resume.
     """
-    import torch
-    from lerobot.common.train_utils import get_step_checkpoint_dir, save_checkpoint, update_last_checkpoint
-
-    from policy.factory import build_policy, load_policy_config
-    from processors.pipelines import load_processors, resize_of
-    from training.distributed import Distributed
-    from training.learner import make_schedule
+    with lerobot_imports("--format lerobot"):
+        from lerobot.common.train_utils import get_step_checkpoint_dir, save_checkpoint, update_last_checkpoint
 
     if output.exists():
-        raise UserError(f"{output} is there already: choose another folder or remove it")
+        raise UserError(f"{output} exists already. Choose another folder, or remove it")
     if (checkpoint / TRAINED_WEIGHTS).exists():
         print(
-            f"note: {checkpoint.name} has averaged weights (--ema_decay): LeRobot goes on from the average",
+            f"note: {checkpoint.name} holds the moving average of its weights (--ema_decay): "
+            "lerobot-train continues from the average",
             file=sys.stderr,
         )
-    state = TrainState(*(read_json(checkpoint / f"{name}.json") for name in ("trainer_state", "train_config")), {})
-    config = TrainConfig(**{name: value for name, value in state.train_config.items() if name in FIELDS})
-    policy_config, processors = load_policy_config(checkpoint, None, "cpu"), load_processors(checkpoint, "cpu")
-    size = resize_of(processors[0])
-    for refused, why in (
-        (len(config.dataset_id) > 1, "several datasets"),
-        (policy_config.use_peft, "adapters"),
-        (
-            size and policy_config.observation_delta_indices,
-            "pictures resized and a history, which LeRobot's step does not go with",
-        ),
-        (config.freeze, "frozen weights"),
-    ):
-        if refused:
-            raise UserError(f"{checkpoint.name} was trained with {why}: lerobot-train cannot resume it")
-    policy = build_policy(policy_config, None, checkpoint)
-    step, theirs = (
-        step_of(checkpoint) or state.trainer_state["step"],
-        their_config(config, state, policy_config, output),
+    state = TrainState(
+        trainer_state=read_json(checkpoint / "trainer_state.json"),
+        train_config=read_json(checkpoint / "train_config.json"),
+        training_info={},
     )
+    config = TrainConfig(**{name: value for name, value in state.train_config.items() if name in FIELDS})
+    policy_config = load_policy_config(checkpoint, None, "cpu")
+    preprocessor, postprocessor = load_processors(checkpoint, "cpu")
+    refuse(checkpoint, config, policy_config, preprocessor)
+
+    step = step_of(checkpoint) or state.trainer_state["step"]
+    theirs = their_config(config, state, policy_config, output)
+    policy = build_policy(policy_config, None, checkpoint)
     optimizer = theirs.optimizer.build(policy.get_optim_params())
-    load_optimizer(checkpoint, Distributed(), policy, optimizer)
-    scheduler = theirs.scheduler.build(optimizer, config.steps) if theirs.scheduler else None
-    if scheduler is not None:  # where its own stepping would have brought it
-        factor = make_schedule(policy, config)
-        scheduler.last_epoch, scheduler._step_count = step, step + 1
-        scheduler._last_lr = [peak * factor(step) for peak in scheduler.base_lrs]
-        for group, lr in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
-            group["lr"] = lr
-    torch.manual_seed(config.seed)
+    load_state(optimizer, read_optimizer(checkpoint))
+    scheduler = None
+    if theirs.scheduler is not None:
+        scheduler = theirs.scheduler.build(optimizer, config.steps)
+        advance(scheduler, step)
+    torch.manual_seed(config.seed)  # save_checkpoint also writes the state of torch's generator
     folder = get_step_checkpoint_dir(output, config.steps, step)
     save_checkpoint(
-        folder, step, theirs, policy, optimizer, scheduler, *processors, num_processes=1, batch_size=config.batch_size
+        folder,
+        step,
+        theirs,
+        policy,
+        optimizer,
+        scheduler,
+        preprocessor,
+        postprocessor,
+        num_processes=1,
+        batch_size=config.batch_size,
     )
     update_last_checkpoint(folder)
     return folder
+
+
+def refuse(checkpoint: Path, config: TrainConfig, policy_config, preprocessor) -> None:
+    """Raise UserError for a checkpoint that lerobot-train would not resume, or would resume as another run."""
+    resized_history = resize_of(preprocessor) and policy_config.observation_delta_indices
+    reasons = {
+        "several datasets": len(config.dataset_id) > 1,
+        "adapters": policy_config.use_peft,
+        "resized pictures and a history of them, which LeRobot's resize step does not take": resized_history,
+        "frozen weights": config.freeze,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UserError(f"{checkpoint.name} was trained with {reason}: lerobot-train cannot resume it")
+
+
+def load_state(optimizer, saved: dict) -> None:
+    """Load a saved state into LeRobot's optimizer, which keeps its own rates and other settings."""
+    for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        saved_group.update({name: value for name, value in group.items() if name != "params"})
+    optimizer.load_state_dict(saved)
+
+
+def advance(scheduler, step: int) -> None:
+    """Bring a new LambdaLR of LeRobot's to where `step` calls of its step() would have brought it."""
+    scheduler.last_epoch = step
+    scheduler._step_count = step + 1
+    factors = [factor(step) for factor in scheduler.lr_lambdas]
+    scheduler._last_lr = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = lr
 
 
 def their_config(config: TrainConfig, state: TrainState, policy_config, output: Path):
     """LeRobot's TrainPipelineConfig for a run of ours."""
     from lerobot.configs.default import DatasetConfig
     from lerobot.configs.train import TrainPipelineConfig
-    from lerobot.transforms import ImageTransformsConfig
 
-    from data.split import split
-    from processors.pipelines import parse_rename
-    from training.parts import build_source
-
-    name, source = config.dataset_id[0], build_source(config)
-    root = str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else config.dataset_root
-    kept = [source.episodes[i] for i in split(source, config, state)[0]]  # LeRobot holds out the last ones, if any
-    return TrainPipelineConfig(
-        dataset=DatasetConfig(
-            repo_id="/".join(Path(name).parts[-2:]) if root else name,
-            root=root,
-            episodes=kept if len(kept) < source.meta.total_episodes else None,
-            revision=config.revision,
-            use_imagenet_stats=config.imagenet_stats == "on",
-            image_transforms=ImageTransformsConfig(enable=bool(config.augment)),
-        ),
+    dataset_id = config.dataset_id[0]
+    repo_id = dataset_id
+    root = config.dataset_root
+    local = Path(dataset_id).expanduser()
+    if local.is_dir():
+        root = str(local.resolve())
+    if root:
+        repo_id = "/".join(Path(dataset_id).parts[-2:])
+    theirs = TrainPipelineConfig(
+        dataset=DatasetConfig(repo_id=repo_id, root=root, episodes=train_episodes(config, state)),
         policy=policy_config,
-        rename_map=parse_rename(config.rename),
         output_dir=output,
         job_name=f"armature_{policy_config.type}",
-        seed=config.seed,
-        batch_size=config.batch_size,
-        steps=config.steps,
-        log_freq=config.log_freq,
-        save_freq=config.save_freq or config.steps,
-        **own_optimizer(policy_config, config),
+        # lerobot-train resumes with these two as they are here. Without its policy's preset it would put all
+        # parameters into one group, which the state of an optimizer with several does not fit.
+        use_policy_training_preset=True,
+        optimizer=optimizer_config(policy_config, config),
+        scheduler=scheduler_config(policy_config, config),
     )
+    for setting in SETTINGS:
+        set_at(theirs, setting.theirs, setting.write(getattr(config, setting.ours)))
+    return theirs
 
 
-def own_optimizer(policy_config, config: TrainConfig) -> dict:
-    """LeRobot's settings for a run whose schedule is not the policy's own."""
-    if config.lr_schedule is None and config.warmup_steps is None and config.grad_clip_norm is None:
-        return {"optimizer": policy_config.get_optimizer_preset(), "scheduler": policy_config.get_scheduler_preset()}
-    from lerobot.optim import DiffuserSchedulerConfig
-
-    from policy.presets import preset_schedule
-
-    optimizer = policy_config.get_optimizer_preset()
-    given = {name: getattr(config, name) for name in ("lr", "weight_decay", "grad_clip_norm")}
-    optimizer = replace(optimizer, **{name: value for name, value in given.items() if value is not None})
-    scheduler, warmup = preset_schedule(policy_config, config), config.warmup_steps or 0
-    if scheduler is None:
-        name = config.lr_schedule or "constant"
-        name = "constant_with_warmup" if name == "constant" and warmup else name  # its constant has none
-        scheduler = DiffuserSchedulerConfig(name=name, num_warmup_steps=warmup)
-    return {"use_policy_training_preset": False, "optimizer": optimizer, "scheduler": scheduler}
+def train_episodes(config: TrainConfig, state: TrainState) -> list[int] | None:
+    """The episodes that a run trains on, None for all of its dataset; lerobot-train is not to see the held-out ones."""
+    selected = None
+    if config.episodes:
+        selected = ",".join(text for text in (config.episodes, config.val_episodes) if text)
+    source = open_dataset(config.dataset_id[0], config.dataset_root, config.revision, selected)
+    kept, _ = split(source, config, state)
+    episodes = [source.episodes[i] for i in kept]
+    return episodes if len(episodes) < source.meta.total_episodes else None

@@ -1,204 +1,330 @@
-"""A policy for runtimes without Python: ONNX, torch.export."""
+"""A policy for runtimes without Python: its network as an ONNX or torch.export file, with a JSON file that describes it.
 
+The network maps preprocessed observations to a chunk of normalised actions. B is 1, T steps of a chunk, A joints.
+"""
+
+import json
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from errors import UserError
+from policy.quiet import quiet_lerobot
+from processors.pipelines import resize_of
 
-TOLERANCE = 1e-4  # of the largest difference from the policy, in normalised actions
+# The largest difference from the policy that is accepted, in normalised actions.
+TOLERANCE = 1e-4
+INT8_TOLERANCE = 0.1
+# Settings by which a policy blends one chunk into the next, which is left to the program that runs the network.
+SMOOTHING = ("blend_steps", "temporal_ensemble_coeff")
 
-SMOOTHING = ("blend_steps", "temporal_ensemble_coeff")  # how the policy itself goes over from chunk to chunk
+
+class Core(nn.Module):
+    """The network of a policy as a function of tensors.
+
+    Args:
+        policy: act, or flow of one observation.
+    """
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy = policy
+
+    def example(self) -> dict[str, Tensor]:
+        """A random tensor for each input, in the order in which `forward` takes them."""
+        features = self.policy.config.input_features
+        return {name: torch.rand(1, *feature.shape) for name, feature in features.items()}
+
+    def batch_of(self, observations: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return dict(zip(self.policy.config.input_features, observations, strict=True))
 
 
-INT8_TOLERANCE = 0.1  # the same of --int8
+class ACTCore(Core):
+    def forward(self, *observations: Tensor) -> Tensor:
+        """Observations of (1, D) or (1, C, H, W) to the (1, T, A) chunk."""
+        batch = self.batch_of(observations)
+        if self.policy.config.image_features:
+            batch["observation.images"] = [batch[key] for key in self.policy.config.image_features]
+        chunk, _ = self.policy.model(batch)
+        return chunk
 
 
-def make_core(policy):
-    """The policy's network as a module from tensors to a chunk: (observations in order, [noise]) -> (1, T, A), and its inputs.
+class FlowCore(Core):
+    def example(self) -> dict[str, Tensor]:
+        return {**super().example(), "noise": torch.randn(1, *self.policy.config.noise_shape)}
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Observations of (1, D) or (1, C, H, W), then (1, N, T, A) noise for N draws, to the (1, T, A) chunk."""
+        *observations, noise = inputs
+        return self.policy.denoise(self.policy.encoder(self.batch_of(observations)), noise)
+
+
+@dataclass
+class Exported:
+    """A written network, with what it is compared to.
+
+    Attributes:
+        run: computes the (1, T, A) chunk by the written file, from numpy arrays in the order of `names`.
+        core: the same network in PyTorch.
+        names: the inputs, as the file calls them.
+        example: a tensor for each input.
+    """
+
+    run: Callable[..., np.ndarray]
+    core: Core
+    names: list[str]
+    example: tuple[Tensor, ...]
+
+
+@dataclass
+class Comparison:
+    """An exported network against its policy, over random inputs.
+
+    Attributes:
+        difference: the largest between two normalised actions.
+        export_ms, policy_ms: median time for a chunk.
+    """
+
+    difference: float
+    export_ms: float
+    policy_ms: float
+
+
+def write_network(loaded, output: Path, file_format: str, int8: bool = False) -> Comparison:
+    """Write the network of a policy to `output` and its description to `output`.json, once it agrees with the policy.
+
+    Args:
+        loaded: LoadedPolicy, on the CPU.
+        file_format: "onnx" or "torch-export".
+        int8: store the weights of an ONNX file in 8 bits.
 
     Raises:
-        UserError: this policy cannot be cut out of its Python.
+        UserError: a file exists, the policy does not export, a package is missing, or the network differs from the policy.
+        OSError: the files cannot be written.
     """
-    import torch
-    from torch import nn
-
-    config = policy.config
-    names = list(config.input_features)
-    example = [torch.rand(1, *config.input_features[name].shape) for name in names]
-    if (
-        config.type not in ("act", "flow")
-        or getattr(config, "n_obs_steps", 1) != 1
-        or getattr(config, "task_embedding", False)
-    ):
-        raise UserError(
-            f"policy {config.type} with these settings does not export: act, and flow of one observation, do"
-        )
-    if config.type == "flow":
-        names, example = [*names, "noise"], [*example, torch.randn(1, *config.noise_shape)]
-
-    class Core(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.policy = policy
-
-        def forward(self, *inputs):
-            batch = dict(zip(names, inputs, strict=True))
-            if config.type == "flow":
-                return self.policy.denoise(self.policy.encoder(batch), batch["noise"])
-            if config.image_features:
-                batch["observation.images"] = [batch[key] for key in config.image_features]
-            return self.policy.model(batch)[0]
-
-    return Core().eval(), names, example
+    description = output.with_name(f"{output.name}.json")
+    for path in (output, description):
+        if path.exists():
+            raise UserError(f"{path} exists already. Choose another name, or remove it")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{output.name}.tmp")
+    try:
+        with quiet_lerobot():  # the exporters print too
+            exported = export(loaded.policy, unfinished, file_format)
+        comparison = compare(exported, TOLERANCE, f"--format {file_format}")
+        if int8:
+            with quiet_lerobot():
+                exported.run = quantize(unfinished)
+            comparison = compare(exported, INT8_TOLERANCE, "--int8")
+        unfinished.replace(output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    description.write_text(json.dumps(describe(loaded, exported, comparison), indent=2) + "\n")
+    return comparison
 
 
-def export(policy, path: Path, kind: str):
-    """Write `path`; returns a function from numpy inputs in order to the chunk, as the written file computes it, and the inputs.
+def export(policy, path: Path, file_format: str) -> Exported:
+    """Write the network of a policy to `path`.
 
     Raises:
-        UserError: the policy does not export, or what it needs is not installed.
+        UserError: as `write_network`.
     """
-    import torch
-
-    core, names, example = make_core(policy)
+    core = make_core(policy)
+    example = core.example()
+    names = list(example)
+    inputs = tuple(example.values())
     with torch.no_grad():
-        if kind == "torchscript":
-            torch.jit.trace(core, tuple(example), check_trace=False).save(str(path))
-            loaded = torch.jit.load(str(path))
-        elif kind == "torch-export":
-            torch.export.save(torch.export.export(core, tuple(example)), str(path))
-            loaded = torch.export.load(str(path)).module()
-        else:
-            return to_onnx(core, tuple(example), path, names), core, names, example
+        if file_format == "onnx":
+            names = [name.replace(".", "_") for name in names]  # programs that read ONNX trip over dots
+            write_onnx(core, inputs, path, names)
+            return Exported(onnx_runner(path), core, names, inputs)
+        torch.export.save(torch.export.export(core, inputs), str(path))
+    module = torch.export.load(str(path)).module()
 
-    def run(*inputs):
+    def run(*arrays: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return loaded(*map(torch.from_numpy, inputs)).numpy()
+            return module(*(torch.from_numpy(array) for array in arrays)).numpy()
 
-    return run, core, names, example
+    return Exported(run, core, names, inputs)
 
 
-def to_onnx(core, example: tuple, path: Path, names: list[str]):
+def make_core(policy) -> Core:
+    """The network of a policy.
+
+    Raises:
+        UserError: the policy does not export.
+    """
+    config = policy.config
+    one_observation = getattr(config, "n_obs_steps", 1) == 1
+    if config.type == "act" and one_observation:
+        return ACTCore(policy).eval()
+    if config.type == "flow" and one_observation and not config.task_embedding:
+        return FlowCore(policy).eval()
+    raise UserError(
+        f"policy {config.type} does not export with these settings: expected act, or flow with n_obs_steps=1 and "
+        "task_embedding=false. Run it with src/serve.py instead"
+    )
+
+
+def write_onnx(core: Core, inputs: tuple[Tensor, ...], path: Path, names: list[str]) -> None:
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  (torch's exporter is built on it)
     except ImportError as error:
-        raise UserError(f"--format onnx needs {error.name}: uv pip install onnx onnxruntime onnxscript") from error
-    import torch
-
-    spelt = [name.replace(".", "_") for name in names]  # ONNX readers trip over dots
+        raise UserError(
+            f"--format onnx needs {error.name}. Run `uv pip install onnx onnxruntime onnxscript`"
+        ) from error
     torch.onnx.export(
         core,
-        example,
+        inputs,
         str(path),
-        input_names=spelt,
+        input_names=names,
         output_names=["chunk"],
         dynamo=True,
         external_data=False,
         verbose=False,
     )
-    return onnx_runner(path)
 
 
-def onnx_runner(path: Path):
+def onnx_runner(path: Path) -> Callable[..., np.ndarray]:
     """A function from numpy inputs in order to the chunk, as onnxruntime computes the file."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    names = [put.name for put in session.get_inputs()]
-    return lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))[0]
+    names = [entry.name for entry in session.get_inputs()]
+
+    def run(*inputs: np.ndarray) -> np.ndarray:
+        (chunk,) = session.run(None, dict(zip(names, inputs, strict=True)))
+        return chunk
+
+    return run
 
 
-def check(run, core, example, runs: int = 20) -> tuple[float, float, float]:
-    """Largest difference from the policy over random inputs, and milliseconds of the export and of the policy (medians)."""
-    import torch
+def compare(exported: Exported, allowed: float, flag: str, runs: int = 20) -> Comparison:
+    """Run the written file and the policy on the same random inputs.
 
-    worst, times = 0.0, ([], [])
+    Raises:
+        UserError: an action differs by more than is allowed, or is nan.
+    """
+    difference = 0.0
+    export_seconds = []
+    policy_seconds = []
     for _ in range(runs):
-        inputs = [torch.rand_like(tensor) for tensor in example]
+        inputs = [torch.rand_like(tensor) for tensor in exported.example]
         begun = time.perf_counter()
-        mine = run(*(tensor.numpy() for tensor in inputs))
-        between = time.perf_counter()
+        chunk = exported.run(*(tensor.numpy() for tensor in inputs))
+        export_seconds.append(time.perf_counter() - begun)
+
+        begun = time.perf_counter()
         with torch.no_grad():
-            theirs = core(*inputs).numpy()
-        times[0].append(between - begun)
-        times[1].append(time.perf_counter() - between)
-        worst = max(worst, float(np.abs(mine - theirs).max()))
-    return worst, *(1000 * float(np.median(t)) for t in times)
+            expected = exported.core(*inputs).numpy()
+        policy_seconds.append(time.perf_counter() - begun)
+        difference = np.maximum(difference, np.abs(chunk - expected).max())  # nan stays nan
+    if not difference <= allowed:
+        raise UserError(
+            f"{flag}: the exported network differs too much from the policy: expected at most {allowed:g}, "
+            f"got {difference:.2g}. Nothing was written: choose another --format, or leave --int8 out"
+        )
+    return Comparison(
+        difference=float(difference),
+        export_ms=1000 * float(np.median(export_seconds)),
+        policy_ms=1000 * float(np.median(policy_seconds)),
+    )
 
 
-def normalisation(pipeline) -> dict:
-    """{feature: {mode, mean, std, ...}} of a pipeline's (un)normaliser, as plain lists."""
-    found = {}
-    for step in pipeline.steps:
-        if hasattr(step, "norm_map"):
-            for key, feature in step.features.items():
-                mode = step.norm_map.get(feature.type)
-                stats = step.stats.get(key) or {}
-                found[key] = {"mode": getattr(mode, "value", "IDENTITY")}
-                found[key] |= {name: np.asarray(value).tolist() for name, value in stats.items() if name != "count"}
-    return found
-
-
-def describe(loaded, form: str, names, example, worst: float) -> dict:
-    """What a program needs to know to use the exported file."""
-    from processors.pipelines import resize_of
-
-    config, onnx = loaded.policy.config, form == "onnx"
+def describe(loaded, exported: Exported, comparison: Comparison) -> dict:
+    """What a program needs to know to run the exported network."""
+    config = loaded.policy.config
+    shapes = [list(tensor.shape) for tensor in exported.example]
     return {
         "policy": config.type,
-        "inputs": {n.replace(".", "_") if onnx else n: list(t.shape) for n, t in zip(names, example, strict=True)},
+        "inputs": dict(zip(exported.names, shapes, strict=True)),
         "output": {"chunk": [1, config.chunk_size, config.action_feature.shape[0]]},
         "n_action_steps": config.n_action_steps,
         **{name: getattr(config, name) for name in SMOOTHING if hasattr(config, name)},
         "image_size": resize_of(loaded.preprocess),
         "normalise": normalisation(loaded.preprocess),
         "unnormalise": normalisation(loaded.postprocess),
-        "largest_difference": worst,
+        "largest_difference": comparison.difference,
     }
 
 
-def require(worst: float, allowed: float, what: str) -> None:
-    if not worst <= allowed:  # nan as well
-        raise UserError(
-            f"{what}: the export differs from the policy by {worst:.2g}, allowed is {allowed:g}: not written"
-        )
+def normalisation(pipeline) -> dict:
+    """{feature: {mode, mean, std, ...}} of a pipeline's (un)normaliser, as plain lists."""
+    features = {}
+    for step in pipeline.steps:
+        if not hasattr(step, "norm_map"):
+            continue
+        for key, feature in step.features.items():
+            mode = step.norm_map.get(feature.type)
+            entry = {"mode": getattr(mode, "value", "IDENTITY")}
+            for name, value in (step.stats.get(key) or {}).items():
+                if name != "count":
+                    entry[name] = np.asarray(value).tolist()
+            features[key] = entry
+    return features
 
 
-def turn_weights(graph) -> None:
-    """Turn the weights of linear layers round, once for all their uses: the quantiser turns them at each, and flow's head has two."""
-    from onnx import numpy_helper
-
-    weights, turned = {tensor.name: tensor for tensor in graph.initializer}, {}
-    for node in graph.node:
-        how = next((entry for entry in node.attribute if entry.name == "transB"), None)
-        if node.op_type == "Gemm" and how is not None and how.i and node.input[1] in weights:
-            how.i, turned[node.input[1]] = 0, weights[node.input[1]]
-    for name, weight in turned.items():
-        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).T.copy(), name))
-    same = {node.output[0]: node for node in graph.node if node.op_type == "Transpose" and node.input[0] in turned}
-    for node in graph.node:
-        node.input[:] = [same[name].input[0] if name in same else name for name in node.input]
-    for node in same.values():
-        graph.node.remove(node)
-
-
-def quantised(path: Path):
-    """The ONNX file with its weights in 8 bits, in its place; a runner of it."""
+def quantize(path: Path) -> Callable[..., np.ndarray]:
+    """Store the weights of an ONNX file in 8 bits, in place; returns a function that runs it, as `onnx_runner` does."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    smaller = path.with_name(f"{path.name}.int8")
     model = onnx.load(str(path))
-    turn_weights(model.graph)
-    del model.graph.value_info[:]  # the exporter's shapes, of weights that are turned round on the way
-    # left as they are: what is no weight, such as flow's coordinates, and the last layer, which is small
-    flat = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) < 2}
-    layers = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
-    left = [node.name for node in layers if node.input[1] in flat or "action" in node.input[1]]
-    kinds = {"op_types_to_quantize": ["MatMul", "Gemm"], "extra_options": {"DefaultTensorType": onnx.TensorProto.FLOAT}}
-    quantize_dynamic(model, str(smaller), weight_type=QuantType.QInt8, per_channel=True, nodes_to_exclude=left, **kinds)
+    transpose_weights(model.graph)
+    del model.graph.value_info[:]  # shapes that the exporter noted, some of them of weights that are now transposed
+
+    # Two kinds of layers stay in fp32: those that multiply by no weight matrix, such as the keypoints' coordinates, and
+    # the last layer, which is small and sets the actions' precision.
+    vectors = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) < 2}
+    kept = []
+    for node in model.graph.node:
+        if node.op_type in ("MatMul", "Gemm") and (node.input[1] in vectors or "action" in node.input[1]):
+            kept.append(node.name)
+
+    smaller = path.with_name(f"{path.name}.int8")
+    quantize_dynamic(
+        model,
+        str(smaller),
+        op_types_to_quantize=["MatMul", "Gemm"],
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        nodes_to_exclude=kept,
+        extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+    )
     smaller.replace(path)
     return onnx_runner(path)
+
+
+def transpose_weights(graph) -> None:
+    """Store the weights of linear layers as they are multiplied, (in, out), instead of as PyTorch keeps them, (out, in).
+
+    Otherwise the quantizer transposes a weight for each layer that uses it, and stores it as often. Flow uses its head twice.
+    """
+    from onnx import numpy_helper
+
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    transposed = set()
+    for node in graph.node:
+        if node.op_type != "Gemm" or node.input[1] not in weights:
+            continue
+        for attribute in node.attribute:
+            if attribute.name == "transB" and attribute.i:
+                attribute.i = 0
+                transposed.add(node.input[1])
+    for name in transposed:
+        values = numpy_helper.to_array(weights[name])
+        weights[name].CopyFrom(numpy_helper.from_array(values.T.copy(), name))
+
+    # The graph itself transposes the same weights for its MatMul nodes: these nodes go, and their readers take the weights.
+    redundant = [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in transposed]
+    weight_of = {node.output[0]: node.input[0] for node in redundant}
+    for node in graph.node:
+        node.input[:] = [weight_of.get(name, name) for name in node.input]
+    for node in redundant:
+        graph.node.remove(node)
