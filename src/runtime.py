@@ -18,19 +18,22 @@ from torch.overrides import TorchFunctionMode
 
 from errors import UserError, one_line
 
-# First part of an address: what the randomness is for. Data order is addressed by (seed, epoch) as LeRobot does.
-INIT, STEP, EVAL, VALIDATE = 1, 2, 3, 4
+# What randomness is for, the number after the seed in its address. (The order of the data has the address (seed, epoch).)
+INIT = 1
+STEP = 2
+EVAL = 3
+VALIDATE = 4
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a `--device` flag; `auto` takes CUDA, else MPS, else XPU, else the CPU.
+    """The device of a `--device` flag; `auto` is CUDA, else MPS, else XPU, else the CPU.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: this machine has no such device.
     """
     if name == "auto":
-        for kind, there in (("cuda", torch.cuda), ("mps", torch.backends.mps), ("xpu", torch.xpu)):
-            if there.is_available():
+        for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps), ("xpu", torch.xpu)):
+            if backend.is_available():
                 return torch.device(kind)
         return torch.device("cpu")
     try:
@@ -38,28 +41,32 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
-            f"--device {name} cannot be used here ({one_line(error)[:120]}): pass --device cpu or auto"
+            f"--device {name} cannot be used on this machine ({one_line(error)[:120]}). Pass --device auto"
         ) from None
     return device
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """The precision of a `--precision` flag; `auto` takes bf16 on GPUs that compute in it, else fp32.
+    """The precision of a `--precision` flag; `auto` is bf16 on GPUs that compute in it, else fp32.
 
     Raises:
-        UserError: the device cannot compute in it.
+        UserError: the GPU does not compute in bf16.
     """
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cuda":
+        return "fp32" if name == "auto" else name
+    with torch.cuda.device(device):
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
         return "bf16" if has_bf16 else "fp32"
-    if name == "bf16" and device.type == "cuda" and not has_bf16:
-        raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has none: pass fp16 or fp32")
+    if name == "bf16" and not has_bf16:
+        raise UserError(
+            f"--precision bf16: {torch.cuda.get_device_name(device)} does not compute in bf16. Pass fp16 or fp32"
+        )
     return name
 
 
-def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on `device`, without waiting for the copy but on MPS, which would read the memory later than it may be used again."""
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`. Waits for the copy only on MPS, which reads the host's memory late, when it may be overwritten."""
     return tensor.to(device, non_blocking=torch.device(device).type != "mps")
 
 
@@ -67,36 +74,43 @@ def autocast(precision: str, device: torch.device):
     """A context in which matrix products and convolutions are computed in `precision`."""
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, dtypes[precision])
 
 
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Scales the loss so that small gradients survive fp16; does nothing at all in other precisions."""
+    """A scaler of the loss, so that small gradients survive fp16; in other precisions it does nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def set_numerics(deterministic: bool) -> None:
-    """GPU kernels: the fastest that are found, TF32 among them, or those that give the same bits every time."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
+    """Use the fastest GPU kernels, TF32 among them, or those that give the same bits every time."""
+    torch.backends.cuda.matmul.allow_tf32 = not deterministic
+    torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    torch.backends.cuda.enable_mem_efficient_sdp(not deterministic)  # whose backward is exact without warn_only alone
+    # With warn_only these two still choose kernels whose backward pass gives other bits each time.
+    torch.backends.cuda.enable_mem_efficient_sdp(not deterministic)
     torch.backends.cuda.enable_cudnn_sdp(not deterministic)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS is deterministic only with a fixed workspace
 
 
-def threads(asked: int | None) -> int:
-    if asked is not None:
-        return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8)
+def thread_count(num_threads: int | None) -> int:
+    """Threads of the data loader: `--num_threads`, else one for each core that this process may use, 8 at most."""
+    if num_threads is not None:
+        return num_threads
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), 8)
+    return min(os.cpu_count() or 1, 8)
 
 
 @contextlib.contextmanager
 def without_collector():
-    """Without garbage collection, which takes a second of what LeRobot's imports take; what an earlier run left goes first."""
-    gc.collect()
+    """Within this, no garbage collection, which would take a second while LeRobot is imported."""
+    gc.collect()  # frees what an earlier run left
     gc.disable()
     try:
         yield
@@ -106,7 +120,7 @@ def without_collector():
 
 @contextlib.contextmanager
 def enough_memory(batch_size: int):
-    """Within this, memory that runs out is a line, and so is what torch.compile left half-written when it was killed.
+    """Within this, running out of memory is a UserError, and so is a half-written file of torch.compile.
 
     Raises:
         UserError: one of the two.
@@ -114,65 +128,75 @@ def enough_memory(batch_size: int):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if damaged := re.search(r"(\S+): file too short", str(error)):
-            message = f"a process that was killed while it compiled left {damaged[1]} half-written"
-            raise UserError(f"{message}: delete that file, and start again") from error
+        half_written = re.search(r"(\S+): file too short", str(error))
+        if half_written:  # torch takes the file for a finished one, each time
+            raise UserError(
+                f"{half_written[1]} is incomplete: a process was killed while it compiled. Delete that file, and start again"
+            ) from error
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory with --batch_size {batch_size}: pass a smaller one, or a smaller --image_size, or cut it in parts with "
-            "--grad_accumulation_steps"
+            f"out of memory with --batch_size {batch_size}. Pass a smaller --batch_size or --image_size, or compute each "
+            "batch in several micro-batches with --grad_accumulation_steps"
         ) from error
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    told = re.search("can't allocate memory|ALLOC_FAILED|out of memory", str(error))
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or (isinstance(error, RuntimeError) and told is not None)
+    """Whether an error of PyTorch's or Python's says that the memory of the host or of the device is full."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # PyTorch's CPU allocator and cuBLAS raise a bare RuntimeError.
+    full = re.search("can't allocate memory|ALLOC_FAILED|out of memory", str(error))
+    return isinstance(error, RuntimeError) and full is not None
 
 
 class StopSignals:
     """Within this, SIGINT, SIGTERM and SIGUSR1 are kept in `asked` for the loop to see; a second SIGINT interrupts at once.
 
-    SLURM sends SIGUSR1 ahead of a job's end if asked to (`--signal=USR1@120`), SIGTERM at its end.
+    SLURM sends SIGTERM at the end of a job, and SIGUSR1 ahead of it if asked to (`--signal=USR1@120`).
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
 
     def __init__(self):
         self.asked: signal.Signals | None = None
+        self.handlers_before = {}
 
-    def _ask(self, number, frame):
-        if self.asked == signal.SIGINT == number:
+    def keep(self, number: int, frame) -> None:
+        """The handler: keep the first signal, and say what a second Ctrl-C does."""
+        if self.asked == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
-        first, self.asked = self.asked is None, self.asked or signal.Signals(number)
-        if first and number == signal.SIGINT:
-            with contextlib.suppress(OSError):  # whoever read it may be gone by the same Ctrl-C
-                os.write(
-                    2, b"\nfinishing this step and saving; Ctrl-C again leaves at once\n"
-                )  # print may be under way
+        if self.asked is not None:
+            return
+        self.asked = signal.Signals(number)
+        if number == signal.SIGINT:
+            message = b"\nfinishing this step and saving; Ctrl-C again quits at once\n"
+            with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the reader
+                os.write(2, message)  # the signal may have come in the middle of a print
 
     def __enter__(self):
-        mine = threading.current_thread() is threading.main_thread()  # Python gives signals to that thread alone
-        there = [getattr(signal, name) for name in self.NAMES if mine and hasattr(signal, name)]
-        self.before = {number: signal.signal(number, self._ask) for number in there}
+        if threading.current_thread() is threading.main_thread():  # the only one that may handle signals
+            for name in self.NAMES:
+                if hasattr(signal, name):
+                    number = getattr(signal, name)
+                    self.handlers_before[number] = signal.signal(number, self.keep)
         return self
 
     def __exit__(self, *error):
-        for number, handler in self.before.items():
+        for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
 
 
 def seed_all(*address: int) -> None:
-    """Set every generator that a policy may draw from to a function of `address`, such as (seed, STEP, step, rank)."""
-    word = int(np.random.SeedSequence(address).generate_state(1, dtype=np.uint64)[0])
-    torch.manual_seed(word)  # the CPU's and every accelerator's
-    np.random.seed(word % 2**32)
-    random.seed(word)
+    """Seed every generator that a policy may draw from with a function of `address`, such as (seed, STEP, step, rank)."""
+    seed = int(np.random.SeedSequence(address).generate_state(1, dtype=np.uint64)[0])
+    torch.manual_seed(seed)  # of the CPU and of every accelerator
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 class NoHostSync(TorchFunctionMode):
-    """Within this, `tensor.item()` gives the tensor: LeRobot's policies report sub-losses by a wait for the device each."""
+    """Within this, `tensor.item()` returns the tensor: LeRobot's policies call it for each sub-loss, and each call waits."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.item:
@@ -181,13 +205,15 @@ class NoHostSync(TorchFunctionMode):
 
 
 def in_notebook() -> bool:
-    """Whether a notebook's kernel runs this, and no script that has merely imported one."""
+    """Whether this runs in a notebook's kernel; a script that has only imported IPython does not."""
     return {"ipykernel", "IPython"} <= set(sys.modules) and sys.modules["IPython"].get_ipython() is not None
 
 
 def describe_machine(device: torch.device) -> dict:
-    """Names and versions that a run's figures depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    """Names and versions that the speed and the bits of a run depend on."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     packages = ("lerobot", "torch", "torchvision", "numpy", "safetensors")
     return {
         "device": str(device),
@@ -200,6 +226,6 @@ def describe_machine(device: torch.device) -> dict:
 
 
 def user_cache_dir() -> Path:
-    """Armature's folder in the user's cache: decoded frames, and checkpoints that were converted on the way in."""
-    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache") / "armature"
+    """Armature's folder in the user's cache, for decoded frames and converted checkpoints."""
+    variable = "LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME"
+    return Path(os.environ.get(variable) or Path.home() / ".cache") / "armature"

@@ -1,13 +1,13 @@
 """The processes of a run: one, or those that `accelerate launch` (or torchrun) started, which share every batch.
 
-All that a run does together goes through here: agreeing, waiting for each other, wrapping the policy for DDP, FSDP2 or DeepSpeed,
-and putting weights and optimizer state that are spread over the processes together again.
+All that the processes do together goes through here: reductions, barriers, wrapping the policy for DDP or FSDP2 (DeepSpeed is
+in deepspeed_zero.py), gathering weights and optimizer state that are sharded, and noticing that a process is gone.
 """
 
 import contextlib
 import copy
-import re
 import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -23,47 +23,61 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from errors import UserError
-from policy.adapters import adapters_of, is_adapted, put_adapters
+from policy.adapters import adapter_state_dict, has_adapters, load_adapter_state_dict
 from policy.factory import load_weights
 from runtime import StopSignals, autocast, pick_device
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+UNSHARDED = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+PROBE_TAG = 0x10057  # of messages that nobody sends
+PROBE_SECONDS = 2  # for the system to report a connection as closed
+
+
+class LostPeerError(RuntimeError):
+    """Another process of this run has ended, or its connection is closed."""
 
 
 class Distributed:
     """This process and its peers.
 
     Args:
-        kind: how the weights are held: by "one" process, whole by each ("DDP"), or sharded ("FSDP", "DeepSpeed").
+        kind: how the weights are held: by "one" process, all of them by each process ("DDP"), or sharded ("FSDP", "DeepSpeed").
         accelerator: accelerate's Accelerator; None for one process.
-        gloo_group: process group over the hosts; None for one process.
+        gloo_group: process group of the hosts' CPUs; None for one process.
 
     Attributes:
         rank, size: which process this is, of how many.
-        device: where it computes, once `use` was called.
+        device: where this process computes, once `use` was called.
     """
 
     def __init__(self, kind: str = "one", accelerator=None, gloo_group=None):
         self.kind = kind
         self.accelerator = accelerator
         self.gloo_group = gloo_group
-        self.rank = 0 if accelerator is None else accelerator.process_index
-        self.size = 1 if accelerator is None else accelerator.num_processes
+        self.rank = 0
+        self.size = 1
+        if accelerator is not None:
+            self.rank = accelerator.process_index
+            self.size = accelerator.num_processes
 
     def use(self, device: str) -> torch.device:
-        """The device of a `--device` flag, or of several processes the one that is this one's."""
-        # accelerate has made this process' GPU the current one: "cuda" is that
-        self.device = pick_device(device if self.accelerator is None else self.accelerator.device.type)
+        """Pick the device to compute on: that of the `--device` flag, or this process's own where there are several."""
+        if self.accelerator is not None:
+            device = self.accelerator.device.type  # accelerate has made this process's GPU the current one
+        self.device = pick_device(device)
         return self.device
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        if self.accelerator is not None and kind is None:
-            with StopSignals():  # which come again when a job is cancelled
-                self.barrier()  # for what the main process writes: of one that leaves with a signal's status a launcher kills the others
-            self.accelerator.end_training()
+        if self.accelerator is None or kind is not None:
+            return
+        # A launcher kills the other processes once one has left with a signal's status. So nobody leaves before the main
+        # process has written, whatever signals arrive again while a job is cancelled.
+        with StopSignals():
+            self.barrier()
+        self.accelerator.end_training()
 
     @property
     def is_main(self) -> bool:
@@ -72,16 +86,23 @@ class Distributed:
 
     @property
     def is_sharded(self) -> bool:
+        """Whether each process holds only a part of the weights or of the optimizer's state."""
         return self.kind in ("FSDP", "DeepSpeed")
 
+    def check(self, config) -> None:
+        """Raise a UserError for settings that this kind of processes does not support."""
+
+    # Communication between the hosts. It goes through gloo, so that no GPU has to wait for it.
+
     def barrier(self) -> None:
-        """Return when every process has come here."""
+        """Return once every process has arrived here."""
         if self.gloo_group is not None:
-            dist.barrier(self.gloo_group)
+            with self.detect_lost_peer():
+                dist.barrier(self.gloo_group)
 
     @contextlib.contextmanager
     def main_first(self):
-        """Within this, the main process goes before the others: what it makes, they find."""
+        """Within this, the main process runs before the others: they find what it downloads or writes."""
         if not self.is_main:
             self.barrier()
         yield
@@ -89,43 +110,105 @@ class Distributed:
             self.barrier()
 
     def all_reduce_max(self, *numbers: int) -> list[int]:
-        """The largest of each number over the processes, which is the same in all of them."""
+        """The maximum of each number over the processes."""
         if self.gloo_group is None:
             return list(numbers)
         largest = torch.tensor(numbers)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, self.gloo_group)
+        with self.detect_lost_peer():
+            dist.all_reduce(largest, dist.ReduceOp.MAX, self.gloo_group)
         return largest.tolist()
+
+    def all_gather(self, value: torch.Tensor) -> list[float]:
+        """The number that each process has, by rank."""
+        if self.gloo_group is None:
+            return [value.item()]
+        numbers = list(torch.zeros(self.size, dtype=torch.float64).unbind())
+        with self.detect_lost_peer():
+            dist.all_gather(numbers, value.detach().double().cpu(), group=self.gloo_group)
+        return [number.item() for number in numbers]
 
     def mean(self, value: torch.Tensor) -> float:
         """The mean of a number over the processes."""
         return statistics.fmean(self.all_gather(value))
 
-    def all_gather(self, value: torch.Tensor) -> list[float]:
-        """A number as each process has it, by rank."""
-        if self.gloo_group is None:
-            return [value.item()]
-        numbers = list(torch.zeros(self.size, dtype=torch.float64).unbind())
-        dist.all_gather(numbers, value.detach().double().cpu(), group=self.gloo_group)
-        return [number.item() for number in numbers]
-
     def local_value(self, numbers: list[float]) -> float:
-        """This process' of what `every` gave; their mean where that was in another number of processes."""
-        return numbers[self.rank] if len(numbers) == self.size else statistics.fmean(numbers)
+        """This process's entry of what `all_gather` returned; the mean if that was in another number of processes."""
+        if len(numbers) != self.size:
+            return statistics.fmean(numbers)
+        return numbers[self.rank]
 
-    def check(self, config) -> None:
-        """Raise what these processes cannot do."""
+    @contextlib.contextmanager
+    def detect_lost_peer(self):
+        """Within this, an error is a LostPeerError if another process is gone; every other error stays what it is.
+
+        Raises:
+            LostPeerError: with the whole message of the error.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo raises a bare RuntimeError and NCCL a DistError. So do our own bugs and a wrong setup: only the connections
+            # show whether a process is gone.
+            from_a_collective = type(error) is RuntimeError or isinstance(error, dist.DistError)
+            lost = self.lost_peers() if from_a_collective else []
+            if not lost:
+                raise
+            names = ", ".join(str(rank) for rank in lost)
+            raise LostPeerError(f"process {self.rank} of this run has lost process {names}: {error}") from error
+
+    def lost_peers(self) -> list[int]:
+        """Ranks of the processes whose connection to this one is closed.
+
+        When a process ends, the system closes all its connections, those of `gloo_group` too.
+        """
+        peers = [rank for rank in range(self.size) if rank != self.rank]
+        deadline = time.monotonic() + PROBE_SECONDS
+        lost = []
+        while peers and not lost and time.monotonic() < deadline:
+            time.sleep(0.05)
+            lost = [rank for rank in peers if not self.is_connected(rank)]
+        return lost
+
+    def is_connected(self, rank: int) -> bool:
+        """Whether the connection to a process is open: gloo refuses to receive over a closed one."""
+        try:
+            # It stays pending over an open connection, and disturbs no other message.
+            dist.irecv(torch.zeros(1), rank, group=self.gloo_group, tag=PROBE_TAG)
+        except RuntimeError:
+            return False
+        return True
+
+    # One training step.
+
+    def local_batch_size(self, batch_size: int, accumulation: int) -> int:
+        """Samples of a step's batch that this process takes.
+
+        Raises:
+            UserError: the batch cannot be split evenly.
+        """
+        micro_batches = self.size * accumulation
+        if batch_size % micro_batches:
+            raise UserError(
+                f"--batch_size is the whole batch of a step, which {self.size} processes with --grad_accumulation_steps "
+                f"{accumulation} split evenly: expected a multiple of {micro_batches}, got {batch_size}. "
+                f"Pass --batch_size {max(1, round(batch_size / micro_batches)) * micro_batches}"
+            )
+        return batch_size // self.size
 
     def autocast(self, precision: str):
         """A context for calls of the model, in which it computes in `precision`."""
         return autocast(precision, self.device)
 
-    def wrap(self, policy, optimizer, clip_norm: float | None, share: int, precision: str):
+    def wrap(self, policy, optimizer, clip_norm: float | None, micro_batch_size: int, precision: str):
         """(model, optimizer) to train with: `model(batch)` is `policy.forward(batch)`, with gradients of the whole batch.
 
         Args:
-            clip_norm: what gradients are clipped to.
-            share: samples in one call of the model.
-            precision: what it computes in.
+            clip_norm: gradients are clipped to this norm.
+            micro_batch_size: samples in one call of the model.
+            precision: what the model computes in.
+
+        Raises:
+            UserError: FSDP's settings do not fit the policy.
         """
         if self.kind == "DDP":
             return self.accelerator.prepare_model(policy), optimizer
@@ -134,98 +217,115 @@ class Distributed:
                 model, optimizer = self.accelerator.prepare(policy, optimizer)
             except ValueError as error:
                 raise UserError(
-                    f"FSDP: {error}: have fsdp_transformer_layer_cls_to_wrap name layers of policy {policy.name}, or set "
-                    "fsdp_auto_wrap_policy to NO_WRAP"
+                    f"FSDP: {error}. Set fsdp_transformer_layer_cls_to_wrap to layer classes of policy {policy.name}, or "
+                    "fsdp_auto_wrap_policy to NO_WRAP, in the file that you pass to accelerate launch --config_file"
                 ) from error
             return model, optimizer.optimizer
         return policy, optimizer
 
     def sync_gradients(self, model, last: bool):
-        """A context for forward and backward of one part of a step's batch: gradients go between processes in the last."""
-        return contextlib.nullcontext() if last or self.accelerator is None else self.accelerator.no_sync(model)
+        """A context for forward and backward of one micro-batch: gradients are synchronized in the last one of a step."""
+        if last or self.accelerator is None:
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(model)
 
     def backward(self, model, loss) -> None:
         loss.backward()
 
     def optimizer_step(self, policy, optimizer, scaler, clip_norm: float | None) -> torch.Tensor:
-        """Move the weights by their gradients, which are zero afterwards; the gradients' norm, before it was clipped."""
+        """Update the weights and zero their gradients; returns the gradients' norm before clipping."""
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip_norm or float("inf"))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if isinstance(norm, DTensor):
+            return norm.full_tensor()
+        return norm
 
-    def local_batch_size(self, batch_size: int, accumulation: int) -> int:
-        """Samples of a step's batch that this process takes.
+    def free_memory(self) -> None:
+        """Let go of models that were wrapped before, which accelerate keeps."""
+        if self.accelerator is not None:
+            self.accelerator.free_memory()
 
-        Raises:
-            UserError: the batch cannot be shared evenly.
-        """
-        parts = self.size * accumulation
-        if batch_size % parts:
-            raise UserError(
-                f"--batch_size {batch_size} is the whole batch of a step, and {self.size} processes with "
-                f"--grad_accumulation_steps {accumulation} share it evenly: pass a multiple of {parts}"
-            )
-        return batch_size // self.size
+    # State as one process has it, for checkpoints. When sharded, all processes gather it and only the main one keeps it.
 
     def unsharded_copy(self, policy):
-        """The policy as one process runs it: itself, or for one held in parts a copy in the main process (None in others)."""
+        """The policy as one process runs it: itself, or if sharded a copy in the main process and None in the others.
+
+        Raises:
+            UserError: the policy has adapters, which are not sharded.
+        """
         if not self.is_sharded:
             return policy
-        if is_adapted(policy):
-            raise UserError(f"adapters (--peft) do not go with {self.kind}: they are small, use DDP")
-        return copy.deepcopy(policy) if self.is_main else None
+        if has_adapters(policy):
+            raise UserError(f"{self.kind} does not support --peft. Adapters are small: launch with DDP")
+        if not self.is_main:
+            return None
+        return copy.deepcopy(policy)
 
     def weights(self, policy) -> dict:
-        """The policy's state dict, or its adapters', whole; of one that is held in parts empty but in the main process."""
-        weights = get_model_state_dict(policy, options=WHOLE) if self.is_sharded else policy.state_dict()
-        return adapters_of(policy, weights) if is_adapted(policy) else weights
+        """The unsharded state dict of the policy, or only of its adapters."""
+        if self.is_sharded:
+            return get_model_state_dict(policy, options=UNSHARDED)
+        if has_adapters(policy):
+            return adapter_state_dict(policy, policy.state_dict())
+        return policy.state_dict()
 
     def load_weights(self, policy, path: Path) -> None:
-        """Load a file such as `weights` gives into the policy."""
-        if is_adapted(policy):
-            put_adapters(policy, load_file(path))
-        elif self.is_sharded:
-            set_model_state_dict(policy, load_file(path), options=WHOLE)
+        """Load a file of what `weights` returned into the policy."""
+        if self.is_sharded:
+            set_model_state_dict(policy, load_file(path), options=UNSHARDED)
+        elif has_adapters(policy):
+            load_adapter_state_dict(policy, load_file(path))
         else:
             load_weights(policy, path)
 
     def optimizer_state(self, policy, optimizer) -> dict:
-        """The optimizer's state dict as of one process, parameters numbered; empty as `weights` is."""
+        """The optimizer's unsharded state dict, with numbered parameters as PyTorch has it."""
         if not self.is_sharded:
             return optimizer.state_dict()
-        named = get_optimizer_state_dict(policy, optimizer, options=WHOLE)
+        named = get_optimizer_state_dict(policy, optimizer, options=UNSHARDED)
         if not self.is_main:
             return {}
-        names = {name: i for i, name in enumerate(names_of(policy, optimizer))}
-        groups = [{**group, "params": [names[name] for name in group["params"]]} for group in named["param_groups"]]
-        return {"state": {names[name]: entry for name, entry in named["state"].items()}, "param_groups": groups}
+        numbers = {name: number for number, name in enumerate(parameter_names(policy, optimizer))}
+        return rename_parameters(named, numbers)
 
     def load_optimizer_state(self, policy, optimizer, state: dict) -> None:
-        """Load a state dict such as `optimizer_state` gives.
+        """Load the moments and step counts of what `optimizer_state` returned.
+
+        Settings such as learning rate, decay and kernels stay as this run has them.
 
         Raises:
-            ValueError, KeyError: it is another optimizer's.
+            ValueError, KeyError: it is the state of another optimizer.
         """
+        if len(state["param_groups"]) != len(optimizer.param_groups):
+            raise ValueError(
+                f"expected {len(optimizer.param_groups)} parameter groups, got {len(state['param_groups'])}"
+            )
+        settings = []
+        groups = []
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            settings.append({name: value for name, value in group.items() if name != "params"})
+            groups.append({**saved, **settings[-1]})  # torch picks the device of a step count by "fused"
+        state = {"state": state["state"], "param_groups": groups}
         if not self.is_sharded:
             optimizer.load_state_dict(state)
             return
-        names = names_of(policy, optimizer)
-        groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
-        named = {"state": {names[i]: entry for i, entry in state["state"].items()}, "param_groups": groups}
-        set_optimizer_state_dict(policy, optimizer, named, options=WHOLE)
+        names = dict(enumerate(parameter_names(policy, optimizer)))
+        set_optimizer_state_dict(policy, optimizer, rename_parameters(state, names), options=UNSHARDED)
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update(own)  # FSDP has changed them
 
 
-def names_of(policy, optimizer) -> list[str]:
+def parameter_names(policy, optimizer) -> list[str]:
     """Names of an optimizer's parameters, in the order in which its state dict numbers them."""
     names = {id(parameter): name for name, parameter in policy.named_parameters()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether an error says that another process has gone."""
-    if not dist.is_initialized() or re.search("invalid ?usage|out of memory", str(error), re.I):
-        return False
-    return isinstance(error, dist.DistError) or re.search("gloo|nccl|peer|Broken pipe", str(error), re.I) is not None
+def rename_parameters(state: dict, new: dict) -> dict:
+    """An optimizer's state dict whose parameters are called by the values of `new` instead of by its keys."""
+    entries = {new[parameter]: entry for parameter, entry in state["state"].items()}
+    groups = [{**group, "params": [new[parameter] for parameter in group["params"]]} for group in state["param_groups"]]
+    return {"state": entries, "param_groups": groups}

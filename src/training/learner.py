@@ -1,214 +1,299 @@
-"""One optimizer step: a batch, in parts where it is accumulated, through the policy and back, and the weights moved."""
+"""The policy with everything that trains it, and one optimizer step: forward, backward, update, moving average."""
 
 import contextlib
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from checkpoints.folder import TRAINED_WEIGHTS, load_optimizer
+from checkpoints.folder import OPTIMIZER, TRAINED_WEIGHTS, read_optimizer
 from config import TrainConfig
-from policy.factory import counts_valid_actions, set_phase
-from policy.presets import preset_schedule
-from processors.pipelines import as_floats
+from errors import UserError, one_line
+from policy.losses import loss_averages_over_actions, set_vqbet_phase
+from policy.presets import optimizer_preset, scheduler_preset
+from processors.augment import augment
+from processors.pipelines import to_float_batch
 from runtime import STEP, NoHostSync, make_scaler, seed_all
 from training.distributed import Distributed
 
 
+@dataclass
+class StepResult:
+    """What an optimizer step gives, on the device.
+
+    Attributes:
+        loss: mean loss of this process's samples.
+        sub_losses: the policy's own numbers about its last micro-batch, or None.
+        grad_norm: norm of the whole batch's gradient before clipping.
+    """
+
+    loss: Tensor
+    sub_losses: dict | None
+    grad_norm: Tensor
+
+
+@dataclass
+class LearnerState:
+    """What a checkpoint holds of a learner, gathered from all processes.
+
+    Attributes:
+        weights: state dict to act with.
+        trained_weights: state dict that is being trained, where `weights` are its average; else empty.
+        optimizer: the optimizer's state dict.
+    """
+
+    weights: dict
+    trained_weights: dict
+    optimizer: dict
+
+
+@dataclass(eq=False)
 class Learner:
-    """The policy with everything that moves it.
+    """The policy with everything that trains it.
+
+    Attributes:
+        config: the run's settings.
+        distributed: its processes.
+        policy: LeRobot policy, whose weights are trained.
+        model: the policy as training calls it: compiled, and wrapped for several processes, as the settings say.
+        preprocess: LeRobot's pipeline from a batch to the policy's input.
+        meta: LeRobot's metadata of the dataset.
+        optimizer: sets each weight from its gradient.
+        clip_norm: gradients are clipped to this norm; None for no clipping.
+        scaler: scales the loss for fp16.
+        ema: average of the weights.
+        lr_factor: step -> factor of the peak learning rates.
+        peak_lrs: peak learning rate of each of the optimizer's groups.
+    """
+
+    config: TrainConfig
+    distributed: Distributed
+    policy: torch.nn.Module
+    model: torch.nn.Module
+    preprocess: object
+    meta: object
+    optimizer: torch.optim.Optimizer
+    clip_norm: float | None
+    scaler: torch.amp.GradScaler
+    ema: "EMA"
+    lr_factor: object
+    peak_lrs: list[float]
+
+    def step(self, batch: dict, step: int) -> StepResult:
+        """Take optimizer step number `step`, counted from 0, on this process's samples of the batch."""
+        # Dropout and noise are a function of (seed, step, rank), so that a resumed run draws the same.
+        seed_all(self.config.seed, STEP, step, self.distributed.rank)
+        factor = self.lr_factor(step)
+        for group, peak_lr in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
+            group["lr"] = peak_lr * factor
+
+        count = self.config.grad_accumulation_steps
+        mean_loss = torch.zeros((), device=self.distributed.device)
+        with self.distributed.detect_lost_peer():
+            for number, micro_batch in enumerate(micro_batches(batch, count), start=1):
+                set_vqbet_phase(self.policy, step)
+                with self.distributed.sync_gradients(self.model, last=number == count):
+                    loss, sub_losses = self.forward(micro_batch)
+                    self.distributed.backward(self.model, self.scaler.scale(loss / count))
+                mean_loss = mean_loss + loss.detach() / count
+            grad_norm = self.distributed.optimizer_step(self.policy, self.optimizer, self.scaler, self.clip_norm)
+
+        self.ema.update(step + 1)
+        if hasattr(self.policy, "update"):
+            self.policy.update()  # tdmpc's own moving average, which lerobot-train calls here too
+        return StepResult(mean_loss, sub_losses, grad_norm)
+
+    def forward(self, batch: dict) -> tuple[Tensor, dict | None]:
+        """The policy's loss of a micro-batch, and its sub-losses."""
+        # Cameras leave the loader as uint8, and become floats on the device.
+        batch = to_float_batch(batch, self.meta, self.distributed.device)
+        weight = batch.pop("weight").mean()
+        if self.config.augment and self.meta.camera_keys:
+            batch = augment(batch, self.meta.camera_keys, self.config.seed)
+        # Compiled kernels do not survive NoHostSync, and read sub-losses without waiting for the device.
+        no_host_sync = contextlib.nullcontext() if self.config.compile else NoHostSync()
+        with no_host_sync, self.distributed.autocast(self.config.precision):
+            loss, sub_losses = self.model(self.preprocess(batch))
+        # A loss that is a mean over unpadded actions counts by how many there are in this part of the whole batch.
+        is_part = self.distributed.size * self.config.grad_accumulation_steps > 1
+        if is_part and loss_averages_over_actions(self.policy.config):
+            loss = loss * weight
+        return loss, sub_losses
+
+    def load(self, checkpoint: Path, scaler: dict) -> None:
+        """Load what a checkpoint holds of the training: trained weights, the optimizer's state, the scaler's.
+
+        The policy was built with the checkpoint's weights to act with, which is where the average starts.
+
+        Raises:
+            UserError: the optimizer's file holds code, or belongs to another optimizer.
+        """
+        trained_weights = checkpoint / TRAINED_WEIGHTS
+        if trained_weights.exists():
+            self.distributed.load_weights(self.policy, trained_weights)
+        state = read_optimizer(checkpoint)
+        try:
+            self.distributed.load_optimizer_state(self.policy, self.optimizer, state)
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{checkpoint / OPTIMIZER} does not fit this policy's optimizer: {one_line(error)}. "
+                "Resume from another checkpoint, or pass this one as --policy_path to train its weights afresh"
+            ) from error
+        if self.scaler.is_enabled() and scaler:
+            self.scaler.load_state_dict(scaler)
+
+    def state(self) -> LearnerState:
+        """What a checkpoint holds, unsharded. Every process calls this; only the main one gets it where it is sharded."""
+        with self.distributed.detect_lost_peer():
+            trained_weights = {}
+            if self.ema.decay > 0:
+                trained_weights = self.distributed.weights(self.policy)
+            with self.ema.applied():
+                return LearnerState(
+                    weights=self.distributed.weights(self.policy),
+                    trained_weights=trained_weights,
+                    optimizer=self.distributed.optimizer_state(self.policy, self.optimizer),
+                )
+
+    def apply_ema(self, unsharded) -> None:
+        """Exchange the trained weights for their average, in the policy and in its unsharded copy, for good."""
+        self.ema.swap()
+        if self.distributed.is_sharded:
+            with self.distributed.detect_lost_peer():
+                weights = self.distributed.weights(self.policy)
+            if unsharded is not None:
+                unsharded.load_state_dict(weights)
+
+    @contextlib.contextmanager
+    def ema_applied(self, unsharded):
+        """Within this, the policy and its unsharded copy have the averaged weights."""
+        self.apply_ema(unsharded)
+        try:
+            yield
+        finally:
+            self.ema.swap()
+
+
+def build_learner(config: TrainConfig, distributed: Distributed, policy, preprocess, meta) -> Learner:
+    """Make the optimizer, compile the policy and wrap it for several processes, as the settings say.
 
     Args:
         config: the run's settings.
         distributed: its processes.
-        policy: to be trained, on its device.
-        preprocess: LeRobot's pipeline from a batch to what the policy takes.
+        policy: LeRobot policy to train, on its device.
+        preprocess: LeRobot's pipeline from a batch to the policy's input.
         meta: LeRobot's metadata of the dataset.
 
-    Attributes:
-        model: the policy as it is called in training: compiled and wrapped for several processes as the settings say.
-        optimizer, average, scaler: what a checkpoint holds besides the weights.
+    Raises:
+        UserError: the batch cannot be split evenly, or FSDP's settings do not fit the policy.
     """
-
-    def __init__(self, config: TrainConfig, distributed: Distributed, policy, preprocess, meta):
-        self.config, self.distributed, self.policy, self.preprocess, self.meta = (
-            config,
-            distributed,
-            policy,
-            preprocess,
-            meta,
-        )
-        optimizer, self.clip_norm = make_optimizer(policy, config)
-        if config.compile:
-            torch._inductor.config.fallback_random = True  # noise and dropout as they are uncompiled
-            torch._dynamo.config.capture_scalar_outputs = True  # a policy's .item() breaks no graph
-            policy.compile()
-        share = (
-            distributed.local_batch_size(config.batch_size, config.grad_accumulation_steps)
-            // config.grad_accumulation_steps
-        )
-        self.model, self.optimizer = distributed.wrap(policy, optimizer, self.clip_norm, share, config.precision)
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self._begin(config)
-
-    def _begin(self, config: TrainConfig) -> None:
-        self.config = config
-        self.scaler = make_scaler(config.precision, self.distributed.device)
-        self.average = EMA(self.policy, config.ema_decay, copying=self.distributed.is_sharded)
-        self.factor = make_schedule(self.policy, config)
-
-    def start_over(self, config: TrainConfig) -> None:
-        """As if no step had been taken, but for the weights."""
-        self.optimizer.state.clear()
-        self._begin(config)
-
-    def load(self, checkpoint, scaler: dict) -> None:
-        """Take over a checkpoint's trained weights, where the policy has loaded their average, and the optimizer's state."""
-        if (checkpoint / TRAINED_WEIGHTS).exists():
-            self.distributed.load_weights(self.policy, checkpoint / TRAINED_WEIGHTS)
-        load_optimizer(checkpoint, self.distributed, self.policy, self.optimizer)
-        if self.scaler.is_enabled() and scaler:
-            self.scaler.load_state_dict(scaler)
-
-    def state(self) -> tuple[dict, dict, dict]:
-        """The weights to act with, the trained ones where those are their average, and the optimizer's state, each whole."""
-        own = {} if self.average.decay == 0 else self.distributed.weights(self.policy)
-        with self.average.in_place():
-            return (
-                self.distributed.weights(self.policy),
-                own,
-                self.distributed.optimizer_state(self.policy, self.optimizer),
-            )
-
-    def take_average(self, whole) -> None:
-        """Change over to the weights to act with, in the policy and in its `whole` copy."""
-        self.average.swap()
-        if self.distributed.is_sharded:
-            weights = self.distributed.weights(self.policy)
-            if whole is not None:
-                whole.load_state_dict(weights)
-
-    @contextlib.contextmanager
-    def acting(self, whole):
-        """Within this, `whole` has the weights to act with."""
-        self.take_average(whole)
-        try:
-            yield
-        finally:
-            self.average.swap()
-
-    def step(self, batch: dict, step: int) -> tuple[Tensor, dict | None, Tensor]:
-        """Take step number `step` on this process' share of its batch.
-
-        Returns:
-            This share's loss, the policy's sub-losses of its last part, and the gradient norm of the whole batch, all on the device.
-        """
-        # dropout and noise are a function of (seed, step, rank)
-        seed_all(self.config.seed, STEP, step, self.distributed.rank)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * self.factor(step)
-        count, total = self.config.grad_accumulation_steps, torch.zeros((), device=self.distributed.device)
-        for number, part in enumerate(parts_of(batch, count)):
-            set_phase(self.policy, step)
-            with self.distributed.sync_gradients(self.model, number == count - 1):
-                loss, parts = self.forward(part)
-                self.distributed.backward(self.model, self.scaler.scale(loss / count))
-            total = total + loss.detach() / count
-        grad_norm = self.distributed.optimizer_step(self.policy, self.optimizer, self.scaler, self.clip_norm)
-        self.average.update(step + 1)
-        if hasattr(self.policy, "update"):
-            self.policy.update()  # tdmpc's moving average, as lerobot-train calls it
-        return total, parts, grad_norm
-
-    def forward(self, batch: dict) -> tuple[Tensor, dict | None]:
-        """The policy's loss of a part of a batch, and its sub-losses."""
-        batch = as_floats(batch, self.meta, self.distributed.device)
-        weight = batch.pop("weight").mean()  # 1 for a whole batch, up to rounding
-        if self.config.augment and self.meta.camera_keys:
-            from processors.augment import augment
-
-            batch = augment(batch, self.meta.camera_keys, self.config.seed)
-        no_wait = (
-            contextlib.nullcontext() if self.config.compile else NoHostSync()
-        )  # which compiled kernels do not survive
-        with no_wait, self.distributed.autocast(self.config.precision):
-            loss, parts = self.model(self.preprocess(batch))
-        shared = self.distributed.size * self.config.grad_accumulation_steps > 1
-        if shared and counts_valid_actions(self.policy.config):
-            loss = loss * weight
-        return loss, parts
+    micro_batch_size = distributed.local_batch_size(config.batch_size, config.grad_accumulation_steps)
+    micro_batch_size //= config.grad_accumulation_steps
+    preset = optimizer_preset(policy.config, config)
+    clip_norm = preset.grad_clip_norm or None
+    if config.compile:
+        torch._inductor.config.fallback_random = True  # the same noise and dropout as without compiling
+        torch._dynamo.config.capture_scalar_outputs = True  # a policy's .item() does not split its graph
+        policy.compile()
+    optimizer = build_optimizer(policy, preset)
+    model, optimizer = distributed.wrap(policy, optimizer, clip_norm, micro_batch_size, config.precision)
+    return Learner(
+        config=config,
+        distributed=distributed,
+        policy=policy,
+        model=model,
+        preprocess=preprocess,
+        meta=meta,
+        optimizer=optimizer,
+        clip_norm=clip_norm,
+        scaler=make_scaler(config.precision, distributed.device),
+        ema=EMA.start(policy, config.ema_decay, by_copy=distributed.is_sharded),
+        lr_factor=make_schedule(policy.config, config),
+        peak_lrs=[group["lr"] for group in optimizer.param_groups],
+    )
 
 
-def parts_of(batch: dict, count: int):
-    """The batch in `count` equal parts."""
+def micro_batches(batch: dict, count: int):
+    """Cut a batch of B samples into `count` batches of B / count."""
     size = len(batch["sample"]) // count
     for start in range(0, size * count, size):
         yield {key: item[start : start + size] for key, item in batch.items()}
 
 
-def make_optimizer(policy, config: TrainConfig):
-    """The preset's optimizer, fused where torch has a fused one, and the norm that gradients are clipped to (or None)."""
-    preset = policy.config.get_optimizer_preset()
-    preset = replace(
-        preset, **{name: getattr(config, name) for name in ("lr", "weight_decay") if getattr(config, name) is not None}
-    )
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    params = policy.get_optim_params()
-    if preset.type in kinds:
-        settings = asdict(preset)
-        clip = settings.pop("grad_clip_norm")
-        optimizer = kinds[preset.type](params, **settings, fused=True)
-    else:
-        clip, optimizer = preset.grad_clip_norm, preset.build(params)
-    clip = clip if config.grad_clip_norm is None else config.grad_clip_norm
-    return optimizer, clip or None
+def build_optimizer(policy, preset) -> torch.optim.Optimizer:
+    """The optimizer of LeRobot's `preset`, with fused kernels where PyTorch has them."""
+    parameters = policy.get_optim_params()
+    fused = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if preset.type not in fused:
+        return preset.build(parameters)
+    settings = asdict(preset)
+    del settings["grad_clip_norm"]
+    return fused[preset.type](parameters, **settings, fused=True)
 
 
-def make_schedule(policy, config: TrainConfig):
-    """step -> factor of the peak learning rate: LeRobot's preset unless the flags name a schedule. Has no state to save."""
-    preset = preset_schedule(policy.config, config)
+def make_schedule(policy_config, config: TrainConfig):
+    """step -> factor of the peak learning rate: the policy's preset unless the flags name a schedule.
+
+    A function of the step has no state to save.
+    """
+    preset = scheduler_preset(policy_config, config)
     if preset is not None:
-        stand_in = torch.optim.SGD(
-            [torch.zeros(1, requires_grad=True)], lr=1.0
-        )  # a scheduler rewires the optimizer it gets
-        return preset.build(stand_in, config.steps).lr_lambdas[0]
-    shape, warmup = config.lr_schedule or "constant", config.warmup_steps or 0
+        # LeRobot's scheduler changes the optimizer that it gets: only its function of the step is used.
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        return preset.build(optimizer, config.steps).lr_lambdas[0]
+    shape = config.lr_schedule or "constant"
+    warmup_steps = config.warmup_steps or 0
 
     def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        done = (step - warmup) / max(1, config.steps - warmup)
-        return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[shape]
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, config.steps - warmup_steps)
+        if shape == "linear":
+            return 1.0 - progress
+        if shape == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0
 
     return factor
 
 
 class EMA:
-    """Exponential moving average of a policy's weights: trained on are its own, evaluated and saved are these.
+    """Exponential moving average of a policy's weights: the policy is trained on its own, evaluated and saved with these.
 
-    The decay rises to `decay` as (1 + step) / (10 + step), so that the average does not remember the beginning.
-    Source: Polyak and Juditsky (1992); the rise is TensorFlow's ExponentialMovingAverage's.
+    The decay rises to `decay` as (1 + step) / (10 + step), so that the average forgets the initial weights.
+    Source: Polyak and Juditsky (1992); the rise is that of TensorFlow's ExponentialMovingAverage.
 
     Args:
-        policy: the module whose parameters are averaged.
-        decay: such as 0.999; 0 for no average at all.
-        copying: change over by copying, where something else holds on to the weights' memory.
+        parameters: the policy's parameters.
+        averages: their averages so far; empty for no average.
+        decay: such as 0.999; 0 for no average.
+        by_copy: whether to apply the average by copying, because FSDP or DeepSpeed hold on to the parameters' memory.
     """
 
-    def __init__(self, policy, decay: float, copying: bool = False):
-        self.decay, self.own, self.copying = decay, list(policy.parameters()), copying
-        self.weights = [] if decay == 0 else [p.detach().clone() for p in self.own]
+    def __init__(self, parameters: list[Tensor], averages: list[Tensor], decay: float, by_copy: bool = False):
+        self.parameters = parameters
+        self.averages = averages
+        self.decay = decay
+        self.by_copy = by_copy
+
+    @classmethod
+    def start(cls, policy, decay: float, by_copy: bool = False) -> "EMA":
+        """The average of a policy's weights as they are now."""
+        parameters = list(policy.parameters())
+        averages = [parameter.detach().clone() for parameter in parameters] if decay > 0 else []
+        return cls(parameters, averages, decay, by_copy)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after `step` steps."""
         if self.decay > 0:
-            torch._foreach_lerp_(self.weights, self.own, 1 - min(self.decay, (1 + step) / (10 + step)))
+            torch._foreach_lerp_(self.averages, self.parameters, 1 - min(self.decay, (1 + step) / (10 + step)))
 
     @contextlib.contextmanager
-    def in_place(self):
-        """Within this, the policy's weights are the averaged ones."""
+    def applied(self):
+        """Within this, the policy has the averaged weights."""
         self.swap()
         try:
             yield
@@ -217,11 +302,13 @@ class EMA:
 
     @torch.no_grad()
     def swap(self) -> None:
-        if self.decay > 0:
-            for i, own in enumerate(self.own):
-                if self.copying:
-                    held = own.detach().clone()
-                    own.copy_(self.weights[i])
-                    self.weights[i].copy_(held)
-                else:
-                    own.data, self.weights[i] = self.weights[i], own.data
+        """Exchange the policy's weights and their averages."""
+        for i, average in enumerate(self.averages):
+            parameter = self.parameters[i]
+            if self.by_copy:
+                trained = parameter.detach().clone()
+                parameter.copy_(average)
+                average.copy_(trained)
+            else:
+                self.averages[i] = parameter.data
+                parameter.data = average

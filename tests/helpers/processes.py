@@ -1,7 +1,8 @@
 """Runs of several processes for the tests: imports once, then forks the processes of each run as a launcher would.
 
 Reads a run a line, {"settings": {...}, "processes": 2, "env": {...}, "kill": [rank, seconds, "SIGKILL"]}, and answers each with a
-line, the processes' exit statuses. What they print goes to <output_dir>.log.
+line, the processes' exit statuses. What they print goes to <output_dir>.log. Two names in `env` are for these processes:
+SLOW_DISK, seconds that each flush takes the main one, and BREAK_RANK_1, an error that the other one raises in its first step.
 """
 
 import contextlib
@@ -26,18 +27,21 @@ def start(settings: dict, rank: int, processes: int, port: int, env: dict) -> in
     status = 1
     try:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        os.environ.update({name: str(value) for name, value in place.items()}, **env)
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        os.environ.update({name: str(value) for name, value in {**place, **env}.items()})
         output = os.open(settings["output_dir"] + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
         import torch
 
         from train import main
+        from training.learner import Learner
 
         torch.set_num_threads(1)
         if rank == 0 and "SLOW_DISK" in os.environ:
             os.fsync = lambda handle: time.sleep(float(os.environ["SLOW_DISK"]))
+        if rank == 1 and "BREAK_RANK_1" in os.environ:
+            Learner.forward = broken_forward
         status = main(settings)
         there = sorted(path.name for path in Path(settings["output_dir"]).glob("checkpoint-*"))
         print(f"process {rank} left", *there, flush=True)
@@ -47,6 +51,12 @@ def start(settings: dict, rank: int, processes: int, port: int, env: dict) -> in
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def broken_forward(learner, batch: dict):
+    import torch
+
+    raise torch.distributed.DistBackendError(os.environ["BREAK_RANK_1"])
 
 
 def end(pids: list[int], kill: list | None, begun: Path) -> list[int]:
