@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from command_line import parse_command_line
-from errors import UserError, one_line
+from errors import UserError
 
 if __name__ == "__main__":
     GIVEN = parse_command_line(sys.argv[1:])  # before the imports that take seconds: --help answers at once
@@ -29,12 +29,12 @@ from checkpoints.writer import Snapshot, Writer, finishing, publish
 from data.loader import Loader
 from policy.adapters import adapter_config
 from reports.pages import last
-from training.distributed import is_lost_peer
-from training.evaluation import Evaluator, said
-from training.learner import Learner
+from training.distributed import LostPeerError
+from training.evaluation import Evaluator
+from training.learner import Learner, build_learner
 from training.parts import build_processors, build_training_policy, open_loader, weight_bytes, with_optimizer
 from training.plan import RunPlan, check_room, plan_run
-from training.progress import Report, Stopwatch, TrainResult, closing_words, header, numbers, training_info
+from training.progress import Report, Stopwatch, TrainResult, closing_message, header, scalars, training_info
 
 
 def train(**settings) -> TrainResult:
@@ -166,7 +166,7 @@ class Run:
             "grad_norm": result.grad_norm.item(),
         }
         # A policy may call one of its sub-losses "loss": the line's own numbers win, and keep their place in front.
-        self.report.log({**line, **numbers(result.sub_losses), **line, **self.stopwatch.rates(self.config.batch_size)})
+        self.report.log({**line, **scalars(result.sub_losses), **line, **self.stopwatch.rates(self.config.batch_size)})
         # The line at the end of a run is extra: a longer run, which passes this step, sums on.
         if self.step % self.config.log_freq == 0 or self.step == 1:
             self.loss_sum = torch.zeros_like(self.loss_sum)
@@ -174,11 +174,12 @@ class Run:
 
     def evaluate(self) -> None:
         """Validate on held-out episodes and in simulation. The main process does; the others wait for it."""
-        with self.stopwatch.paused(), self.learner.acting(self.unsharded):
+        with self.stopwatch.paused(), self.learner.ema_applied(self.unsharded):
             if self.distributed.is_main:
-                results = self.evaluator.results(self.loader)
-                if results:
-                    self.report.examined({"step": self.step, **results}, said(results), self.evaluator.picture)
+                evaluation = self.evaluator.results(self.step, self.is_save_step(), self.loader)
+                metrics = evaluation.metrics()
+                if metrics:
+                    self.report.log_evaluation({"step": self.step, **metrics}, evaluation.summary_line(), evaluation.figure)
             self.distributed.barrier()
             (self.stop_signal,) = self.distributed.all_reduce_max(self.signals.asked or 0)
 
@@ -201,7 +202,7 @@ class Run:
                     adapters=adapter_config(self.policy),
                 )
                 self.writer.save(snapshot, self.protected_checkpoints())
-                self.report.begin_file()
+                self.report.rewrite_metrics()
                 self.report.trackers.note("checkpoint", f"checkpoint-{self.step}", self.step)
         self.saved_step = self.step
         self.stopwatch.last_save = time.perf_counter()
@@ -243,7 +244,7 @@ class Run:
     def finish(self) -> TrainResult:
         """Put the finished policy into the run's folder, upload it, and print what to do next."""
         self.writer.finish()
-        self.learner.take_average(self.unsharded)
+        self.learner.apply_ema(self.unsharded)
         stopped = self.step < self.config.steps
         output_dir = self.plan.output_dir
         result = TrainResult(
@@ -258,7 +259,7 @@ class Run:
         if not self.distributed.is_main:
             return result
         self.unsharded.eval()
-        self.report.save_curve()
+        self.report.save_curves()
         if not stopped:
             with finishing(result.checkpoint, output_dir):
                 publish(result.checkpoint, output_dir)
@@ -267,7 +268,7 @@ class Run:
                 address = hub.push(self.config.push_to_hub, output_dir, result.checkpoint, self.report.warn)
                 if address:
                     print(f"uploaded to {address}")
-        print(closing_words(result, self.config, self.start_step, self.distributed.size), flush=True)
+        print(closing_message(result, self.config, self.start_step, self.distributed.size), flush=True)
         return result
 
 
@@ -286,7 +287,7 @@ def build_run(plan: RunPlan) -> Run:
         if plan.checkpoint_bytes is None:
             warnings += check_room(plan.output_dir, with_optimizer(weight_bytes(policy), config), config)
         unsharded = distributed.unsharded_copy(policy)
-        learner = Learner(config, distributed, policy, preprocess, meta)
+        learner = build_learner(config, distributed, policy, preprocess, meta)
 
         # Where the run stands.
         position = {"step": 0, "samples_seen": 0, "loss_sums": [0.0], "loss_count": 0}
@@ -302,30 +303,27 @@ def build_run(plan: RunPlan) -> Run:
         report = cleanup.enter_context(
             Report(
                 plan.output_dir,
-                plan.checkpoint,
-                position["step"],
-                config,
-                position.get("tracker_run_id"),
-                distributed.is_main,
+                resumed_from=plan.checkpoint,
+                start_step=position["step"],
+                config=config,
+                run_id=position.get("tracker_run_id"),
+                is_main=distributed.is_main,
             )
         )
-        report.say(
-            header(
-                plan.source,
-                plan.held_out,
-                policy,
-                config,
-                distributed,
-                position["step"],
-                plan.output_dir,
-                plan.checkpoint,
-            )
-        )
+        report.say(header(plan, policy, position["step"]))
         for note in plan.notes:
             report.say(note)
         report.warn(*warnings)
-        evaluator = Evaluator(config, plan.source, plan.held_out, unsharded, preprocess, postprocess, report.warn)
-        cleanup.callback(evaluator.close)
+        evaluator = Evaluator(
+            config=config,
+            source=plan.source,
+            held_out=plan.held_out,
+            policy=unsharded,
+            preprocess=preprocess,
+            postprocess=postprocess,
+            simulation=plan.simulation,
+            warn=report.warn,
+        )
 
         # The data: the main process decodes the frames, the others find them.
         with distributed.main_first():
@@ -380,11 +378,13 @@ def main(given: dict) -> int:
             time.sleep(2)
         print(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if not is_lost_peer(error):
-            raise
-        print(f"error: process {rank} has lost another one of this run ({one_line(error)[:160]}); checkpoints are whole: "
-              "launch it again with --resume_from_checkpoint latest", file=sys.stderr, flush=True)  # fmt: skip
+    except LostPeerError as error:
+        print(
+            f"error: {error}\nIf another process printed an error of its own, fix that first. "
+            "Checkpoints are complete: launch the run again with --resume_from_checkpoint latest",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(1)  # at once: what is left of the connection may wait for ever
     except KeyboardInterrupt:
         print("interrupted; --resume_from_checkpoint auto goes on from what was saved", file=sys.stderr, flush=True)

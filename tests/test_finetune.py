@@ -24,7 +24,8 @@ def test_frozen_weights_stay(made, tmp_path, trained, capsys):
         "flow", dataset_id=[str(made("video"))], policy_args=None, policy_path=str(trained), freeze=["encoder.eyes"]
     )
     end = train(**{**settings, "quiet": False}, output_dir=str(tmp_path / "run")).checkpoint
-    assert f"taken     the weights and processing steps of {trained}; fresh:" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"base      weights and processing steps of {trained}\n          new: statistics, optimizer," in shown
     before, after = load_file(trained / "policy.safetensors"), load_file(end / "policy.safetensors")
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same >= {name for name in before if name.startswith("encoder.eyes")}
@@ -37,13 +38,19 @@ def test_frozen_weights_stay(made, tmp_path, trained, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"freeze": ["backbon3"]}, "--freeze backbon3 matches no parameter: their names begin with encoder.eyes"),
-        ({"freeze": ["("]}, "--freeze ( is no regular expression"),
-        ({"freeze": ["."]}, "leaves nothing to train"),
-        ({"peft": "lora"}, "--peft lora adapts a trained policy: pass it with --policy_path"),
+        (
+            {"freeze": ["backbon3"]},
+            "--freeze backbon3 matches no parameter: expected part of a name that begins with encoder.eyes",
+        ),
+        (
+            {"freeze": ["("]},
+            "--freeze (: expected a regular expression, got an error: missing ), unterminated subpattern",
+        ),
+        ({"freeze": ["."]}, "leaves nothing to train. Pass fewer patterns"),
+        ({"peft": "lora"}, "--peft needs --policy_path. Pass that as well, or leave --peft out"),
         (
             {"policy": "act", "policy_args": SMALL_POLICY_ARGS["act"].split(), "gradient_checkpointing": True},
-            "policy act has none",
+            "--gradient_checkpointing: policy act has none. Leave the flag out",
         ),
     ],
 )
@@ -113,7 +120,7 @@ def test_a_frozen_batch_norm_stays_as_it_is(made, tmp_path):
     assert all(torch.equal(first[name], last[name]) for name in norms)
 
 
-def test_a_task_that_the_policy_does_not_know_is_told_before_training(made, tmp_path):
+def test_a_task_that_the_policy_does_not_know_is_refused_before_training(made, tmp_path):
     settings = small("flow", dataset_id=[str(made("no_camera"))], steps=1)
     args = [*SMALL_POLICY_ARGS["flow"].split(), "task_embedding=true"]
     trained = train(**{**settings, "policy_args": args, "episodes": "0"}, output_dir=str(tmp_path / "one")).checkpoint

@@ -154,9 +154,10 @@ def test_lines_of_metrics_that_were_left_go_when_a_checkpoint_is_made(tmp_path):
         (tmp_path / "link", [2, 2]),
         (None, []),
     ):
-        with Report(ours, resumed, 2, merge({"dataset_id": "x"}), None) as report:
+        report = Report(ours, resumed_from=resumed, start_step=2, config=merge({"dataset_id": "x"}), run_id=None)
+        with report:
             assert [line["loss"] for line in report.history] == losses
-            report.begin_file()
+            report.rewrite_metrics()
         assert len((ours / "metrics.jsonl").read_text().splitlines()) == len(report.history)
 
 

@@ -1,10 +1,12 @@
-"""Trackers go on with the same run; pages and cards tell a run from its files."""
+"""A resumed run is the same run at its trackers; pages and model cards show a run from its files."""
 
+import io
 import json
 import sys
 from types import SimpleNamespace
 
 import pytest
+import wandb
 
 from command_line import parse_command_line
 from errors import UserError
@@ -14,7 +16,7 @@ from runs import main
 from runtime import in_notebook
 from train import train
 from training import progress, trackers
-from training.trackers import Trackers
+from training.trackers import Trackers, check_trackers
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def settings(made, tmp_path):
     return small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path / "run"), log_freq=1)
 
 
-def test_tensorboard_goes_on_and_replaces_what_is_done_again(settings, tmp_path):
+def test_tensorboard_continues_and_replaces_repeated_steps(settings, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(**settings, val_fraction=0.4, tracker="tensorboard")
@@ -41,18 +43,18 @@ def test_tensorboard_goes_on_and_replaces_what_is_done_again(settings, tmp_path)
     assert names == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
 
 
-def test_trackers_are_told_the_steps_that_minutes_have_fixed(settings, tmp_path):
+def test_trackers_get_the_steps_that_minutes_have_fixed(settings, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     del settings["steps"]
     result = train(**settings, minutes=0.01, tracker="tensorboard")
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    (steps,) = events.Tensors("steps/text_summary")
-    assert steps.tensor_proto.string_val[0].decode() == str(result.steps)
+    (config,) = events.Tensors("config/text_summary")
+    assert f"    steps: {result.steps}\n" in config.tensor_proto.string_val[0].decode()
 
 
-def test_wandb_goes_on_as_the_same_run(settings, tmp_path, monkeypatch):
+def test_wandb_continues_the_same_run(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     train(**settings, tracker="wandb")
@@ -75,42 +77,76 @@ def test_trackio_gets_numbers_under_one_name(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "trackio", fake)
     for start in (0, 4):
         tracker = Trackers("trackio", tmp_path / "run", "abc", {"lr": 1}, start, print)
+        tracker.start()
         tracker.log({"step": start + 1, "loss": 2.0, "val_error_by_joint": {"elbow": 0.5}, "val_error_by_step": [1.0]})
         tracker.close()
     assert [call["name"] for call in message if isinstance(call, dict)] == ["run-abc", "run-abc"]
     assert message[1] == ({"loss": 2.0, "val_error_by_joint/elbow": 0.5}, 1)
 
 
-def test_unknown_and_missing_trackers_are_told(settings, monkeypatch):
-    with pytest.raises(UserError, match="--tracker wandbb: there is no such tracker, did you mean 'wandb'"):
+def test_unknown_and_missing_trackers_are_refused_before_the_run_has_a_folder(settings, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"--tracker wandbb is no tracker: expected .* or none, did you mean 'wandb'\?"):
         train(**settings, tracker="tensorboard,wandbb")
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(UserError, match=r"--tracker trackio needs a package .*: uv pip install trackio"):
+    with pytest.raises(UserError, match=r"--tracker trackio needs a package .*\. Run: uv pip install trackio"):
         train(**settings, tracker="trackio")
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_tracker_that_does_not_start_is_told(settings, monkeypatch):
-    def refused(*args):
-        raise PermissionError("No API key configured")
+@pytest.fixture
+def no_login(tmp_path, monkeypatch):
+    """A user whom W&B does not know, without a terminal to ask at."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home" / ".netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "home"))
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    wandb.teardown()  # W&B reads its settings once
+    yield
+    wandb.teardown()
+
+
+def test_wandb_without_a_login_is_refused_before_the_run_has_a_folder(settings, tmp_path, no_login, monkeypatch):
+    with pytest.raises(UserError, match=r"--tracker wandb cannot log in: .*Run wandb login, or set WANDB_MODE=offline"):
+        train(**settings, tracker="wandb")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()
+    check_trackers("wandb")
+
+
+def test_a_tracker_that_does_not_start_ends_the_others(settings, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def refuse(**settings):
+        raise wandb.errors.CommError("the server\nrefuses")
 
     closed = []
-    monkeypatch.setattr(trackers.Wandb, "__init__", refused)
+    monkeypatch.setattr(wandb, "init", refuse)
     monkeypatch.setattr(trackers.TensorBoard, "close", lambda self: closed.append("tensorboard"))
-    with pytest.raises(
-        UserError, match=r"--tracker wandb does not start \(.*No API key configured\): log in, or WANDB_MODE=offl"
-    ):
+    with pytest.raises(UserError, match=r"--tracker wandb does not start: the server refuses. Set WANDB_MODE=offline"):
         train(**settings, tracker="tensorboard,wandb")
     assert closed == ["tensorboard"]
 
 
-def test_a_tracker_that_fails_is_left_and_the_run_goes_on(settings, monkeypatch, capsys):
+def test_a_tracker_that_fails_is_closed_and_the_run_continues(settings, monkeypatch, capsys):
+    closed = []
+    close = trackers.TensorBoard.close
+
     def broken(*args):
         raise ConnectionError("the network\nis gone")
 
+    def noted(tracker):
+        closed.append(tracker)
+        close(tracker)
+
     monkeypatch.setattr(trackers.TensorBoard, "log", broken)
+    monkeypatch.setattr(trackers.TensorBoard, "close", noted)
     assert train(**settings, tracker="tensorboard").steps == 4
-    message = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert message == ["warning: --tracker tensorboard failed and is left: the network is gone"]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warnings == ["warning: --tracker tensorboard failed, the run continues without it: the network is gone"]
+    assert len(closed) == 1  # its writer's thread has ended
 
 
 def test_pages_of_runs(settings, tmp_path, capsys):
@@ -124,7 +160,7 @@ def test_pages_of_runs(settings, tmp_path, capsys):
     table = (tmp_path / "both.html").read_text()
     assert f"{result.final_loss:.4g}" in table
     assert main(["compare", str(tmp_path)]) == 2
-    assert "is no run's folder: its metrics.jsonl cannot be read" in capsys.readouterr().err
+    assert "is not a run's folder: its metrics.jsonl cannot be read" in capsys.readouterr().err
 
 
 def test_model_card_tells_what_the_checkpoint_recorded(settings, tmp_path):

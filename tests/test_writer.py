@@ -116,8 +116,8 @@ def test_signals_finish_the_step_and_save(settings, tmp_path, monkeypatch, capfd
     verify(result.checkpoint)
     assert signal.getsignal(getattr(signal, name)) is before
     shown = capfd.readouterr()
-    assert f"stopped by {name} at step 3 of 4; go on with:\n" in shown.out
-    assert ("finishing this step and saving; Ctrl-C again leaves at once" in shown.err) == (name == "SIGINT")
+    assert f"stopped by {name} at step 3 of 4. To resume:\n" in shown.out
+    assert ("finishing this step and saving; Ctrl-C again quits at once" in shown.err) == (name == "SIGINT")
     assert not (tmp_path / "run" / "model.safetensors").exists()  # it is not the finished policy
     assert train(resume_from_checkpoint=str(result.checkpoint)).stopped_by is None
 
@@ -211,8 +211,8 @@ def test_metrics_on_a_full_disk_are_kept_until_there_is_room(settings, small_dis
     at_step(monkeypatch, 55, filling.unlink)
     result = train(**{**settings, "output_dir": str(run), "steps": 60, "save_freq": 0, "log_freq": 1})
     message = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    there = f"warning: {run}/metrics.jsonl cannot be written (No space left on device)"
-    assert message == [f"{there}; its lines are added once there is room"]
+    there = f"warning: cannot write {run}/metrics.jsonl: No space left on device"
+    assert message == [f"{there}. Its lines are added once there is room"]
     assert [line["step"] for line in read_history(run)] == list(range(1, 61))
     assert result.checkpoint.name == "checkpoint-60"
 

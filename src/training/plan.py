@@ -7,8 +7,6 @@ the policy will be. What it returns does not change any more.
 import contextlib
 import copy
 import gc
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -34,16 +32,19 @@ from checkpoints.folder import (
     step_of,
 )
 from checkpoints.writer import sole_writer
-from config import FIELDS, TrainConfig, check_names, merge, read_config_file
+from config import TrainConfig, check_names, merge, read_config_file
 from data.source import Source
 from data.split import split
 from errors import UserError
 from exchange.lerobot_runs import from_lerobot, lerobot_checkpoint
 from policy.migration import resolve_policy_folder
 from policy.presets import merge_training_preset
+from sim.environments import Simulation
+from training.changes import compare_data, compare_learning_rates, compare_settings, describe_data
 from training.distributed import Distributed
+from training.evaluation import open_simulation
 from training.launch import make_distributed
-from training.learner import Learner, make_schedule
+from training.learner import build_learner
 from training.parts import (
     PolicyPlan,
     build_processors,
@@ -53,25 +54,8 @@ from training.parts import (
     open_loader,
     plan_policy,
 )
+from training.trackers import check_trackers
 
-# A resumed run keeps its policy: another value of these is refused.
-POLICY_FIELDS = (
-    "policy",
-    "policy_path",
-    "policy_args",
-    "image_size",
-    "peft",
-    "peft_r",
-    "peft_args",
-    "freeze",
-    "imagenet_stats",
-)
-# Another value of these makes a resumed run another run: it is reported.
-RUN_FIELDS = (
-    "dataset_id", "dataset_weights", "rename", "revision", "episodes", "val_fraction", "val_episodes",
-    "batch_size", "lr", "weight_decay", "grad_clip_norm", "compile", "deterministic",
-    "warmup_steps", "lr_schedule", "ema_decay", "augment", "seed", "precision", "grad_accumulation_steps",
-)  # fmt: skip
 # None in these stands for the policy's preset.
 PRESET_FIELDS = ("batch_size", "ema_decay", "augment", "image_size")
 
@@ -92,6 +76,7 @@ class RunPlan:
         train_episodes, held_out: (E,) positions in `source.episodes` to train on and to validate on.
         data: what a checkpoint records of the data.
         policy: what the policy and its processors are built from.
+        simulation: the simulation of --eval_env, open and checked; None without one.
         checkpoint_bytes: estimated size of one checkpoint; None where only the built policy tells.
     """
 
@@ -107,6 +92,7 @@ class RunPlan:
     held_out: Tensor
     data: dict
     policy: PolicyPlan
+    simulation: Simulation | None
     checkpoint_bytes: int | None
     cleanup: ExitStack
 
@@ -156,7 +142,10 @@ def plan_run(settings: dict) -> RunPlan:
 
         # The policy: its settings and processors, without weights.
         policy = plan_policy(config, chosen.checkpoint, source, distributed.device)
-        build_processors(copy.deepcopy(policy), source.meta)  # as a trial: tokenizers are fetched here
+        preprocess, _ = build_processors(copy.deepcopy(policy), source.meta)  # as a trial: tokenizers are fetched here
+        simulation = open_simulation(config, policy.config, preprocess)
+        if simulation is not None:
+            cleanup.callback(simulation.close)
         warnings += compare_learning_rates(chosen.state, policy.config, config)
         size = checkpoint_bytes(policy, source.meta)
         if size is not None:
@@ -180,6 +169,7 @@ def plan_run(settings: dict) -> RunPlan:
             held_out=held_out,
             data=data,
             policy=policy,
+            simulation=simulation,
             checkpoint_bytes=size,
             cleanup=cleanup.pop_all(),
         )
@@ -325,111 +315,9 @@ def default_output_dir(config: TrainConfig) -> Path:
 
 def check_services(config: TrainConfig) -> None:
     """Raise a UserError where the run could not report to a tracker or the Hub."""
+    check_trackers(config.tracker)
     if config.push_to_hub:
         hub.check_login(config.push_to_hub)
-
-
-def compare_settings(config: TrainConfig, state: TrainState, checkpoint: Path, processes: int) -> list[str]:
-    """One line for each setting that makes the resumed run another run.
-
-    Raises:
-        UserError: a setting that cannot change on a resume did.
-    """
-    changes = []
-    now = config.asdict()
-    before = {name: field.default for name, field in FIELDS.items()} | state.train_config
-    if state.trainer_state["step"] > config.steps:
-        raise UserError(
-            f"{checkpoint} is at step {state.trainer_state['step']}, past --steps {config.steps}. Pass more --steps"
-        )
-    if now["minutes"] != before["minutes"]:
-        raise UserError(
-            f"--minutes: {checkpoint.name} belongs to a run of {before['steps']} steps, fixed when it began. "
-            "Pass --steps to change them"
-        )
-    for name in POLICY_FIELDS:
-        if now[name] != before[name]:
-            raise UserError(
-                f"--{name}: {checkpoint.name} was trained with {before[name]}, got {now[name]}. "
-                "A resumed run keeps its policy: leave the flag out, or start a new run"
-            )
-    for name in RUN_FIELDS:
-        if name == "dataset_id" and "data" in state.trainer_state:
-            continue  # a dataset may be moved: its content is compared
-        if before[name] == "auto":
-            continue  # --precision of a run that came from lerobot-train
-        if now[name] != before[name]:
-            changes.append(
-                f"--{name}: {before[name]} -> {now[name]}; from here on this is not the run that wrote {checkpoint.name}"
-            )
-    processes_before = state.trainer_state["world_size"]
-    if processes != processes_before:
-        changes.append(
-            f"{processes_before} -> {processes} processes: the batches stay the same, rounding and noise do not"
-        )
-    return changes
-
-
-def describe_data(source: Source, held_out: Tensor) -> dict:
-    """What a checkpoint records of its run's data.
-
-    Args:
-        held_out: (E,) positions in `source.episodes`.
-
-    Returns:
-        Counts of episodes, frames and bytes of pictures, a hash of all values, and the held-out episodes.
-    """
-    digest = hashlib.sha256(json.dumps([source.starts.tolist(), source.tasks]).encode())
-    for _, values in sorted(source.columns.items()):
-        digest.update(json.dumps(values).encode() if isinstance(values, list) else values.numpy())
-    videos = {path for videos in source.videos.values() for path in videos.files if path.is_file()}
-    picture_bytes = sum(path.stat().st_size for path in videos)
-    picture_bytes += sum(column.nbytes for column in source.images.values())
-    return {
-        "episodes": len(source.episodes),
-        "frames": source.rows,
-        "picture_bytes": picture_bytes,
-        "sha256": digest.hexdigest(),
-        "held_out": [source.places[i] for i in held_out.tolist()],
-    }
-
-
-def compare_data(state: TrainState | None, now: dict) -> list[str]:
-    """A line for each way in which the data of a resumed run differ from those that its checkpoint recorded."""
-    before = state.trainer_state.get("data") if state else None
-    if before is None:  # a new run, or a checkpoint of an older version
-        return []
-    changes = []
-    counts_before, counts_now = (f"{data['episodes']} episodes of {data['frames']} frames" for data in (before, now))
-    if before["sha256"] != now["sha256"]:
-        change = f"{counts_before} -> {counts_now}"
-        if counts_before == counts_now:
-            change = f"{counts_now}, but with other values"
-        changes.append(f"dataset: {change}; from here on this is another run")
-    elif before.get("picture_bytes", now["picture_bytes"]) != now["picture_bytes"]:
-        change = f"{before['picture_bytes']} -> {now['picture_bytes']} bytes"
-        changes.append(f"dataset: its videos or pictures changed ({change}); from here on this is another run")
-    if not set(now["held_out"]) <= set(before["held_out"]):
-        change = f"{before['held_out']} -> {now['held_out']}"
-        changes.append(f"held-out episodes: {change}; the run has trained on some of them")
-    return changes
-
-
-def compare_learning_rates(state: TrainState | None, policy_config, config: TrainConfig) -> list[str]:
-    """A line where other --steps move a learning rate that ends with the run."""
-    steps_before = state.train_config["steps"] if state else config.steps
-    if steps_before == config.steps:
-        return []
-    last_step = min(steps_before, config.steps)
-    before = make_schedule(policy_config, replace(config, steps=steps_before))(last_step - 1)
-    now = make_schedule(policy_config, config)(last_step - 1)
-    if abs(before - now) <= 0.01 * before:
-        return []
-    peak = config.lr or policy_config.get_optimizer_preset().lr
-    rates = f"{peak * before:.3g} -> {peak * now:.3g}"
-    return [
-        f"--steps: {steps_before} -> {config.steps}: the learning rate ends with the run, at step {last_step} it is {rates}"
-    ]
 
 
 def check_room(output_dir: Path, size: int, config: TrainConfig) -> list[str]:
@@ -494,7 +382,7 @@ def seconds_of_step(
     policy = copy.deepcopy(policy)
     model = build_training_policy(policy, source.meta).train()
     preprocess, _ = build_processors(policy, source.meta)
-    learner = Learner(config, distributed, model, preprocess, source.meta)
+    learner = build_learner(config, distributed, model, preprocess, source.meta)
     one_batch = replace(config, frame_cache="off", quiet=True)  # no frame store for a single batch
     loader = open_loader(one_batch, source, episodes, model, preprocess, 0, distributed, say=lambda line: None)
     with contextlib.closing(loader):

@@ -1,7 +1,4 @@
-"""What a person sees of a run: header, progress, metrics.jsonl, curves, and the result that train() returns.
-
-python src/report.py outputs/a outputs/b        # compare runs: a page, and a picture
-"""
+"""What people see of a run: header, progress, metrics.jsonl, curves, and the result that train() returns."""
 
 import contextlib
 import json
@@ -20,7 +17,8 @@ from reports.pages import last, read_history, runs_page
 from runtime import describe_machine, in_notebook
 from training.trackers import Trackers
 
-CURVE, CURVE_PANELS = "loss.png", ("loss", "val_loss", "eval_success_rate")
+CURVE = "loss.png"
+CURVE_PANELS = ("loss", "val_loss", "eval_success_rate")
 DRAW_EVERY = 3.0  # seconds between two pictures in a notebook
 
 
@@ -30,12 +28,12 @@ class TrainResult:
 
     Attributes:
         steps: optimizer steps in the run so far.
-        final_loss: mean loss over the last logged stretch, None if nothing was logged.
+        final_loss: mean loss of the last log line, None if nothing was logged.
         history: one dict for each line of metrics.jsonl.
         checkpoint: the newest checkpoint folder.
         policy: the trained policy, on its device, in eval mode.
         output_dir: the run's folder.
-        stopped_by: the signal that ended the run before its last step, such as "SIGINT"; None if it went to its end.
+        stopped_by: the signal that ended the run before its last step, such as "SIGINT"; None if it reached its last step.
     """
 
     steps: int
@@ -52,55 +50,75 @@ class TrainResult:
         return f"TrainResult(steps={self.steps}, final_loss={loss}, checkpoint={str(self.checkpoint)!r}{stopped})"
 
     def plot(self):
-        """Training loss, validation loss and success over steps, as far as they were measured, as a matplotlib figure."""
+        """A matplotlib figure of training loss, and of validation loss and success rate where they were measured."""
         return curves_figure({self.output_dir.name: self.history}, CURVE_PANELS)
 
     def report(self):
-        """The run as an HTML page, which a notebook shows and `.save("run.html")` writes."""
+        """The run as an HTML page. A notebook shows it; `.save("run.html")` writes it."""
         return runs_page({self.output_dir.name: self.history})
 
 
 class Report:
-    """Prints a run's course and keeps its metrics.
+    """Shows a run's progress and keeps its metrics. A context manager: entering it starts the trackers.
 
     Args:
         output_dir: where metrics.jsonl and loss.png go.
-        resumed: the checkpoint that the run goes on from; its folder, or else output_dir, has the metrics so far.
-        start: the step that this process starts from.
+        resumed_from: the checkpoint that the run resumes from; its run's folder, or else output_dir, has the metrics so far.
+        start_step: the step that this process starts from.
         config: steps, quiet, tracker.
-        run_id: the run's name at its trackers, None for a new run.
+        run_id: the run's id at its trackers; None for a new run.
         is_main: false in a process that only keeps the history, and prints and writes nothing.
     """
 
-    def __init__(self, output_dir: Path, resumed: Path | None, start: int, config, run_id: str | None, is_main=True):
-        self.output_dir, self.start, self.steps, self.is_main = output_dir, start, config.steps, is_main
+    def __init__(
+        self, output_dir: Path, *, resumed_from: Path | None, start_step: int, config, run_id: str | None, is_main=True
+    ):
+        self.output_dir = output_dir
+        self.resumed_from = resumed_from
+        self.start_step = start_step
+        self.steps = config.steps
+        self.is_main = is_main
         self.quiet = config.quiet or not is_main
+        self.history: list[dict] = []
         self.path = output_dir / "metrics.jsonl"
-        places = [resumed.resolve().parent, output_dir] if resumed else []
-        written = next((read_history(place) for place in places if (place / self.path.name).exists()), [])
-        self.history = [line for line in written if line["step"] <= start]
-        self.bar, self.file, self.is_full, self.picture = None, None, False, None
-        self.draw_next = 0.0
+        self.is_written = False  # whether the file holds the history and nothing else
+        self.is_full = False
         self.trackers = Trackers(
-            config.tracker if is_main else "none", output_dir, run_id, config.asdict(), start, self.warn
+            config.tracker if is_main else "none", output_dir, run_id, config.asdict(), start_step, self.warn
         )
-        self.live = sys.stderr.isatty() or in_notebook()
+        self.bar = None
+        self.notebook_display = None
+        self.next_drawing = 0.0
 
-    def __enter__(self):
-        if self.live and not self.quiet:
+    def start(self) -> None:
+        """Read the metrics so far, start the trackers, show the progress bar."""
+        self.history += self._earlier_metrics()
+        self.trackers.start()
+        is_watched = sys.stderr.isatty() or in_notebook()
+        if is_watched and not self.quiet:
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=self.steps, initial=self.start, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=self.steps, initial=self.start_step, unit="step", dynamic_ncols=True)
+
+    def _earlier_metrics(self) -> list[dict]:
+        if self.resumed_from is None:
+            return []
+        for folder in (self.resumed_from.resolve().parent, self.output_dir):
+            if (folder / self.path.name).exists():
+                return [line for line in read_history(folder) if line["step"] <= self.start_step]
+        return []
+
+    def __enter__(self):
+        self.start()
         return self
 
     def __exit__(self, *error):
-        self._close_file()
         self.trackers.close()
         if self.bar is not None:
             self.bar.close()
 
     def say(self, text: str) -> None:
-        if text and not self.quiet:
+        if not self.quiet:
             self._print(text)
 
     def warn(self, *texts: str) -> None:
@@ -115,130 +133,196 @@ class Report:
         else:
             print(text, flush=True)
 
-    def set_steps(self, steps: int) -> None:
-        """The run's length, where it was not known at first."""
-        self.steps = steps
-        self.trackers.note("steps", str(steps), self.start)
-        if self.bar is not None:
-            self.bar.total = steps
-            self.bar.refresh()
-
     def advance(self) -> None:
         if self.bar is not None:
             self.bar.update()
 
     def log(self, line: dict) -> None:
-        """One line of metrics, to the file and to the person."""
+        """Keep and show a line of metrics."""
         self._keep(line)
-        shown = f"loss {line['loss']:.4g}  lr {line['lr']:.3g}  {line['samples_per_s']:.1f} samples/s"
+        summary = f"loss {line['loss']:.4g}  lr {line['lr']:.3g}  {line['samples_per_s']:.1f} samples/s"
         if self.bar is not None:
-            self.bar.set_postfix_str(shown, refresh=False)
-            self._draw()
+            self.bar.set_postfix_str(summary, refresh=False)
+            self._draw_in_notebook()
         else:
-            left = (self.steps - line["step"]) * line["step_s"]
-            self.say(f"step {line['step']}/{self.steps}  {shown}  ETA {clock(left)}")
+            seconds_left = (self.steps - line["step"]) * line["step_s"]
+            self.say(f"step {line['step']}/{self.steps}  {summary}  ETA {clock(seconds_left)}")
 
-    def examined(self, line: dict, text: str, picture) -> None:
-        """A validation's or a simulation's line of metrics; `picture()` gives a figure or None, and is asked if anyone looks."""
+    def log_evaluation(self, line: dict, summary: str, make_figure) -> None:
+        """Keep and show the metrics of a validation or a simulation.
+
+        Args:
+            make_figure: returns a figure for the trackers, or None; called only if there are any.
+        """
         self._keep(line)
-        if self.trackers.open and (figure := picture()) is not None:
-            self.trackers.picture("error along the chunk", figure, line["step"])
-        self.say(f"step {line['step']}/{self.steps}  {text}")
+        if self.trackers.running:
+            figure = make_figure()
+            if figure is not None:
+                self.trackers.picture("error along the chunk", figure, line["step"])
+        self.say(f"step {line['step']}/{self.steps}  {summary}")
 
     def _keep(self, line: dict) -> None:
         self.history.append(line)
-        if not self.is_main:
-            return
-        if self.file is None:
-            self.begin_file()
-        else:
-            with self._told_if_full():
-                self.file.write(json.dumps(line) + "\n")
-                self.file.flush()
-        self.trackers.log(line)
+        if self.is_main:
+            self._write()
+            self.trackers.log(line)
 
-    def begin_file(self) -> None:
-        """Write the history afresh: lines after the checkpoint gone on from stay until there are others, or a new checkpoint."""
-        if self.file is None:
-            fresh = self.path.with_name(".metrics.jsonl.tmp")
-            with self._told_if_full():
-                fresh.write_text("".join(json.dumps(line) + "\n" for line in self.history))
-                fresh.replace(self.path)
-                self.file = open(self.path, "a")  # noqa: SIM115  (__exit__ closes it)
-                self.is_full = False
+    def rewrite_metrics(self) -> None:
+        """Write metrics.jsonl afresh if that was not done: the lines that an earlier run wrote past our checkpoint go."""
+        if not self.is_written:
+            self._write()
 
-    @contextlib.contextmanager
-    def _told_if_full(self):
-        """Lines that cannot be written are kept, and written with a later one."""
+    def _write(self) -> None:
+        """Append the last line to metrics.jsonl, or write all of them the first time and after a disk was full."""
+        temporary = self.path.with_name(".metrics.jsonl.tmp")
         try:
-            yield
+            if self.is_written:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(self.history[-1]) + "\n")
+            else:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+                temporary.replace(self.path)
+            self.is_written = True
+            self.is_full = False
         except OSError as error:
-            self._close_file()
-            self.path.with_name(".metrics.jsonl.tmp").unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             if not self.is_full:
-                self.warn(f"{self.path} cannot be written ({error.strerror}); its lines are added once there is room")
+                self.warn(f"cannot write {self.path}: {error.strerror}. Its lines are added once there is room")
+            self.is_written = False
             self.is_full = True
 
-    def _close_file(self) -> None:
-        if self.file is not None:
-            with contextlib.suppress(OSError):  # what it could not write it tries again
-                self.file.close()
-        self.file = None
-
-    def _draw(self) -> None:
-        """In a notebook, the curve so far, in one place, every few seconds."""
-        if not in_notebook() or time.monotonic() < self.draw_next:
+    def _draw_in_notebook(self) -> None:
+        """Redraw the curves so far in one place, every few seconds."""
+        if not in_notebook() or time.monotonic() < self.next_drawing:
             return
         from IPython.display import display
 
-        self.picture = self.picture or display(display_id=True)
-        self.picture.update(self.figure())
-        self.draw_next = time.monotonic() + DRAW_EVERY
+        if self.notebook_display is None:
+            self.notebook_display = display(display_id=True)
+        self.notebook_display.update(self.curves())
+        self.next_drawing = time.monotonic() + DRAW_EVERY
 
-    def figure(self):
+    def curves(self):
         return curves_figure({self.output_dir.name: self.history}, CURVE_PANELS)
 
-    def save_curve(self) -> None:
-        if self.history:
-            figure = self.figure()
-            try:
-                figure.savefig(self.output_dir / CURVE, dpi=110)
-            except OSError as error:
-                self.warn(f"{self.output_dir / CURVE} cannot be written: {one_line(error)}")
-            self.trackers.picture("curves", figure, self.history[-1]["step"])
+    def save_curves(self) -> None:
+        """Write loss.png, and send it to the trackers."""
+        if not self.history:
+            return
+        figure = self.curves()
+        path = self.output_dir / CURVE
+        try:
+            figure.savefig(path, dpi=110)
+        except OSError as error:
+            self.warn(f"cannot write {path}: {one_line(error)}")
+        self.trackers.picture("curves", figure, self.history[-1]["step"])
 
     def save_card(self, checkpoint: Path) -> None:
-        """README.md of the finished policy, for the Hub."""
+        """Write the finished policy's model card, README.md."""
         (self.output_dir / "README.md").write_text(model_card(checkpoint))
 
 
-def closing_words(result: TrainResult, config, start: int, processes: int) -> str:
-    """How the run ended, and what to run next."""
-    saved, steps = shlex.quote(str(result.checkpoint)), result.steps
+def header(plan, policy, start_step: int) -> str:
+    """The lines above a run: what is trained on which data, from where, to where.
+
+    Args:
+        plan: the RunPlan.
+    """
+    source = plan.source
+    config = plan.config
+    lines = [
+        f"dataset   {source.name}: {len(source.episodes)} episodes, {source.rows:,} frames at {source.meta.fps:g} fps"
+    ]
+    if len(plan.held_out):
+        lines.append(f"          held out for validation: {episodes_text(source, plan.held_out)}")
+    if source.tasks:
+        others = len(source.tasks) - 1
+        more = f" and {others} more" if others else ""
+        lines.append(f"          task {source.tasks[0]!r}{more}")
+    lines.append(f"          {features_text(source.meta, config.image_size)}")
+
+    parameters = sum(p.numel() for p in policy.parameters())
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    frozen = f" ({trained / 1e6:.1f}M of them trained)" if trained < parameters else ""
+    devices = str(plan.distributed.device)
+    if plan.distributed.size > 1:
+        devices = f"{plan.distributed.size} x {plan.distributed.device.type} ({plan.distributed.kind})"
+    lines.append(
+        f"policy    {policy.name}, {parameters / 1e6:.1f}M parameters{frozen}, {config.precision}, on {devices}"
+    )
+
+    if config.policy_path and plan.checkpoint is None:
+        adapters = f", {config.peft} adapters" if config.peft else ""
+        lines.append(f"base      weights and processing steps of {config.policy_path}")
+        lines.append(f"          new: statistics, optimizer, learning rate schedule{adapters}")
+    resumed = f", resumed from {plan.checkpoint.name}" if plan.checkpoint else ""
+    lines.append(f"run       steps {start_step + 1:,} to {config.steps:,} of batch {config.batch_size}{resumed}")
+    lines.append(f"saves to  {plan.output_dir}")
+    return "\n".join(lines)
+
+
+def features_text(meta, image_size) -> str:
+    """What a dataset records: "cameras top 640x480 -> 64x64; state 6, action 6"."""
+    features = policy_features(meta, None)[0]
+    cameras = []
+    for key in meta.camera_keys:
+        height, width = features[key].shape[1:]
+        cameras.append(f"{key.removeprefix('observation.images.')} {height}x{width}")
+    text = "cameras " + (", ".join(cameras) or "none")
+    if cameras and image_size:
+        text += f" -> {image_size[0]}x{image_size[1]}"
+    vectors = []
+    for key in ("observation.state", "action"):
+        if key in meta.features:
+            vectors.append(f"{key.removeprefix('observation.')} {meta.features[key]['shape'][0]}")
+    return f"{text}; {', '.join(vectors)}"
+
+
+def episodes_text(source, positions, most: int = 8) -> str:
+    """The episodes at some positions of a dataset: "4 episodes (3, 7, 12, 20)"; of many, the first few."""
+    names = [str(source.episodes[i]) for i in positions[:most].tolist()]
+    if len(positions) > most:
+        names.append("...")
+    noun = "episode" if len(positions) == 1 else "episodes"
+    return f"{len(positions)} {noun} ({', '.join(names)})"
+
+
+def closing_message(result: TrainResult, config, start_step: int, processes: int) -> str:
+    """How the run ended, and the command to run next."""
+    checkpoint = shlex.quote(str(result.checkpoint))
     if result.stopped_by:
-        stopped = f"stopped by {result.stopped_by} at step {steps} of {config.steps}; go on with:"
         launcher = "python" if processes == 1 else "accelerate launch ..."
-        return f"{stopped}\n{launcher} src/train.py --resume_from_checkpoint {saved}"
-    done = f"done: {saved}, loss {result.final_loss:.4g}" if steps > start else ""
-    nothing = f"nothing to do: {saved} is already at step {steps}, pass --steps to go on"
-    return f"{done or nothing}\nnext: python src/infer.py {saved} --dataset_id {shlex.quote(config.dataset_id[0])} --episode 0"
+        return (
+            f"stopped by {result.stopped_by} at step {result.steps} of {config.steps}. To resume:\n"
+            f"{launcher} src/train.py --resume_from_checkpoint {checkpoint}"
+        )
+    end = f"nothing to do: {checkpoint} is already at step {result.steps}. Pass a larger --steps to train on"
+    if result.steps > start_step:
+        end = f"done: {checkpoint}, loss {result.final_loss:.4g}"
+    dataset = shlex.quote(config.dataset_id[0])
+    return f"{end}\nnext: python src/infer.py {checkpoint} --dataset_id {dataset} --episode 0"
 
 
-def numbers(parts: dict | None) -> dict[str, float]:
-    """The scalars among a policy's sub-losses."""
-    return {k: float(v) for k, v in (parts or {}).items() if isinstance(v, (int, float)) or getattr(v, "ndim", 1) == 0}
+def scalars(sub_losses: dict | None) -> dict[str, float]:
+    """The numbers among a policy's sub-losses: Python's, and tensors without dimensions."""
+    numbers = {}
+    for name, value in (sub_losses or {}).items():
+        if isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0:
+            numbers[name] = float(value)
+    return numbers
 
 
 def training_info(policy, dataset_id: list[str], history: list[dict], device, step: int) -> dict:
-    """Facts of a run for people at a step; train() adds where it stands."""
+    """What a checkpoint records of a run for people."""
+    of_this_step = [line for line in history if line["step"] == step]
     return {
         "policy": policy.name,
         "parameters": sum(p.numel() for p in policy.parameters()),
         "dataset": dataset_id,
         "epoch": last(history, "epoch") or 0,
         "loss": last(history, "loss"),
-        "val_loss": last([line for line in history if line["step"] == step], "val_loss"),
-        "success_rate": last([line for line in history if line["step"] == step], "eval_success_rate"),
+        "val_loss": last(of_this_step, "val_loss"),
+        "success_rate": last(of_this_step, "eval_success_rate"),
         "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         **describe_machine(device),
     }
@@ -250,100 +334,55 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def header(
-    source, held_out, policy, config, distributed, start: int, output_dir: Path, resumed_from: Path | None
-) -> str:
-    """What is about to be trained, on what, from where, to where."""
-    meta = source.meta
-    size = " -> {}x{}".format(*config.image_size) if config.image_size else ""
-    recorded = policy_features(meta, None)[0]
-    cameras = ", ".join(
-        "{} {}x{}".format(key.removeprefix("observation.images."), *recorded[key].shape[1:]) for key in meta.camera_keys
-    )
-    dims = ", ".join(
-        f"{key.removeprefix('observation.')} {meta.features[key]['shape'][0]}"
-        for key in ("observation.state", "action")
-        if key in meta.features
-    )
-    tasks = source.tasks
-    weights = sum(p.numel() for p in policy.parameters())
-    moved = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    frozen = "" if moved == weights else f", {moved / 1e6:.1f}M of them trained"
-    length = (
-        f"{config.minutes:g} minutes"
-        if config.minutes and not resumed_from
-        else f"steps {start + 1:,} to {config.steps:,}"
-    )
-    where = (
-        f"{distributed.size} x {distributed.device.type} ({distributed.kind})"
-        if distributed.size > 1
-        else distributed.device
-    )
-    adapters = f", {config.peft} adapters" if config.peft else ""
-    came = f", resumed from {resumed_from.name}" if resumed_from else ""
-    lines = [
-        f"dataset   {source.name}: {len(source.episodes)} episodes, {source.rows:,} frames at {meta.fps:g} fps",
-        f"          held out for validation: {episodes_text(source, held_out)}" if len(held_out) else None,
-        f"          task {tasks[0]!r}" + (f" and {len(tasks) - 1} more" if len(tasks) > 1 else "") if tasks else None,
-        f"          cameras {cameras + size if cameras else 'none'}; {dims}",
-        f"policy    {policy.name}, {weights / 1e6:.1f}M parameters{frozen}, {config.precision}, on {where}",
-        f"taken     the weights and processing steps of {config.policy_path}; fresh: statistics, optimizer, schedule{adapters}"
-        if config.policy_path and not resumed_from
-        else None,
-        f"run       {length} of batch {config.batch_size}{came}",
-        f"saves to  {output_dir}",
-    ]
-    return "\n".join(line for line in lines if line)
-
-
-def episodes_text(source, positions, most: int = 8) -> str:
-    """The episodes at some positions of a dataset: "4 episodes (3, 7, 12, 20)"; of many, the first few."""
-    names = [str(source.episodes[i]) for i in positions[:most].tolist()]
-    more = ", ..." if len(positions) > most else ""
-    return f"{len(positions)} episode{'s' * (len(positions) > 1)} ({', '.join(names)}{more})"
-
-
 class Stopwatch:
-    """Wall time of the run, and since the last log line how much of it went into waiting for data.
+    """Wall time of the run, and how much of it since the last log line went into waiting for data.
 
     Args:
-        save_minutes: after which a save is due, None for never.
+        save_minutes: minutes after which a save is due; None for never.
     """
 
     def __init__(self, save_minutes: float | None):
         self.save_seconds = 60 * save_minutes if save_minutes else float("inf")
-        self.start = self.lap = self.last_save = time.perf_counter()
-        self.waited, self.left_out, self.steps = 0.0, 0.0, 0
+        now = time.perf_counter()
+        self.run_started = now
+        self.last_save = now
+        self._start_stretch(now)
+
+    def _start_stretch(self, now: float) -> None:
+        self.stretch_started = now
+        self.waiting_seconds = 0.0
+        self.paused_seconds = 0.0
+        self.steps = 0
 
     def wait(self, loader):
         """The loader's next batch, with the wait for it counted."""
         begun = time.perf_counter()
         batch = next(loader)
-        self.waited += time.perf_counter() - begun
+        self.waiting_seconds += time.perf_counter() - begun
         self.steps += 1
         return batch
 
     @contextlib.contextmanager
     def paused(self):
-        """What is done within is not training, such as a save or a validation."""
+        """Leave out what is done inside, such as a save or a validation."""
         begun = time.perf_counter()
         yield
-        self.left_out += time.perf_counter() - begun
+        self.paused_seconds += time.perf_counter() - begun
 
     def save_is_due(self) -> bool:
         return time.perf_counter() - self.last_save >= self.save_seconds
 
     def since_start(self) -> float:
-        return time.perf_counter() - self.start
+        return time.perf_counter() - self.run_started
 
     def rates(self, batch_size: int) -> dict:
         """Speed since the last call."""
         now = time.perf_counter()
-        elapsed = max(now - self.lap - self.left_out, 1e-9)
+        elapsed = max(now - self.stretch_started - self.paused_seconds, 1e-9)
         rates = {
             "samples_per_s": round(self.steps * batch_size / elapsed, 2),
             "step_s": round(elapsed / self.steps, 5),
-            "data_wait": round(self.waited / elapsed, 4),
+            "data_wait": round(self.waiting_seconds / elapsed, 4),
         }
-        self.lap, self.waited, self.left_out, self.steps = now, 0.0, 0.0, 0
+        self._start_stretch(now)
         return rates

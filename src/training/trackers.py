@@ -1,5 +1,12 @@
-"""Experiment trackers: TensorBoard, Weights & Biases, Trackio. A resumed run goes on as the same run there."""
+"""Experiment trackers: TensorBoard, Weights & Biases, Trackio. A resumed run continues as the same run there.
 
+accelerate.tracking has these three, but its classes log through accelerate's process state. A run of one process has none, and
+creating one picks a device. They also write no notes and no figures, and start a new set of settings at every resume.
+"""
+
+import contextlib
+import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
@@ -8,14 +15,33 @@ from errors import UserError, nearest, one_line
 PROJECT = "armature"
 
 
-class TensorBoard:
-    """Event files in output_dir/tensorboard; what a resume does again replaces what was there."""
+@dataclass
+class Tracker:
+    """One tracker of a run.
 
-    def __init__(self, output_dir: Path, run_id: str, config: dict, start: int):
+    Attributes:
+        output_dir: the run's folder.
+        run_id: the run's id at its trackers, the same after every resume.
+        config: every setting.
+        start_step: the step that the run starts from, 0 for a new one.
+    """
+
+    output_dir: Path
+    run_id: str
+    config: dict
+    start_step: int
+
+
+class TensorBoard(Tracker):
+    """Event files in output_dir/tensorboard. Steps that a resumed run repeats replace the earlier ones."""
+
+    def start(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start + 1 if start else None)
-        self.writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()), start)
+        repeated_from = self.start_step + 1 if self.start_step else None
+        self.writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=repeated_from)
+        lines = [f"    {name}: {value}" for name, value in self.config.items()]
+        self.writer.add_text("config", "\n".join(lines), self.start_step)
 
     def log(self, values: dict, step: int) -> None:
         for name, value in values.items():
@@ -32,17 +58,28 @@ class TensorBoard:
         self.writer.close()
 
 
-class Wandb:
+class Wandb(Tracker):
     """Weights & Biases; offline with WANDB_MODE=offline."""
 
-    def __init__(self, output_dir: Path, run_id: str, config: dict, start: int):
+    def start(self) -> None:
         import wandb
 
-        self.module = wandb
-        self.run = wandb.init(
-            project=PROJECT, id=run_id, name=output_dir.name, dir=str(output_dir), config=config, resume="allow"
-        )
-        self.run.define_metric("*", step_metric="train_step")  # its own counter refuses steps that are done again
+        try:
+            self.run = wandb.init(
+                project=PROJECT,
+                id=self.run_id,
+                name=self.output_dir.name,
+                dir=str(self.output_dir),
+                config=self.config,
+                resume="allow",
+            )
+        except (wandb.Error, OSError) as error:
+            reason = one_line(error)[:160].rstrip(".")
+            raise UserError(
+                f"--tracker wandb does not start: {reason}. Set WANDB_MODE=offline, or leave wandb out"
+            ) from error
+        # W&B's own step counter refuses steps that a resumed run repeats.
+        self.run.define_metric("*", step_metric="train_step")
 
     def log(self, values: dict, step: int) -> None:
         self.run.log({**values, "train_step": step})
@@ -51,32 +88,36 @@ class Wandb:
         self.run.summary[name] = text
 
     def picture(self, name: str, figure, step: int) -> None:
-        self.run.log({name: self.module.Image(figure), "train_step": step})
+        import wandb
+
+        self.log({name: wandb.Image(figure)}, step)
 
     def close(self) -> None:
         self.run.finish()
 
 
-class Trackio:
+class Trackio(Tracker):
     """Trackio, Hugging Face's local tracker: `trackio show --project armature`."""
 
-    def __init__(self, output_dir: Path, run_id: str, config: dict, start: int):
+    def start(self) -> None:
         import trackio
 
         self.module = trackio
-        trackio.init(project=PROJECT, name=f"{output_dir.name}-{run_id}", config=config, resume="allow", embed=False)
+        name = f"{self.output_dir.name}-{self.run_id}"  # by which a resumed run finds itself again
+        trackio.init(project=PROJECT, name=name, config=self.config, resume="allow", embed=False)
 
     def log(self, values: dict, step: int) -> None:
         self.module.log(values, step=step)
 
     def note(self, name: str, text: str, step: int) -> None:
-        self.module.log({name: text}, step=step)
+        self.log({name: text}, step)
 
     def picture(self, name: str, figure, step: int) -> None:
-        figure.canvas.draw()
         import numpy as np
 
-        self.module.log({name: self.module.Image(np.asarray(figure.canvas.buffer_rgba())[..., :3])}, step=step)
+        figure.canvas.draw()
+        pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]  # (H, W, 3) uint8, without the alpha channel
+        self.log({name: self.module.Image(pixels)}, step)
 
     def close(self) -> None:
         self.module.finish()
@@ -85,56 +126,82 @@ class Trackio:
 KINDS = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
 
 
-class Trackers:
-    """Those that a run's `--tracker` names; one that fails is told and left, and the run goes on.
+def tracker_names(setting: str) -> list[str]:
+    """The trackers that --tracker names: "tensorboard,wandb"; "none" names none."""
+    names = [name.strip() for name in setting.split(",")]
+    return [name for name in names if name not in ("", "none")]
+
+
+def check_trackers(setting: str) -> None:
+    """Refuse trackers that cannot start. Creates nothing; on a terminal, W&B may ask for a login.
 
     Args:
-        names: such as "tensorboard,wandb"; "none" for none.
-        output_dir: the run's folder.
-        run_id: the run's name there, from the checkpoint that it goes on from; None for a new one.
-        config: every setting.
-        start: the step that the run starts from.
-        warn: called with a line for people.
+        setting: what --tracker names.
 
     Raises:
-        UserError: there is no such tracker, its package is not installed, or it does not start.
+        UserError: there is no such tracker, its package is not installed, or W&B has no login.
+    """
+    names = tracker_names(setting)
+    for name in names:
+        if name not in KINDS:
+            known = ", ".join(KINDS)
+            raise UserError(f"--tracker {name} is no tracker: expected {known} or none{nearest(name, KINDS)}")
+        if importlib.util.find_spec(name) is None:  # each package has its tracker's name
+            raise UserError(f"--tracker {name} needs a package that is not installed. Run: uv pip install {name}")
+    if "wandb" in names:
+        import wandb
+
+        try:
+            if wandb.setup().settings.mode == "online":
+                wandb.login()
+        except (wandb.Error, ValueError) as error:  # ValueError: a setting or a key of the wrong form
+            reason = one_line(error)[:160].rstrip(".")
+            raise UserError(
+                f"--tracker wandb cannot log in: {reason}. Run wandb login, or set WANDB_MODE=offline"
+            ) from error
+
+
+class Trackers:
+    """The trackers of a run. One that fails later is reported and dropped, and the run continues.
+
+    Args:
+        setting: what --tracker names; `check_trackers` has accepted it.
+        run_id: from the checkpoint that the run resumes from; None for a new run.
+        warn: called with a line for people.
+        output_dir, config, start_step: as Tracker's.
     """
 
-    def __init__(self, names: str, output_dir: Path, run_id: str | None, config: dict, start: int, warn):
-        wanted = [name.strip() for name in names.split(",") if name.strip() not in ("none", "")]
-        self.warn, self.open, self.run_id = warn, {}, run_id or (uuid4().hex[:8] if wanted else None)
-        for name in wanted:
-            if name not in KINDS:
-                raise UserError(f"--tracker {name}: there is no such tracker{nearest(name, KINDS)}: {', '.join(KINDS)}")
-        for name in wanted:
-            try:
-                self.open[name] = KINDS[name](output_dir, self.run_id, config, start)
-            except ImportError as error:
-                self.close()
-                raise UserError(
-                    f"--tracker {name} needs a package ({one_line(error)[:100]}): uv pip install {name}"
-                ) from None
-            except Exception as error:  # its own kinds: no login, no network
-                self.close()
-                remedy = (
-                    "log in, or WANDB_MODE=offline, or leave the flag out" if name == "wandb" else "leave the flag out"
-                )
-                raise UserError(f"--tracker {name} does not start ({one_line(error)[:160]}): {remedy}") from error
+    def __init__(self, setting: str, output_dir: Path, run_id: str | None, config: dict, start_step: int, warn):
+        names = tracker_names(setting)
+        if run_id is None and names:
+            run_id = uuid4().hex[:8]
+        self.run_id = run_id
+        self.warn = warn
+        self.trackers = {name: KINDS[name](output_dir, run_id, config, start_step) for name in names}
+        self.running: dict[str, Tracker] = {}
 
-    def _each(self, act) -> None:
-        for name, tracker in list(self.open.items()):
+    def start(self) -> None:
+        """Open all of them, or none.
+
+        Raises:
+            UserError: W&B refuses the run.
+        """
+        for name, tracker in self.trackers.items():
             try:
-                act(tracker)
-            except Exception as error:
-                self.warn(f"--tracker {name} failed and is left: {one_line(error)[:160]}")
-                del self.open[name]
+                tracker.start()
+            except BaseException:
+                self.close()
+                raise
+            self.running[name] = tracker
 
     def log(self, line: dict) -> None:
-        """The numbers of a line of metrics.jsonl."""
-        values = {name: value for name, value in line.items() if isinstance(value, (int, float)) and name != "step"}
-        for name, joints in line.items():
-            if isinstance(joints, dict):
-                values |= {f"{name}/{joint}": value for joint, value in joints.items()}
+        """The numbers of a line of metrics.jsonl; those by joint as name/joint."""
+        values = {}
+        for name, value in line.items():
+            if isinstance(value, dict):
+                values |= {f"{name}/{joint}": number for joint, number in value.items()}
+            elif isinstance(value, (int, float)) and name != "step":
+                values[name] = value
         self._each(lambda tracker: tracker.log(values, line["step"]))
 
     def note(self, name: str, text: str, step: int) -> None:
@@ -146,3 +213,15 @@ class Trackers:
 
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())
+        self.running.clear()
+
+    def _each(self, call) -> None:
+        for name, tracker in list(self.running.items()):
+            try:
+                call(tracker)
+            except Exception as error:  # of any kind: a tracker must not end a training run
+                self.warn(f"--tracker {name} failed, the run continues without it: {one_line(error)[:160]}")
+                del self.running[name]
+                # Its thread would otherwise keep writing, to files that may be gone by then.
+                with contextlib.suppress(Exception):
+                    tracker.close()

@@ -1,9 +1,10 @@
 """Lives of a training run: started, killed, started again. Imports once, then forks a process for each life.
 
-    python tests/helpers/lives.py SETTINGS.json signal SIGKILL 7      killed at random moments (of seed 7)
-    python tests/helpers/lives.py SETTINGS.json operation 3 40        killed before the 3rd, then the 40th file operation of its first save
+    python tests/helpers/lives.py SETTINGS.json signal SIGKILL 7    killed at random moments, drawn with seed 7
+    python tests/helpers/lives.py SETTINGS.json operation 3 40      killed before the 3rd file operation of its first save,
+                                                                    then before the 40th
 
-After every life each checkpoint-* folder has to be whole. Ends with a life that is left alone; prints one JSON line a life.
+After every life, each checkpoint-* folder must be complete. The last life is not killed. Prints one JSON line for each life.
 """
 
 import json
@@ -18,16 +19,19 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 
 from checkpoints.folder import find_checkpoints, verify
 
-EVENTS = {"open", "os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile"}
+FILE_EVENTS = {
+    "open", "os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile",
+}  # fmt: skip
+STARTED = "saves to"  # what a run prints once it has imported, read and built everything: from here on it trains
 
 
 def die_before(operation: int, output_dir: str) -> None:
-    """Have this process kill itself just before its n-th operation on files of a checkpoint being written."""
+    """Make this process kill itself just before its n-th operation on the files of a checkpoint that it writes."""
     seen = 0
 
     def hook(event, args):
         nonlocal seen
-        if event in EVENTS and f"{output_dir}/.checkpoint-" in str(args[0]) + str(args[1:2]):
+        if event in FILE_EVENTS and f"{output_dir}/.checkpoint-" in str(args[0]) + str(args[1:2]):
             seen += 1
             if seen == operation:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -35,8 +39,8 @@ def die_before(operation: int, output_dir: str) -> None:
     sys.addaudithook(hook)
 
 
-def live(settings: dict, operation: int | None) -> int:
-    """One life in a process of its own; its pid."""
+def start_life(settings: dict, operation: int | None) -> int:
+    """Start one life in a process of its own, and return its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -54,15 +58,49 @@ def live(settings: dict, operation: int | None) -> int:
         os._exit(status)
 
 
-def tell(settings: dict, died: int | None, status: int) -> int:
-    """Say how a life ended; the step of its newest checkpoint."""
+def record_end(settings: dict, operation: int | None, status: int) -> int:
+    """Print how a life ended, and return the step of its newest checkpoint."""
     output_dir = Path(settings["output_dir"])
     for path in output_dir.glob("checkpoint-*"):
         verify(path)
-    code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
     steps = [int(path.name.split("-")[1]) for path in find_checkpoints(output_dir)]
-    print(json.dumps({"status": code, "operation": died, "checkpoints": steps}), flush=True)
+    line = {"status": os.waitstatus_to_exitcode(status), "operation": operation, "checkpoints": steps}
+    print(json.dumps(line), flush=True)
     return max(steps, default=0)
+
+
+def whole_life(settings: dict, operation: int | None) -> None:
+    _, status = os.waitpid(start_life(settings, operation), 0)
+    record_end(settings, operation, status)
+
+
+def times_started(settings: dict) -> int:
+    log = Path(settings["output_dir"] + ".log")
+    return log.read_text().count(STARTED) if log.exists() else 0
+
+
+def killed_at_random(settings: dict, number: int, seed: int) -> None:
+    """Lives that a signal ends at a random moment of their training, until one reaches the end of the run."""
+    rng = random.Random(seed)
+    longest = 3.0  # seconds of a life
+    newest = 0  # step that the lives so far have saved
+    while True:
+        before = times_started(settings)
+        pid = start_life(settings, None)
+        ended = 0
+        while not ended and times_started(settings) == before:
+            time.sleep(0.01)
+            ended, status = os.waitpid(pid, os.WNOHANG)
+        time.sleep(rng.uniform(0, longest))
+        if not ended:
+            os.kill(pid, number)
+            _, status = os.waitpid(pid, 0)
+        step = record_end(settings, None, status)
+        if step <= newest:
+            longest *= 1.2  # a slow machine needs longer lives to reach a save
+        newest = step
+        if os.waitstatus_to_exitcode(status) == 0:
+            return
 
 
 def main(path: str, how: str, *args: str) -> None:
@@ -70,28 +108,12 @@ def main(path: str, how: str, *args: str) -> None:
 
     settings = json.loads(Path(path).read_text())
     if how == "operation":
-        for operation in map(int, args):
-            tell(settings, operation, os.waitpid(live(settings, operation), 0)[1])
+        for operation in args:
+            whole_life(settings, int(operation))
     else:
-        number, rng = getattr(signal, args[0]), random.Random(int(args[1]))
-        log, start = Path(settings["output_dir"] + ".log"), "saves to"
-        longest, newest = 3.0, 0  # seconds of a life, and what the last ones have saved
-        while True:
-            begun = log.read_text().count(start) if log.exists() else 0
-            pid = live(settings, None)
-            done = (0, 0)
-            while done[0] == 0 and (log.read_text().count(start) if log.exists() else 0) == begun:
-                time.sleep(0.01)  # until it has imported, read and built all: from here on it trains
-                done = os.waitpid(pid, os.WNOHANG)
-            time.sleep(rng.uniform(0, longest))
-            if done[0] == 0:
-                os.kill(pid, number)
-                done = os.waitpid(pid, 0)
-            before, newest = newest, tell(settings, None, done[1])
-            longest *= 1 if newest > before else 1.2  # on a slow machine too one has to come to a save
-            if os.WIFEXITED(done[1]) and os.WEXITSTATUS(done[1]) == 0:
-                return
-    tell(settings, None, os.waitpid(live(settings, None), 0)[1])
+        name, seed = args
+        killed_at_random(settings, getattr(signal, name), int(seed))
+    whole_life(settings, None)
 
 
 if __name__ == "__main__":
