@@ -18,12 +18,13 @@ from checkpoints.folder import read_json, sort_key
 from config import TrainConfig
 from errors import UserError
 from exchange import lerobot_runs, portable
-from exchange.lerobot_runs import from_lerobot, optimizer_config, read_schedule, scheduler_config, to_lerobot
+from exchange.lerobot_runs import from_lerobot, read_schedule, scheduler_config, to_lerobot
 from helpers.hub_server import Hub
 from helpers.runs import SMALL_POLICY_ARGS, small
 from hub import create_repo, newest_checkpoint
 from policy.factory import policy_config
 from policy.loaded import load_policy
+from policy.presets import optimizer_preset
 from train import train
 
 BIN = Path(sys.executable).parent
@@ -130,7 +131,7 @@ def test_the_schedule_goes_along(policy, settings, name, warmup):
     config = TrainConfig(dataset_id=["x"], **settings)
     scheduler = scheduler_config(policy_cfg, config)
     assert (scheduler.name, scheduler.num_warmup_steps) == (name, warmup)
-    assert optimizer_config(policy_cfg, config).grad_clip_norm == settings.get("grad_clip_norm", 10.0)
+    assert optimizer_preset(policy_cfg, config).grad_clip_norm == settings.get("grad_clip_norm", 10.0)
 
 
 @pytest.mark.parametrize("settings", [{}, {"warmup_steps": 7}, {"lr_schedule": "constant", "warmup_steps": 7},

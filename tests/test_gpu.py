@@ -1,19 +1,18 @@
 """On a GPU: resume is exact there too, and what is only faster there changes no result."""
 
-import contextlib
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from checkpoints.folder import load_optimizer
+from checkpoints.folder import read_optimizer
 from helpers.runs import DETERMINISTIC_ACT, assert_same_run, small
 from policy.async_policy import AsyncPolicy
 from policy.loaded import load_policy
-from train import Run, train
+from train import build_run, train
 from training.distributed import Distributed
-from training.plan import settle
+from training.plan import plan_run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,17 +61,16 @@ def test_auto_is_bf16_where_the_gpu_has_it(run):
 
 def test_a_step_that_logs_nothing_does_not_wait_for_the_gpu(made, tmp_path):
     """Of flow, which is ours; LeRobot's ACT makes a tensor on the host and waits for it to be copied."""
-    with contextlib.ExitStack() as held:
-        settings = small(
-            "flow", dataset_id=[str(made("two_cameras"))], output_dir=str(tmp_path), device="cuda", augment=True
-        )
-        run = Run(*settle(settings, held), held)
+    settings = small(
+        "flow", dataset_id=[str(made("two_cameras"))], output_dir=str(tmp_path), device="cuda", augment=True
+    )
+    with plan_run(settings) as plan, build_run(plan) as run:
         for _ in range(2):  # kernels are loaded and chosen, the optimizer's state is made
-            run.train_step(next(run.loader))
+            run.count(run.learner.step(next(run.loader), run.step))
         batch = next(run.loader)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            run.train_step(batch)
+            run.count(run.learner.step(batch, run.step))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -96,7 +94,7 @@ def test_goes_on_from_an_optimizer_that_is_not_fused(tmp_path):
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "optimizer_state.pth")
     optimizer = torch.optim.AdamW(mine.parameters(), fused=True)
-    load_optimizer(tmp_path, Distributed("cuda"), mine, optimizer)
+    Distributed().load_optimizer_state(mine, optimizer, read_optimizer(tmp_path))
     mine(torch.ones(1, 2, device="cuda")).sum().backward()
     optimizer.step()
     assert optimizer.state[mine.weight]["step"].item() == 2

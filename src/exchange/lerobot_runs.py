@@ -25,7 +25,7 @@ from data.split import split
 from errors import UserError, one_line
 from policy.factory import build_policy, load_policy_config
 from policy.migration import converted_dir
-from policy.presets import scheduler_preset
+from policy.presets import optimizer_preset, scheduler_preset
 from processors.pipelines import load_processors, parse_rename, resize_of
 
 
@@ -267,13 +267,6 @@ def scheduler_config(policy_config, config: TrainConfig):
     )
 
 
-def optimizer_config(policy_config, config: TrainConfig):
-    """LeRobot's optimizer config for a run of ours: the policy's own with the flags over it."""
-    given = {name: getattr(config, name) for name in OPTIMIZER_SETTINGS}
-    given = {name: value for name, value in given.items() if value is not None}
-    return replace(policy_config.get_optimizer_preset(), **given)
-
-
 def as_text(episodes: list[int] | None) -> str | None:
     """A list of episodes as the value of --episodes."""
     return ",".join(str(episode) for episode in episodes or []) or None
@@ -400,7 +393,7 @@ def their_config(config: TrainConfig, state: TrainState, policy_config, output: 
         # lerobot-train resumes with these two as they are here. Without its policy's preset it would put all
         # parameters into one group, which the state of an optimizer with several does not fit.
         use_policy_training_preset=True,
-        optimizer=optimizer_config(policy_config, config),
+        optimizer=optimizer_preset(policy_config, config),
         scheduler=scheduler_config(policy_config, config),
     )
     for setting in SETTINGS:

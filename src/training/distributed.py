@@ -149,8 +149,8 @@ class Distributed:
         except RuntimeError as error:
             # gloo raises a bare RuntimeError and NCCL a DistError. So do our own bugs and a wrong setup: only the connections
             # show whether a process is gone.
-            from_a_collective = type(error) is RuntimeError or isinstance(error, dist.DistError)
-            lost = self.lost_peers() if from_a_collective else []
+            may_be_lost = type(error) is RuntimeError or isinstance(error, dist.DistError)
+            lost = self.lost_peers() if may_be_lost else []
             if not lost:
                 raise
             names = ", ".join(str(rank) for rank in lost)
@@ -159,24 +159,20 @@ class Distributed:
     def lost_peers(self) -> list[int]:
         """Ranks of the processes whose connection to this one is closed.
 
-        When a process ends, the system closes all its connections, those of `gloo_group` too.
+        When a process ends, the system closes all its connections. gloo refuses to receive over a closed one; over an open
+        one the receive stays pending and disturbs no other message.
         """
+        lost = []
         peers = [rank for rank in range(self.size) if rank != self.rank]
         deadline = time.monotonic() + PROBE_SECONDS
-        lost = []
         while peers and not lost and time.monotonic() < deadline:
             time.sleep(0.05)
-            lost = [rank for rank in peers if not self.is_connected(rank)]
+            for rank in peers:
+                try:
+                    dist.irecv(torch.zeros(1), rank, group=self.gloo_group, tag=PROBE_TAG)
+                except RuntimeError:
+                    lost.append(rank)
         return lost
-
-    def is_connected(self, rank: int) -> bool:
-        """Whether the connection to a process is open: gloo refuses to receive over a closed one."""
-        try:
-            # It stays pending over an open connection, and disturbs no other message.
-            dist.irecv(torch.zeros(1), rank, group=self.gloo_group, tag=PROBE_TAG)
-        except RuntimeError:
-            return False
-        return True
 
     # One training step.
 

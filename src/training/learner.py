@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,65 +22,38 @@ from training.distributed import Distributed
 
 @dataclass
 class StepResult:
-    """What an optimizer step gives, on the device.
+    """What an optimizer step gives, on the device."""
 
-    Attributes:
-        loss: mean loss of this process's samples.
-        sub_losses: the policy's own numbers about its last micro-batch, or None.
-        grad_norm: norm of the whole batch's gradient before clipping.
-    """
-
-    loss: Tensor
-    sub_losses: dict | None
-    grad_norm: Tensor
+    loss: Tensor  # mean over this process's samples
+    sub_losses: dict | None  # the policy's own numbers about its last micro-batch
+    grad_norm: Tensor  # norm of the whole batch's gradient, before clipping
 
 
 @dataclass
 class LearnerState:
-    """What a checkpoint holds of a learner, gathered from all processes.
+    """What a checkpoint holds of a learner, gathered from all processes."""
 
-    Attributes:
-        weights: state dict to act with.
-        trained_weights: state dict that is being trained, where `weights` are its average; else empty.
-        optimizer: the optimizer's state dict.
-    """
-
-    weights: dict
-    trained_weights: dict
+    weights: dict  # to act with: their average, if there is one
+    trained_weights: dict  # as they are trained, if `weights` are their average; else empty
     optimizer: dict
 
 
 @dataclass(eq=False)
 class Learner:
-    """The policy with everything that trains it.
-
-    Attributes:
-        config: the run's settings.
-        distributed: its processes.
-        policy: LeRobot policy, whose weights are trained.
-        model: the policy as training calls it: compiled, and wrapped for several processes, as the settings say.
-        preprocess: LeRobot's pipeline from a batch to the policy's input.
-        meta: LeRobot's metadata of the dataset.
-        optimizer: sets each weight from its gradient.
-        clip_norm: gradients are clipped to this norm; None for no clipping.
-        scaler: scales the loss for fp16.
-        ema: average of the weights.
-        lr_factor: step -> factor of the peak learning rates.
-        peak_lrs: peak learning rate of each of the optimizer's groups.
-    """
+    """The policy with everything that trains it."""
 
     config: TrainConfig
     distributed: Distributed
-    policy: torch.nn.Module
-    model: torch.nn.Module
-    preprocess: object
-    meta: object
+    policy: torch.nn.Module  # LeRobot policy, on its device
+    model: torch.nn.Module  # the policy as training calls it: wrapped for several processes
+    preprocess: object  # LeRobot's pipeline from a batch to the policy's input
+    meta: object  # LeRobot's metadata of the dataset
     optimizer: torch.optim.Optimizer
-    clip_norm: float | None
+    clip_norm: float | None  # gradients are clipped to this norm
     scaler: torch.amp.GradScaler
     ema: "EMA"
-    lr_factor: object
-    peak_lrs: list[float]
+    lr_factor: Callable[[int], float]  # step -> factor of the peak learning rates
+    peak_lrs: list[float]  # one for each of the optimizer's groups
 
     def step(self, batch: dict, step: int) -> StepResult:
         """Take optimizer step number `step`, counted from 0, on this process's samples of the batch."""
@@ -177,14 +151,7 @@ class Learner:
 
 
 def build_learner(config: TrainConfig, distributed: Distributed, policy, preprocess, meta) -> Learner:
-    """Make the optimizer, compile the policy and wrap it for several processes, as the settings say.
-
-    Args:
-        config: the run's settings.
-        distributed: its processes.
-        policy: LeRobot policy to train, on its device.
-        preprocess: LeRobot's pipeline from a batch to the policy's input.
-        meta: LeRobot's metadata of the dataset.
+    """Make the optimizer, compile the policy and wrap it for several processes; arguments as Learner's fields.
 
     Raises:
         UserError: the batch cannot be split evenly, or FSDP's settings do not fit the policy.
@@ -233,7 +200,7 @@ def build_optimizer(policy, preset) -> torch.optim.Optimizer:
     return fused[preset.type](parameters, **settings, fused=True)
 
 
-def make_schedule(policy_config, config: TrainConfig):
+def make_schedule(policy_config, config: TrainConfig) -> Callable[[int], float]:
     """step -> factor of the peak learning rate: the policy's preset unless the flags name a schedule.
 
     A function of the step has no state to save.
