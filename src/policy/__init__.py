@@ -1,1 +1,1 @@
-"""Policies: built, loaded, acting."""
+"""Policies: build them, load them, act with them, and our own, flow."""

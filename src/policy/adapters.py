@@ -1,56 +1,72 @@
-"""Fine-tuning some of the weights: PEFT adapters (LoRA and others) through LeRobot's own wrapper, and freezing by name."""
+"""Fine-tune some of the weights: PEFT adapters (LoRA and others) through LeRobot's wrapper, and freezing by name."""
 
-import contextlib
 import re
+from dataclasses import fields
 from pathlib import Path
 from types import MethodType
 
-from torch.compiler import is_compiling
+from lerobot.configs.default import PeftConfig
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from command_line import parse_overrides
 from errors import UserError, one_line
 
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+INSTALL_PEFT = "needs the package peft. Install it with: uv pip install peft"
 
 
 def add_adapters(policy, base: str, method: str, r: int, overrides: list[str] | None):
-    """The policy with fresh adapters, which alone are trained.
+    """The policy wrapped with new adapters; its own weights are frozen.
 
     Args:
         policy: LeRobot policy with the weights to adapt.
         base: folder or Hub id of those weights, which the adapters' file names.
         method: a PEFT method, such as lora.
         r: rank of the adapters.
-        overrides: further settings of LeRobot's PeftConfig, such as target_modules=all-linear.
+        overrides: NAME=VALUE for LeRobot's PeftConfig, such as target_modules=all-linear.
 
     Raises:
-        UserError: peft is not installed, or the settings do not fit the policy.
+        UserError: peft is not installed, or the settings do not fit the method or the policy.
     """
-    from lerobot.configs.default import PeftConfig
-
-    asked = {"method_type": method, "r": r, **parse_overrides("--peft_args", PeftConfig, overrides)}
+    settings = {"method_type": method, "r": r, **parse_overrides("--peft_args", PeftConfig, overrides)}
+    check_method(method, settings)
     policy.config.pretrained_path = Path(base)
     try:
-        return policy.wrap_with_peft(peft_cli_overrides=asked)
+        return policy.wrap_with_peft(peft_cli_overrides=settings)
+    except ValueError as error:
+        remedy = ". Name modules with --peft_args target_modules=all-linear" if "target" in str(error) else ""
+        raise UserError(f"--peft {method}: {one_line(error)[:200]}{remedy}") from error
+
+
+def check_method(method: str, settings: dict) -> None:
+    """Refuse a method that PEFT does not have, or that does not have these settings.
+
+    Raises:
+        UserError: so it is, or peft is not installed.
+    """
+    try:
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING
     except ImportError as error:
-        raise UserError("--peft needs the package peft: uv pip install peft") from error
-    except KeyError as error:
-        raise UserError(f"--peft {method}: peft has no such method: lora is the usual one") from error
-    except (ValueError, TypeError) as error:
-        hint = ": name modules with --peft_args target_modules=all-linear" if "target" in str(error) else ""
-        raise UserError(f"--peft {method}: {one_line(error)[:200]}{hint}") from error
+        raise UserError(f"--peft {INSTALL_PEFT}") from error
+    methods = {kind.name.lower(): config_class for kind, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if method.lower() not in methods:
+        raise UserError(f"--peft: expected one of {', '.join(sorted(methods))}, got {method}. lora is the usual one")
+    # LeRobot translates these into the method's own
+    known = {"method_type", "init_type", "full_training_modules"}
+    known |= {f.name for f in fields(methods[method.lower()])}
+    for name in settings:
+        if name not in known:
+            raise UserError(f"--peft {method}: this method has no setting {name}. Pass --peft lora")
 
 
 def load_adapters(policy, folder: Path):
-    """The policy with the adapters in a checkpoint folder, to train on or to act with."""
+    """The policy wrapped with the adapters in a checkpoint folder, to train further or to act."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(policy, str(folder), is_trainable=True)
 
 
-def base_of(folder: Path) -> str:
-    """Folder or Hub id of the weights that a folder's adapters belong to.
+def base_model_of(folder: Path) -> str:
+    """Folder or Hub id of the weights that a folder's adapters were trained on.
 
     Raises:
         UserError: peft is not installed.
@@ -58,76 +74,61 @@ def base_of(folder: Path) -> str:
     try:
         from peft import PeftConfig
     except ImportError as error:
-        raise UserError(f"{folder} holds adapters, which need the package peft: uv pip install peft") from error
+        raise UserError(f"{folder} holds adapters, which {INSTALL_PEFT}") from error
     return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
 
 
-def adapters_config(policy):
-    """PEFT's config of the policy's adapters, None if it has none."""
-    return policy.active_peft_config if is_adapted(policy) else None
-
-
-def is_adapted(policy) -> bool:
+def has_adapters(policy) -> bool:
     return hasattr(policy, "peft_config")
 
 
-def adapters_of(policy, state_dict: dict) -> dict:
-    """Of a state dict the adapters' tensors, named as PEFT's files name them."""
+def adapter_config(policy):
+    """PEFT's config of the policy's adapters; None without adapters."""
+    return policy.active_peft_config if has_adapters(policy) else None
+
+
+def adapter_state_dict(policy, state_dict: dict) -> dict:
+    """The adapters' tensors of a state dict, under the names in PEFT's files."""
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(policy, state_dict)
 
 
-def put_adapters(policy, tensors: dict) -> None:
-    """Load tensors such as `adapters_of` gives."""
+def load_adapter_state_dict(policy, tensors: dict) -> None:
+    """Load tensors from `adapter_state_dict` into the policy."""
     from peft import set_peft_model_state_dict
 
     set_peft_model_state_dict(policy, tensors)
 
 
-def counted_once(module) -> dict:
-    """Arguments of torch's `checkpoint` by which batch norms do not count again what they see in the repetition.
-
-    None where there are no such, or in torch.compile, which takes no arguments of this kind.
-    """
-    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
-
-    @contextlib.contextmanager
-    def uncounted():
-        before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-        for norm in norms:
-            norm.momentum = 0.0
-        try:
-            yield
-        finally:  # it ends by an exception once it has what the backward pass needs
-            for norm, momentum, count in before:
-                norm.momentum = momentum
-                norm.num_batches_tracked.copy_(count)
-
-    return {"context_fn": lambda: (contextlib.nullcontext(), uncounted())} if norms and not is_compiling() else {}
-
-
 def freeze(policy, patterns: list[str]) -> None:
-    """Leave the parameters as they are whose names match one of the regular expressions.
+    """Exclude parameters from training whose names match one of the regular expressions.
 
     Raises:
-        UserError: one matches no parameter, or nothing is left to train.
+        UserError: a pattern matches no parameter, or nothing is left to train.
     """
-    names = [name for name, _ in policy.named_parameters()]
     for pattern in patterns:
-        try:
-            found = [name for name in names if re.search(pattern, name)]
-        except re.error as error:
-            raise UserError(f"--freeze {pattern} is no regular expression: {error}") from None
-        if not found:
-            parts = sorted({".".join(name.split(".")[:2]) for name in names})
-            raise UserError(f"--freeze {pattern} matches no parameter: their names begin with {', '.join(parts[:12])}")
-        for name, parameter in policy.named_parameters():
-            if name in found:
-                parameter.requires_grad_(False)
+        freeze_matching(policy, pattern)
     if not any(parameter.requires_grad for parameter in policy.parameters()):
-        raise UserError(f"--freeze {' '.join(patterns)} leaves nothing to train")
-    for module in policy.modules():  # a frozen batch norm normalises as it will later, and its statistics stay
-        own = list(module.parameters(recurse=False))
-        if isinstance(module, _BatchNorm) and own and not any(p.requires_grad for p in own):
+        raise UserError(f"--freeze {' '.join(patterns)} leaves nothing to train. Pass fewer patterns")
+    # A frozen batch norm normalises as it will at inference: in eval mode, whatever train() asks for.
+    for module in policy.modules():
+        parameters = list(module.parameters(recurse=False))
+        trains = any(parameter.requires_grad for parameter in parameters)
+        if isinstance(module, _BatchNorm) and parameters and not trains:
             module.eval().train = MethodType(lambda self, mode=True: self, module)
+
+
+def freeze_matching(policy, pattern: str) -> None:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"--freeze {pattern}: expected a regular expression, got an error: {error}") from None
+    names = [name for name, _ in policy.named_parameters()]
+    if not any(expression.search(name) for name in names):
+        beginnings = sorted({".".join(name.split(".")[:2]) for name in names})
+        raise UserError(f"--freeze {pattern} matches no parameter: expected part of a name that begins with "
+                        f"{', '.join(beginnings[:12])}")  # fmt: skip
+    for name, parameter in policy.named_parameters():
+        if expression.search(name):
+            parameter.requires_grad_(False)

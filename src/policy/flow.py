@@ -1,21 +1,24 @@
-"""flow: a small policy of our own that learns in minutes, and an example of how to add yours in one file.
+"""flow: a small policy that learns in minutes, and an example of how to write a policy of your own.
 
-What it is. Each camera goes through a convolutional encoder whose feature maps become keypoints (spatial softmax: where in
-the picture each map is active); keypoints, pooled features and the state, of each step of history, make one condition
-vector. From it a network predicts a chunk of actions, in two ways at once: in one step, as plain regression, and by flow
-matching, which moves noise to actions along straight lines in a few Euler steps and so can represent several ways of doing
-a thing. To act, several chunks are drawn. Where there is one way they lie around the plain one, which is taken; where there
-are several, the plain one may be between them, and the draw that most others are near is taken instead.
+Each camera goes through a convolutional encoder. A spatial softmax turns its feature maps into keypoints: where in the
+picture each map is active. Keypoints, pooled features and the robot's state, over all steps of history, make one
+condition vector. From the condition, the head predicts a chunk of actions in two ways. In one step, it regresses the
+chunk. In a few steps, flow matching moves noise to actions along straight lines, and so can represent several ways to
+do a task. To act, the policy draws several chunks and takes the medoid of these and the regressed one: the regressed
+chunk where there is one way, a draw of the most common way where there are several (their mean may be none of them).
 
-Sources: spatial softmax, Finn et al. "Deep Spatial Autoencoders" (2016); flow matching, Lipman et al. (2023), as pi0 has it for
-actions (Black et al. 2024), with the network predicting the actions and not the direction to them, Li and He "Back to Basics"
-(2025); adaptive layer norm, Peebles and Xie "DiT" (2023); carrying a chunk over into the next,
-Black et al. "Real-Time Execution of Action Chunking Flow Policies" (2025).
+Sources:
+    Spatial softmax: Finn et al. "Deep Spatial Autoencoders for Visuomotor Learning" (2016).
+    Flow matching: Lipman et al. "Flow Matching for Generative Modeling" (2023); for actions, as in Black et al. "pi0" (2024).
+    The network predicts actions, not the velocity to them: Li and He "Back to Basics: Let Denoising Models Denoise" (2025).
+    Adaptive layer norm: Peebles and Xie "Scalable Diffusion Models with Transformers" (2023).
+    Blending a chunk into the next: Black et al. "Real-Time Execution of Action Chunking Flow Policies" (2025).
 
-How LeRobot finds it: a config class registered under a name and called <X>Config, in the same module <X>Policy and
-make_<name>_pre_post_processors. That is all there is to adding a policy.
+How LeRobot finds a policy: a module has a <Name>Config that is registered under a name, a <Name>Policy, and a function
+make_<name>_pre_post_processors. Nothing else is needed to add one.
 
-B samples, S steps of history, T steps of a chunk, A joints, D width, K keypoints.
+Shapes: B samples, S steps of history, T steps of a chunk, R planned steps, A joints, D width, K keypoints, N draws,
+C channels, H and W pixels, h and w pixels of a feature map, F features. An axis in brackets may be absent.
 """
 
 import math
@@ -24,21 +27,31 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+import torchvision
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from lerobot.policies import PreTrainedPolicy
+from lerobot.processor import make_default_pre_post_processors
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from errors import UserError
-from policy.adapters import counted_once
+from policy.recompute import recomputed
+from policy.settings import check_backbone_weights
 
-SIZES = {  # channels of the encoder's stages, width of the condition and of the head, blocks of the head
-    "tiny": ((32, 64, 96), 256, 2),
-    "small": ((48, 96, 160), 384, 3),
-    "base": ((64, 128, 256, 512), 768, 4),
+
+@dataclass(frozen=True)
+class Size:
+    channels: tuple[int, ...]  # of each stage of the camera encoder
+    width: int  # D, of the condition and the head
+    blocks: int  # of the head
+
+
+SIZES = {
+    "tiny": Size(channels=(32, 64, 96), width=256, blocks=2),
+    "small": Size(channels=(48, 96, 160), width=384, blocks=3),
+    "base": Size(channels=(64, 128, 256, 512), width=768, blocks=4),
 }
-ENDLESS = 10**9  # LeRobot's cosine schedule shrinks to the run's own steps when these are more
+LONGER_THAN_ANY_RUN = 10**9  # LeRobot's cosine schedule shrinks to the steps of the run
 
 
 @PreTrainedConfig.register_subclass("flow")
@@ -47,19 +60,20 @@ class FlowConfig(PreTrainedConfig):
     """Settings of the flow policy.
 
     Attributes:
-        n_obs_steps: S, observations that it looks at.
-        chunk_size: T, actions that it predicts.
-        n_action_steps: of these, how many are carried out before it is asked again.
+        n_obs_steps: S, observations that the policy sees.
+        chunk_size: T, actions that the policy predicts.
+        n_action_steps: actions of a chunk to carry out before the next prediction.
         size: tiny, small or base.
-        head: flow (one way of doing a thing, or several), or regression (one).
+        head: flow (several ways to do a task) or regression (one way).
         num_inference_steps: Euler steps of the flow head.
-        num_draws: N, chunks that the flow head draws to medoid from.
-        blend_steps: actions at a chunk's start that go over smoothly from the chunk before; 0 for none.
-        backbone: conv (from scratch), or the name of a torchvision or timm model.
-        pretrained_backbone_weights: torchvision's name of weights (DEFAULT), or "timm"; None from scratch.
-        num_keypoints: K of each camera.
-        gradient_checkpointing: compute the encoders' activations twice instead of keeping them.
-        task_embedding: learn which of the dataset's tasks is asked for; `tasks` are their words, filled in from the dataset.
+        num_draws: N, chunks that the flow head draws.
+        blend_steps: actions at the start of a chunk that blend from the previous chunk; 0 for none.
+        backbone: conv (trained from scratch), or the name of a torchvision or timm model.
+        pretrained_backbone_weights: a name of torchvision's weights such as DEFAULT, or timm; None to start from scratch.
+        num_keypoints: K, of each camera.
+        gradient_checkpointing: recompute the encoders' activations in the backward pass instead of keeping them.
+        task_embedding: condition on the task by a learned embedding.
+        tasks: texts of the tasks to embed, filled in from the dataset.
     """
 
     chunk_size: int = 16
@@ -76,12 +90,7 @@ class FlowConfig(PreTrainedConfig):
     task_embedding: bool = False
     tasks: list[str] = field(default_factory=list)
     normalization_mapping: dict[str, NormalizationMode] = field(
-        default_factory=lambda: {
-            "VISUAL": NormalizationMode.MEAN_STD,
-            "STATE": NormalizationMode.MEAN_STD,
-            "ENV": NormalizationMode.MEAN_STD,
-            "ACTION": NormalizationMode.MEAN_STD,
-        }
+        default_factory=lambda: dict.fromkeys(("VISUAL", "STATE", "ENV", "ACTION"), NormalizationMode.MEAN_STD)
     )
     optimizer_lr: float = 1e-3
     optimizer_lr_backbone: float | None = None
@@ -89,11 +98,12 @@ class FlowConfig(PreTrainedConfig):
 
     @staticmethod
     def training_preset(device: str, pictures: list[tuple[int, int]]) -> dict:
-        """The trainer's settings that suit this policy, for pictures of (H, W) pixels: small ones, many at a time."""
+        """The trainer's settings that suit this policy: many small pictures, of which each camera's (H, W) are given."""
         preset = {"batch_size": 64 if device == "cpu" else 256, "ema_decay": 0.995, "augment": True}
         largest = max(pictures, key=min, default=(0, 0))
         if min(largest) > 96:
-            preset["image_size"] = [8 * max(1, round(96 * pixels / min(largest) / 8)) for pixels in largest]
+            # the shorter side becomes 96 pixels, the longer one a multiple of 8
+            preset["image_size"] = [8 * max(1, round(96 * side / min(largest) / 8)) for side in largest]
         return preset
 
     def __post_init__(self):
@@ -117,16 +127,22 @@ class FlowConfig(PreTrainedConfig):
         return AdamWConfig(lr=self.optimizer_lr, weight_decay=self.optimizer_weight_decay, grad_clip_norm=1.0)
 
     def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:
-        """Up over a twentieth of the run, and down to nothing at its end."""
-        return CosineDecayWithWarmupSchedulerConfig(ENDLESS // 20, ENDLESS, self.optimizer_lr, 0.0)
+        """Warm-up over a twentieth of the run, then a cosine to 0 at its end."""
+        return CosineDecayWithWarmupSchedulerConfig(
+            num_warmup_steps=LONGER_THAN_ANY_RUN // 20,
+            num_decay_steps=LONGER_THAN_ANY_RUN,
+            peak_lr=self.optimizer_lr,
+            decay_lr=0.0,
+        )
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
-        """(N, T, A) of the noise that a chunk is made from."""
+        """(N, T, A) of the noise for one sample."""
         return self.num_draws, self.chunk_size, self.action_feature.shape[0]
 
     @property
     def observation_delta_indices(self) -> list[int] | None:
+        """Frames to observe, relative to the current one; None for observations without an axis for history."""
         return list(range(1 - self.n_obs_steps, 1)) if self.n_obs_steps > 1 else None
 
     @property
@@ -139,14 +155,20 @@ class FlowConfig(PreTrainedConfig):
 
 
 def make_flow_pre_post_processors(config: FlowConfig, dataset_stats=None):
-    """LeRobot's default pipelines: batch, device, normalise; and back."""
-    from lerobot.processor import make_default_pre_post_processors
-
+    """LeRobot's default pipelines: add the batch axis, move to the device, normalise; and back."""
     return make_default_pre_post_processors(config, dataset_stats, normalizer_device=config.device)
 
 
+@dataclass
+class Blend:
+    """How a chunk starts from what was planned before."""
+
+    weight: Tensor  # (T, 1), 1 keeps the planned action, 0 takes the new one
+    planned: Tensor  # (B, T, A), padded
+
+
 class FlowPolicy(PreTrainedPolicy):
-    """The flow policy; see the module's docstring."""
+    """The flow policy. Names of submodules, such as encoder.eyes and head.blocks, are keys in checkpoint files."""
 
     config_class = FlowConfig
     name = "flow"
@@ -162,184 +184,238 @@ class FlowPolicy(PreTrainedPolicy):
         self.reset()
 
     def get_optim_params(self):
-        lr = self.config.optimizer_lr_backbone
-        if lr is None:
+        """Parameters for the optimizer, in two groups if the backbone has a learning rate of its own."""
+        if self.config.optimizer_lr_backbone is None:
             return self.parameters()
-        backbone = [p for name, p in self.named_parameters() if ".backbone." in name]
-        others = [p for name, p in self.named_parameters() if ".backbone." not in name]
-        return [{"params": others}, {"params": backbone, "lr": lr}]
+        backbone, others = [], []
+        for name, parameter in self.named_parameters():
+            group = backbone if ".backbone." in name else others
+            group.append(parameter)
+        return [{"params": others}, {"params": backbone, "lr": self.config.optimizer_lr_backbone}]
 
-    def _get_default_peft_targets(self) -> dict:  # what `--peft lora` adapts
+    def _get_default_peft_targets(self) -> dict:
+        """The layers that `--peft lora` adapts."""
         return {"target_modules": r".*\.(mix|mlp)\.[02]|.*\.modulate"}
 
     def reset(self) -> None:
-        self._seen: deque = deque(maxlen=self.config.n_obs_steps)
-        self._actions: deque = deque()
-        self._rest: Tensor | None = None  # what the last chunk had still planned
+        """Start an episode: forget past observations and planned actions."""
+        self._history: deque[dict] = deque(maxlen=self.config.n_obs_steps)
+        self._actions: deque[Tensor] = deque()  # (B, A) each, to carry out before the next prediction
+        self._planned: Tensor | None = None  # (B, T - n_action_steps, A), the rest of the last chunk
 
     def forward(self, batch: dict) -> tuple[Tensor, dict]:
-        """The loss of a batch, and its parts; padded steps do not count."""
-        actions, condition = batch["action"], self.encoder(batch)  # (B, T, A), (B, D)
-        there = ~batch["action_is_pad"].unsqueeze(-1)  # (B, T, 1)
-        error = (self.head.regress(condition) - actions).abs()
+        """The loss, and no sub-losses: mean absolute error of the regressed and the denoised actions, without padding."""
+        actions = batch["action"]  # (B, T, A)
+        condition = self.encoder(batch)  # (B, D)
+        valid = ~batch["action_is_pad"].unsqueeze(-1)  # (B, T, 1)
+
+        # In one step: regress the chunk.
+        error = (self.head.regress(condition) - actions).abs()  # (B, T, A)
+
+        # Flow matching: predict the actions from a point on the straight line between noise and actions.
         if self.config.head == "flow":
-            time = torch.rand(len(actions), device=actions.device) ** 1.5  # more often near the noise, where it is hard
+            # (B,), more often near the noise, where the prediction is harder
+            time = torch.rand(len(actions), device=actions.device) ** 1.5
             noise = torch.randn_like(actions)
-            noisy_actions = torch.lerp(noise, actions, time[:, None, None])
+            noisy_actions = torch.lerp(noise, actions, time[:, None, None])  # (B, T, A)
             error = error + (self.head(noisy_actions, time, condition) - actions).abs()
-        loss = (error * there).sum() / (there.sum() * actions.shape[-1]).clamp_min(1)
+
+        num_valid = valid.sum() * actions.shape[-1]
+        loss = (error * valid).sum() / num_valid.clamp_min(1)
         return loss, {}
 
     @torch.no_grad()
-    def predict_action_chunk(self, batch: dict, rest: Tensor | None = None, settled: int = 0, **kwargs) -> Tensor:
-        """(B, T, A) normalised actions from now on; `rest` (B, R, A) is what was planned, and `settled` of it is sure."""
+    def predict_action_chunk(
+        self, batch: dict, planned: Tensor | None = None, num_committed: int = 0, **kwargs
+    ) -> Tensor:
+        """(B, T, A) normalised actions; the first `num_committed` stay as `planned` (B, R, A), the next ones blend."""
         self.eval()
-        condition = self.encoder(batch)
-        keep = self._keep(rest, settled, condition)  # how much of it to keep, (T, 1), and it, (B, T, A)
-        noise = torch.randn(len(condition), *self.config.noise_shape, device=condition.device)
-        return self.denoise(condition, noise, keep)
+        condition = self.encoder(batch)  # (B, D)
+        noise = torch.randn(len(condition), *self.config.noise_shape, device=condition.device)  # (B, N, T, A)
+        blend = None if planned is None else self.blend(planned, num_committed)
+        return self.denoise(condition, noise, blend)
 
-    def denoise(self, condition: Tensor, noise: Tensor, keep=None) -> Tensor:
-        """(B, T, A) from a condition (B, D) and noise (B, N, T, A); `keep` is `_keep`'s, or nothing. Regression uses no noise."""
-        plain = self.head.regress(condition)
-        if keep is not None:
-            plain = torch.lerp(plain, keep[1], keep[0])
+    def blend(self, planned: Tensor, num_committed: int) -> Blend:
+        """Keep the committed actions of `planned` (B, R, A), then blend over `blend_steps` actions."""
+        steps = min(self.config.blend_steps, planned.shape[1] - num_committed)
+        # 0 while committed, then 1, 2, ..., steps
+        index = torch.arange(1 - num_committed, steps + 1, device=planned.device).clamp_min(0)
+        weight = torch.zeros(self.config.chunk_size, 1, device=planned.device)  # (T, 1)
+        weight[: num_committed + steps, 0] = 1 - index / (steps + 1)
+        padded = F.pad(planned, (0, 0, 0, self.config.chunk_size - planned.shape[1]))  # (B, T, A)
+        return Blend(weight, padded)
+
+    def denoise(self, condition: Tensor, noise: Tensor, blend: Blend | None = None) -> Tensor:
+        """(B, T, A) actions from a condition (B, D) and noise (B, N, T, A), which regression does not use."""
+        regressed = self.head.regress(condition)  # (B, T, A)
+        if blend is not None:
+            regressed = torch.lerp(regressed, blend.planned, blend.weight)
         if self.config.head == "regression":
-            return plain
-        draws, steps = noise, self.config.num_inference_steps
-        times = torch.arange(steps, device=noise.device).repeat_interleave(condition.shape[0]) / steps
-        modulations = self.head.modulations(times, condition.repeat(steps, 1))  # all steps at once
-        modulations = [m.unsqueeze(1).chunk(steps) for m in modulations]  # each (B, 1, 3 D), for every draw
-        for step in range(steps):
-            draws = draws + (self.head.along(draws, [m[step] for m in modulations]) - draws) / (steps - step)
-            if keep is not None:  # where the planned actions would be on their way from this noise
-                planned = torch.lerp(noise, keep[1].unsqueeze(1), (step + 1) / steps)
-                draws = torch.lerp(draws, planned, keep[0])
-        return medoid(plain, draws)
+            return regressed
 
-    def _keep(self, rest: Tensor | None, settled: int, condition: Tensor):
-        if rest is None:
-            return None
-        count = min(self.config.blend_steps, rest.shape[1] - settled)
-        weight = torch.zeros(self.config.chunk_size, 1, device=condition.device)
-        after = torch.arange(1 - settled, count + 1, device=condition.device).clamp_min(0)  # 0 while settled, 1, 2, ...
-        weight[: settled + count, 0] = 1 - after / (count + 1)
-        return weight, F.pad(rest, (0, 0, 0, self.config.chunk_size - rest.shape[1]))
+        # What time and condition do to each block is the same for every draw: compute it once, for all steps together.
+        steps = self.config.num_inference_steps
+        times = torch.arange(steps, device=noise.device).repeat_interleave(condition.shape[0]) / steps  # (steps * B,)
+        modulations = self.head.modulations(times, condition.repeat(steps, 1))  # a (steps * B, 3 D) for each block
+        modulations = [modulation.unsqueeze(1).chunk(steps) for modulation in modulations]  # (B, 1, 3 D) for each step
+
+        # Euler steps from noise to actions.
+        draws = noise
+        for step in range(steps):
+            actions = self.head.denoise(draws, [modulation[step] for modulation in modulations])  # (B, N, T, A)
+            draws = draws + (actions - draws) / (steps - step)
+            if blend is not None:
+                # Inpainting: where a line from this noise to the planned actions would be by now.
+                on_line = torch.lerp(noise, blend.planned.unsqueeze(1), (step + 1) / steps)
+                draws = torch.lerp(draws, on_line, blend.weight)
+        return medoid(regressed, draws)
 
     @torch.no_grad()
     def select_action(self, batch: dict, **kwargs) -> Tensor:
-        """(B, A) the normalised action to carry out now; a chunk is predicted when the last one is used up."""
+        """(B, A) the normalised action to carry out now. Every n_action_steps calls predict a chunk."""
         self.eval()
-        self._seen.append({key: batch[key] for key in self.config.input_features})
-        while len(self._seen) < self.config.n_obs_steps:  # an episode's first observation stands for those before it
-            self._seen.append(self._seen[-1])
+        self._history.append({key: batch[key] for key in self.config.input_features})
+        while len(self._history) < self.config.n_obs_steps:
+            self._history.append(self._history[-1])  # at the start of an episode, repeat the first observation
         if not self._actions:
-            now = {**batch, **self._seen[-1]}
             if self.config.n_obs_steps > 1:
-                now |= {key: torch.stack([seen[key] for seen in self._seen], dim=1) for key in self._seen[-1]}
-            chunk, count = self.predict_action_chunk(now, rest=self._rest), self.config.n_action_steps
+                for key in self.config.input_features:
+                    past = torch.stack([observation[key] for observation in self._history], dim=1)  # (B, S, ...)
+                    batch = {**batch, key: past}
+            chunk = self.predict_action_chunk(batch, planned=self._planned)  # (B, T, A)
+            count = self.config.n_action_steps
             self._actions.extend(chunk[:, :count].unbind(1))
-            self._rest = chunk[:, count:]
+            self._planned = chunk[:, count:]
         return self._actions.popleft()
 
 
-def medoid(plain: Tensor, draws: Tensor) -> Tensor:
-    """Of a plain chunk (B, T, A) and draws (B, N, T, A), the one that is nearest to the nearest half of the (other) draws."""
-    every = torch.cat([plain.unsqueeze(1), draws], dim=1)  # (B, 1 + N, T, A)
-    apart = (every.unsqueeze(2) - draws.unsqueeze(1)).pow(2).sum((-1, -2)).sqrt()  # (B, 1 + N, N)
+def medoid(regressed: Tensor, draws: Tensor) -> Tensor:
+    """(B, T, A): of the regressed chunk (B, T, A) and the draws (B, N, T, A), the one closest to its nearest N / 2 draws."""
+    candidates = torch.cat([regressed.unsqueeze(1), draws], dim=1)  # (B, 1 + N, T, A)
+    distances = (candidates.unsqueeze(2) - draws.unsqueeze(1)).pow(2).sum((-1, -2)).sqrt()  # (B, 1 + N, N)
     count = draws.shape[1]
-    itself = F.pad(torch.eye(count, device=draws.device), (0, 0, 1, 0))
-    near = (apart + 1e9 * itself).sort(dim=-1).values[..., : count // 2].mean(-1)  # (B, 1 + N)
-    best = near.argmin(1)[:, None, None, None].expand(-1, 1, *plain.shape[1:])
-    return every.gather(1, best).squeeze(1)
+    is_itself = F.pad(torch.eye(count, device=draws.device), (0, 0, 1, 0))  # (1 + N, N)
+    nearest = (distances + 1e9 * is_itself).sort(dim=-1).values[..., : count // 2]  # (B, 1 + N, N / 2)
+    best = nearest.mean(-1).argmin(1)  # (B,)
+    index = best[:, None, None, None].expand(-1, 1, *regressed.shape[1:])  # (B, 1, T, A)
+    return candidates.gather(1, index).squeeze(1)
 
 
 class Encoder(nn.Module):
-    """Observations to one condition vector (B, D)."""
+    """Encodes all observations into one condition vector (B, D)."""
 
     def __init__(self, config: FlowConfig):
         super().__init__()
-        channels, width, _ = SIZES[config.size]
-        self.config, self.cameras = config, list(config.image_features)
+        self.config = config
+        self.cameras = list(config.image_features)
         self.vectors = [key for key in config.input_features if key not in self.cameras]
-        self.eyes = nn.ModuleList(CameraEncoder(config, channels) for _ in self.cameras)
+        size = SIZES[config.size]
+        self.eyes = nn.ModuleList(CameraEncoder(config, size.channels) for _ in self.cameras)
         features = sum(eye.features for eye in self.eyes)
         features += sum(math.prod(config.input_features[key].shape) for key in self.vectors)
-        self.mix = nn.Sequential(nn.Linear(features * config.n_obs_steps, width), nn.SiLU(), nn.Linear(width, width))
-        self.task = nn.Embedding(len(config.tasks), width) if config.task_embedding and config.tasks else None
+        self.mix = nn.Sequential(
+            nn.Linear(features * config.n_obs_steps, size.width), nn.SiLU(), nn.Linear(size.width, size.width)
+        )
+        self.task = nn.Embedding(len(config.tasks), size.width) if config.task_embedding and config.tasks else None
 
     def forward(self, batch: dict) -> Tensor:
-        parts = []  # each (B, S * features)
+        features = []  # (B, S * F) each
         for key, eye in zip(self.cameras, self.eyes, strict=True):
             pictures = batch[key]  # (B, [S,] C, H, W)
-            pictures, count = pictures.flatten(0, -4), pictures.shape[0]
-            twice = self.config.gradient_checkpointing and self.training
-            seen = checkpoint(eye, pictures, use_reentrant=False, **counted_once(eye)) if twice else eye(pictures)
-            parts.append(seen.reshape(count, -1))
-        # a vector of one number comes as (B,)
-        parts += [batch[key].reshape(batch[key].shape[0], -1) for key in self.vectors]
-        condition = self.mix(torch.cat(parts, dim=1))
-        return condition if self.task is None else condition + self.task(self._which(batch, condition.device))
+            flat = pictures.flatten(0, -4)  # (B * S, C, H, W)
+            recompute = self.config.gradient_checkpointing and self.training
+            encoded = recomputed(eye, flat) if recompute else eye(flat)
+            features.append(encoded.reshape(pictures.shape[0], -1))
+        for key in self.vectors:
+            vector = batch[key]  # (B, [S,] F), or (B,) for a single number
+            features.append(vector.reshape(vector.shape[0], -1))
+        condition = self.mix(torch.cat(features, dim=1))  # (B, D)
+        if self.task is None:
+            return condition
+        return condition + self.task(self._task_indices(batch["task"], condition.device))
 
-    def _which(self, batch: dict, device) -> Tensor:
-        words = batch["task"] if isinstance(batch["task"], list) else [batch["task"]]
-        for word in words:
-            if word not in self.config.tasks:
-                raise UserError(f"task {word!r} is none that this policy was trained on: {self.config.tasks}")
-        return torch.tensor([self.config.tasks.index(word) for word in words], device=device)
+    def _task_indices(self, tasks: str | list[str], device) -> Tensor:
+        """(B,) positions of the batch's tasks among those that were trained on."""
+        if isinstance(tasks, str):
+            tasks = [tasks]
+        known = self.config.tasks
+        for task in tasks:
+            if task not in known:
+                raise UserError(f"task {task!r} is not one that this policy was trained on: expected one of {known}")
+        return torch.tensor([known.index(task) for task in tasks], device=device)
 
 
 class CameraEncoder(nn.Module):
-    """One camera's pictures (N, C, H, W) to features (N, 2 K + channels): where its maps are active, and how much."""
+    """Encodes the pictures of one camera: (B, C, H, W) to (B, 2 K + channels), keypoints and pooled features."""
 
     def __init__(self, config: FlowConfig, channels: tuple[int, ...]):
         super().__init__()
-        self.backbone, last = make_backbone(config, channels)
-        self.maps = nn.Conv2d(last, config.num_keypoints, 1)
-        # from 1 the maps stay flat, and points in the middle, for too long
+        self.backbone, num_maps = make_backbone(config, channels)
+        self.maps = nn.Conv2d(num_maps, config.num_keypoints, 1)
+        # starting from 1, the softmax stays flat and keypoints stay in the middle for too long
         self.sharpness = nn.Parameter(torch.tensor(8.0))
-        self.features = 2 * config.num_keypoints + last
+        self.features = 2 * config.num_keypoints + num_maps
 
     def forward(self, pictures: Tensor) -> Tensor:
-        seen = self.backbone(pictures.to(memory_format=torch.channels_last))  # (N, channels, h, w)
-        maps = self.maps(seen)  # (N, K, h, w)
+        seen = self.backbone(pictures.to(memory_format=torch.channels_last))  # (B, channels, h, w)
+        maps = self.maps(seen)  # (B, K, h, w)
         height, width = maps.shape[-2:]
-        weight = F.softmax(maps.flatten(2) * self.sharpness, dim=-1).reshape(maps.shape)
-        x = weight.sum(2) @ torch.linspace(-1, 1, width, device=maps.device)  # (N, K)
-        y = weight.sum(3) @ torch.linspace(-1, 1, height, device=maps.device)
+        # Spatial softmax: a keypoint is the mean position under its map, in [-1, 1].
+        weight = F.softmax(maps.flatten(2) * self.sharpness, dim=-1).reshape(maps.shape)  # (B, K, h, w)
+        x = weight.sum(2) @ torch.linspace(-1, 1, width, device=maps.device)  # (B, K)
+        y = weight.sum(3) @ torch.linspace(-1, 1, height, device=maps.device)  # (B, K)
         return torch.cat([x, y, seen.mean((2, 3))], dim=1)
 
 
 def make_backbone(config: FlowConfig, channels: tuple[int, ...]) -> tuple[nn.Module, int]:
-    """A module from pictures to feature maps, and how many maps it gives."""
-    if config.backbone == "conv":
-        stages, before = [], 3
-        for stage, width in enumerate(channels):
-            kernel = 5 if stage == 0 else 3
-            stages += [
-                nn.Conv2d(before, width, kernel, stride=2, padding=kernel // 2),
-                nn.GroupNorm(8, width),
-                nn.SiLU(),
-            ]
-            stages += [Residual(width)] if stage else []
-            before = width
-        return nn.Sequential(*stages), before
-    weights = config.pretrained_backbone_weights
-    import torchvision
+    """A module from pictures (B, 3, H, W) to feature maps (B, C, h, w), and C.
 
+    Raises:
+        UserError, ValueError: there is no such backbone, or it gives no feature maps.
+    """
+    if config.backbone == "conv":
+        return make_conv_backbone(channels), channels[-1]
     if config.backbone in torchvision.models.list_models(torchvision.models):
-        model = torchvision.models.get_model(config.backbone, weights=weights)
+        check_backbone_weights(config.backbone, config.pretrained_backbone_weights)
+        model = torchvision.models.get_model(config.backbone, weights=config.pretrained_backbone_weights)
+        # without pooling and classifier, which are a ResNet's last two modules
         layers = list(model.children())[:-2] if hasattr(model, "fc") else [model.features]
         backbone = nn.Sequential(*layers)
     else:
-        import timm
-
-        backbone = timm.create_model(config.backbone, pretrained=weights is not None, num_classes=0, global_pool="")
+        backbone = make_timm_backbone(config.backbone, config.pretrained_backbone_weights)
+    # Two sizes of pictures tell channels from pixels: some models put channels last.
     with torch.no_grad():
         seen, larger = (backbone.eval()(torch.zeros(1, 3, pixels, pixels)) for pixels in (64, 96))
-    if seen.ndim != 4 or seen.shape[1] != larger.shape[1]:  # or channels last
-        raise ValueError(f"backbone {config.backbone} gives no (N, C, h, w) feature maps, but {tuple(seen.shape)}")
+    if seen.ndim != 4 or seen.shape[1] != larger.shape[1]:
+        raise ValueError(
+            f"backbone {config.backbone}: expected feature maps (B, C, h, w), got {tuple(seen.shape)}. Choose another one"
+        )
     return backbone, seen.shape[1]
+
+
+def make_conv_backbone(channels: tuple[int, ...]) -> nn.Sequential:
+    """Stages that each halve the picture."""
+    stages = []
+    before = 3
+    for stage, width in enumerate(channels):
+        kernel = 5 if stage == 0 else 3
+        stages.append(nn.Conv2d(before, width, kernel, stride=2, padding=kernel // 2))
+        stages += [nn.GroupNorm(8, width), nn.SiLU()]
+        if stage > 0:
+            stages.append(Residual(width))
+        before = width
+    return nn.Sequential(*stages)
+
+
+def make_timm_backbone(name: str, weights: str | None) -> nn.Module:
+    expected = f"backbone {name}: expected conv, a torchvision model or a timm model"
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"{expected}, and timm is not installed. Install it with: uv pip install timm") from None
+    if ":" not in name and not timm.is_model(name):  # local-dir: and hf-hub: name a model of the Hub or a folder
+        raise ValueError(expected)
+    return timm.create_model(name, pretrained=weights is not None, num_classes=0, global_pool="")
 
 
 class Residual(nn.Module):
@@ -352,40 +428,45 @@ class Residual(nn.Module):
 
 
 class Head(nn.Module):
-    """A chunk on its way from noise to actions, the time of the way in [0, 1], and the condition: to the actions at its end."""
+    """Predicts actions (B, T, A) from noisy actions, their time between noise (0) and actions (1), and the condition."""
 
     def __init__(self, config: FlowConfig):
         super().__init__()
-        _, width, blocks = SIZES[config.size]
+        size = SIZES[config.size]
         self.shape = config.noise_shape[1:]  # (T, A)
-        self.enter = nn.Linear(math.prod(self.shape), width)
-        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
-        self.blocks = nn.ModuleList(AdaLNBlock(width) for _ in range(blocks))
-        self.actions = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, math.prod(self.shape)))
+        self.enter = nn.Linear(math.prod(self.shape), size.width)
+        self.time = nn.Sequential(nn.Linear(64, size.width), nn.SiLU(), nn.Linear(size.width, size.width))
+        self.blocks = nn.ModuleList(AdaLNBlock(size.width) for _ in range(size.blocks))
+        self.actions = nn.Sequential(nn.LayerNorm(size.width), nn.Linear(size.width, math.prod(self.shape)))
 
-    def forward(self, chunk: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        return self.along(chunk, self.modulations(time, condition))
+    def forward(self, noisy_actions: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        """(B, T, A) from noisy actions (B, T, A), time (B,) and condition (B, D)."""
+        return self.denoise(noisy_actions, self.modulations(time, condition))
 
     def modulations(self, time: Tensor, condition: Tensor) -> list[Tensor]:
-        """What the time (B,) and the condition (B, D) do to each block, (B, 3 D)."""
+        """How time (B,) and condition (B, D) modulate each block, (B, 3 D) each."""
+        # sines of 32 frequencies, from 1 to 1000
         waves = time[:, None] * torch.exp(torch.linspace(0, math.log(1000), 32, device=time.device))  # (B, 32)
-        condition = F.silu(condition + self.time(torch.cat([waves.sin(), waves.cos()], dim=1)))
+        embedded = self.time(torch.cat([waves.sin(), waves.cos()], dim=1))  # (B, D)
+        condition = F.silu(condition + embedded)
         return [block.modulate(condition) for block in self.blocks]
 
-    def along(self, chunk: Tensor, modulations: list[Tensor]) -> Tensor:
-        x = self.enter(chunk.flatten(-2))  # (..., D)
+    def denoise(self, noisy_actions: Tensor, modulations: list[Tensor]) -> Tensor:
+        """(..., T, A) from noisy actions (..., T, A) and each block's modulation (..., 3 D)."""
+        x = self.enter(noisy_actions.flatten(-2))  # (..., D)
         for block, modulation in zip(self.blocks, modulations, strict=True):
             x = block(x, modulation)
-        return self.actions(x).reshape(*x.shape[:-1], *self.shape)  # (..., T, A)  (torch.compile breaks at unflatten)
+        # reshape, because torch.compile breaks its graph at unflatten
+        return self.actions(x).reshape(*x.shape[:-1], *self.shape)
 
     def regress(self, condition: Tensor) -> Tensor:
-        """The chunk in one step, from no noise at all."""
-        nothing = condition.new_zeros(condition.shape[0], *self.shape)
-        return self(nothing, condition.new_zeros(condition.shape[0]), condition)
+        """(B, T, A) in one step: from zeros in place of noise, at time 0."""
+        zeros = condition.new_zeros(condition.shape[0], *self.shape)
+        return self(zeros, condition.new_zeros(condition.shape[0]), condition)
 
 
 class AdaLNBlock(nn.Module):
-    """A residual block whose normalisation the condition scales, shifts and gates; at first it does nothing."""
+    """A residual block whose layer norm is scaled, shifted and gated by the condition; initially the identity."""
 
     def __init__(self, width: int):
         super().__init__()

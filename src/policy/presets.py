@@ -1,44 +1,68 @@
-"""A policy's presets, with the flags of the run over them."""
+"""Defaults that a policy sets for training, and the flags that override them."""
 
 from dataclasses import replace
 
+from lerobot.configs import FeatureType
+
 from config import TrainConfig
 from errors import UserError
-from policy.factory import policy_class
+from policy.factory import policy_config_class
 from processors.pipelines import policy_features
 
 
-def apply_flags(policy_config, config: TrainConfig) -> None:
-    """Write --lr, --weight_decay and --gradient_checkpointing into the policy's own config, which its parts follow.
+def merge_training_preset(config: TrainConfig, meta, device, fresh: bool) -> TrainConfig:
+    """The settings with those that are None filled in: from the preset of a new policy, else as in lerobot-train.
+
+    Args:
+        config: the run's settings.
+        meta: LeRobot's metadata of the dataset, whose pictures a preset may shrink.
+        device: torch.device to train on.
+        fresh: whether the run starts at step 0.
+    """
+    preset = {"batch_size": 8, "ema_decay": 0.0, "augment": False}
+    if fresh and config.policy_path is None:
+        policy = policy_config_class(config.policy)
+        if hasattr(policy, "training_preset"):
+            inputs, _ = policy_features(meta, None)
+            pictures = [f.shape[1:] for f in inputs.values() if f.type is FeatureType.VISUAL]  # (H, W) each
+            preset |= policy.training_preset(device.type, pictures)
+    unset = {name: value for name, value in preset.items() if getattr(config, name) is None}
+    return replace(config, **unset)
+
+
+def apply_training_flags(policy_config, config: TrainConfig) -> None:
+    """Write --lr, --weight_decay and --gradient_checkpointing into the policy's config, which its presets read.
 
     Raises:
         UserError: the policy has no gradient checkpointing.
     """
-    for flag, name in (("lr", "optimizer_lr"), ("weight_decay", "optimizer_weight_decay")):
-        if getattr(config, flag) is not None and hasattr(policy_config, name):
-            setattr(policy_config, name, getattr(config, flag))
-    if hasattr(policy_config, "gradient_checkpointing") and config.gradient_checkpointing is not None:
-        policy_config.gradient_checkpointing = config.gradient_checkpointing
+    if config.lr is not None and hasattr(policy_config, "optimizer_lr"):
+        policy_config.optimizer_lr = config.lr
+    if config.weight_decay is not None and hasattr(policy_config, "optimizer_weight_decay"):
+        policy_config.optimizer_weight_decay = config.weight_decay
+    if hasattr(policy_config, "gradient_checkpointing"):
+        if config.gradient_checkpointing is not None:
+            policy_config.gradient_checkpointing = config.gradient_checkpointing
     elif config.gradient_checkpointing:
-        raise UserError(f"--gradient_checkpointing: policy {policy_config.type} has none: leave the flag out")
+        raise UserError(f"--gradient_checkpointing: policy {policy_config.type} has none. Leave the flag out")
 
 
-def preset_schedule(policy_config, config: TrainConfig):
-    """LeRobot's config of the policy's own schedule with the asked warm-up; None where a flag names another, or it has none."""
-    preset = None if config.lr_schedule else policy_config.get_scheduler_preset()
+def optimizer_preset(policy_config, config: TrainConfig):
+    """LeRobot's config of the policy's optimizer, with --lr, --weight_decay and --grad_clip_norm over it."""
+    flags = {"lr": config.lr, "weight_decay": config.weight_decay, "grad_clip_norm": config.grad_clip_norm}
+    given = {name: value for name, value in flags.items() if value is not None}
+    return replace(policy_config.get_optimizer_preset(), **given)
+
+
+def scheduler_preset(policy_config, config: TrainConfig):
+    """LeRobot's config of the policy's learning rate schedule, with --warmup_steps; None for a schedule of the flags."""
+    if config.lr_schedule is not None:
+        return None
+    preset = policy_config.get_scheduler_preset()
     if preset is None or config.warmup_steps is None:
         return preset
-    changed = {"num_warmup_steps": config.warmup_steps}
-    if hasattr(preset, "num_decay_steps"):  # of a run that is shorter than these LeRobot shortens the warm-up too
-        changed["num_decay_steps"] = min(preset.num_decay_steps, config.steps)
-    return replace(preset, **changed)
-
-
-def with_preset(config: TrainConfig, meta, device, fresh: bool) -> TrainConfig:
-    """The settings, those that were not given filled in: as a new policy's own preset has them, else as lerobot-train has."""
-    preset = {"batch_size": 8, "ema_decay": 0.0, "augment": False}
-    if fresh and config.policy_path is None and hasattr(kind := policy_class(config.policy), "training_preset"):
-        preset |= kind.training_preset(
-            device.type, [f.shape[1:] for f in policy_features(meta, None)[0].values() if f.type.value == "VISUAL"]
-        )
-    return replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
+    preset = replace(preset, num_warmup_steps=config.warmup_steps)
+    if hasattr(preset, "num_decay_steps"):
+        # LeRobot scales the warm-up down with a decay that is longer than the run
+        preset = replace(preset, num_decay_steps=min(preset.num_decay_steps, config.steps))
+    return preset

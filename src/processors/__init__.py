@@ -1,1 +1,1 @@
-"""From a batch as recorded to what the policy takes, and back."""
+"""LeRobot's processors around a policy, statistics to normalise by, and augmentation."""

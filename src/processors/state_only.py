@@ -1,4 +1,4 @@
-"""A pipeline step for datasets without a camera."""
+"""A processor step for datasets without a camera."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
 @ProcessorStepRegistry.register("armature_state_to_environment_state")
 @dataclass
 class StateToEnvironmentState(ObservationProcessorStep):
-    """Gives the (normalised) observation.state a second time, as observation.environment_state.
+    """Adds the (normalised) observation.state a second time, as observation.environment_state.
 
-    LeRobot's act and diffusion refuse to run on a state alone, yet take any environment state beside it. LeRobot finds
-    this step through its plugin mechanism wherever this project is installed.
+    LeRobot's act and diffusion do not run on a state without a camera or an environment state. LeRobot finds this step
+    as a plugin where this project is installed.
     """
 
     def observation(self, observation: dict) -> dict:

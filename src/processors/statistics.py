@@ -1,9 +1,11 @@
-"""Statistics that normalising can use and undo."""
+"""Statistics of a dataset that normalising can use and undo."""
 
 import math
 from copy import deepcopy
 
 import torch
+from lerobot.configs import FeatureType
+from lerobot.utils.constants import IMAGENET_STATS
 
 STATS_OF_MODE = {
     "MEAN_STD": ("mean", "std"),
@@ -11,75 +13,89 @@ STATS_OF_MODE = {
     "QUANTILES": ("q01", "q99"),
     "QUANTILE10": ("q10", "q90"),
 }
+RANGES = (("min", "max"), ("q01", "q99"), ("q10", "q90"))
+RECOMPUTE = "Recompute them: lerobot-edit-dataset --repo_id local/copy --root FOLDER --new_root COPY --operation.type recompute_stats"
 
 
 def usable_stats(meta, imagenet: bool) -> dict:
-    """The dataset's statistics, such that normalising and undoing it is the identity also for a joint that never moved.
+    """The dataset's statistics, made such that normalising and undoing it is the identity.
 
-    LeRobot normalises by std + 1e-8 and undoes it by std: at std 0 noise of one rounding error becomes of order 1, and
-    nothing brings it back. A range that rounding error could explain is given unit width here instead.
+    LeRobot divides by std + 1e-8 and multiplies by std: where a joint never moves, it turns a rounding error into noise of
+    order 1 that nothing undoes. Here such a joint gets a std of 1 and a range of 2 or more instead.
+
+    Args:
+        meta: LeRobot's metadata of the dataset.
+        imagenet: whether cameras are normalised by ImageNet's statistics.
+
+    Returns:
+        {feature: {name: float64 tensor}}.
     """
-    from lerobot.utils.constants import IMAGENET_STATS
-
     stats = deepcopy(meta.stats) or {}
-    if "observation.state" in stats:  # the state stands in for it where policy_features() says so
+    if "observation.state" in stats:  # policy_features() may add the state a second time
         stats.setdefault("observation.environment_state", deepcopy(stats["observation.state"]))
-    for key, of_key in stats.items():
-        if meta.features.get(key, {}).get("dtype") in ("video", "image", "string") or "mean" not in of_key:
-            continue
-        of_key.update({name: torch.as_tensor(value, dtype=torch.float64) for name, value in of_key.items()})
-        if len({value.shape for name, value in of_key.items() if name != "count"}) > 1:
-            continue  # stats_problems tells
-        scale = rounding(of_key["mean"])
-        if "std" in of_key:
-            still = of_key["std"] <= scale
-            if "min" in of_key and "max" in of_key:
-                still |= of_key["max"] - of_key["min"] <= scale
-            of_key["std"] = torch.where(still, 1.0, of_key["std"])
-        for low, high in (("min", "max"), ("q01", "q99"), ("q10", "q90")):
-            if low in of_key and high in of_key:
-                still = of_key[high] - of_key[low] <= scale
-                of_key[low], of_key[high] = (
-                    torch.where(still, of_key[end] + by, of_key[end]) for end, by in ((low, -1.0), (high, 1.0))
-                )
+    for key, stats_of_key in stats.items():
+        is_picture_or_text = meta.features.get(key, {}).get("dtype") in ("video", "image", "string")
+        if not is_picture_or_text and "mean" in stats_of_key:
+            stats[key] = widen_constant(stats_of_key)
     if imagenet:
         for key in meta.camera_keys:
-            for name, value in IMAGENET_STATS.items():
-                stats.setdefault(key, {})[name] = torch.tensor(value, dtype=torch.float32)
+            values = {name: torch.tensor(value, dtype=torch.float32) for name, value in IMAGENET_STATS.items()}
+            stats[key] = stats.get(key, {}) | values
     return stats
 
 
-def rounding(values: torch.Tensor) -> torch.Tensor:
-    """How far values may differ from these, or from their mean, by rounding alone."""
+def widen_constant(stats_of_key: dict) -> dict:
+    """The statistics of one feature, with unit width where it is constant."""
+    widened = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in stats_of_key.items()}
+    if len({value.shape for name, value in widened.items() if name != "count"}) > 1:
+        return widened  # stats_problems() reports it
+    error = rounding_error(widened["mean"])
+    if "std" in widened:
+        constant = widened["std"] <= error
+        if "min" in widened and "max" in widened:
+            constant |= widened["max"] - widened["min"] <= error
+        widened["std"] = torch.where(constant, 1.0, widened["std"])
+    for low, high in RANGES:
+        if low in widened and high in widened:
+            constant = widened[high] - widened[low] <= error
+            widened[low] = torch.where(constant, widened[low] - 1.0, widened[low])
+            widened[high] = torch.where(constant, widened[high] + 1.0, widened[high])
+    return widened
+
+
+def rounding_error(values: torch.Tensor) -> torch.Tensor:
+    """How far values may differ from their mean by rounding."""
     return values.abs() * 1e-6 + 1e-12
 
 
 def is_still(values: torch.Tensor) -> torch.Tensor:
-    """(A,) which of (N, A) columns do not move: those that usable_stats gives unit width."""
-    scale = rounding(values.mean(0))
-    return (values.std(0) <= scale) | (values.amax(0) - values.amin(0) <= scale)
+    """(A,) which columns of (N, A) are constant, as in `usable_stats`."""
+    error = rounding_error(values.mean(0))
+    return (values.std(0) <= error) | (values.amax(0) - values.amin(0) <= error)
 
 
 def stats_problems(config, stats: dict) -> list[str]:
-    """Features that the policy normalises and that have no statistics (LeRobot would pass them through in silence)."""
+    """Features that the policy normalises without having usable statistics, a line each; LeRobot would not normalise them.
+
+    Args:
+        config: the policy's config.
+        stats: statistics under the policy's names.
+    """
     problems = []
     for key, feature in {**config.input_features, **config.output_features}.items():
+        stats_of_key = stats.get(key, {})
+        is_picture = feature.type is FeatureType.VISUAL
         mode = config.normalization_mapping.get(feature.type.value)
-        missing = [
-            name for name in STATS_OF_MODE.get(getattr(mode, "value", "IDENTITY"), ()) if name not in stats.get(key, {})
-        ]
-        remedy = "lerobot-edit-dataset recomputes meta/stats.json"
-        of_key = {} if feature.type.value == "VISUAL" else stats.get(key, {})
-        sizes = {len(of_key[name].reshape(-1)) for name in ("mean", "std", "min", "max") if name in of_key}
-        # of several axes LeRobot has those of the last
-        if wrong := sizes - {math.prod(feature.shape), feature.shape[-1]}:
-            problems.append(
-                f"meta/stats.json has {max(wrong)} numbers of {key}, which has shape {feature.shape}: {remedy}"
-            )
+        needed = STATS_OF_MODE.get(getattr(mode, "value", "IDENTITY"), ())
+        missing = [name for name in needed if name not in stats_of_key]
         if missing:
-            if missing[0].startswith("q"):
-                remedy = "python -m lerobot.scripts.augment_dataset_quantile_stats adds them"
+            remedy = f"{RECOMPUTE} --operation.skip_image_video false" if is_picture else RECOMPUTE
+            problems.append(f"meta/stats.json has no {' and '.join(missing)} of {key} to normalise by. {remedy}")
+        sizes = {math.prod(stats_of_key[name].shape) for name in ("mean", "std", "min", "max") if name in stats_of_key}
+        # of a feature with several axes, LeRobot has statistics of all numbers or of the last axis
+        wrong = sizes - {math.prod(feature.shape), feature.shape[-1]}
+        if wrong and not is_picture:
             problems.append(
-                f"meta/stats.json has no {' and '.join(missing)} of {key}, which the policy normalises by: {remedy}"
+                f"meta/stats.json: expected {math.prod(feature.shape)} numbers of {key}, got {max(wrong)}. {RECOMPUTE}"
             )
     return problems
