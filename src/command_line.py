@@ -1,19 +1,19 @@
-"""The command line of TrainConfig: flags, help, the README's table of them. Imports nothing heavy: `--help` answers at once."""
+"""Command lines: the flags of TrainConfig, NAME=VALUE overrides, errors in one line. Imports nothing slow: `--help` is immediate."""
 
 import argparse
 import functools
 import html
+import os
 import re
 import sys
+import traceback
 import typing
-from dataclasses import MISSING, fields
-from typing import List, Optional
+from dataclasses import fields
 
-import argparse_dataclass
-
-from config import FIELDS, TrainConfig
+from config import FIELDS, TYPE_NAMES, nargs, value_type
 from errors import UserError, nearest
 
+DEBUG = "ARMATURE_DEBUG"  # environment variable; --debug sets it, so that processes started later see it too
 OF_LEROBOT = {  # flags of lerobot-train: what to pass here
     "--dataset.repo_id": "--dataset_id REPO_OR_FOLDER",
     "--dataset.root": "--dataset_id FOLDER",
@@ -29,17 +29,31 @@ OF_LEROBOT = {  # flags of lerobot-train: what to pass here
     "--env.type": "--eval_env NAME",
     "--num_workers": "--num_threads N",
 }
+REWORDED = {  # argparse's messages: ours
+    r"^argument (--\w+): expected 2 arguments": r"\1 must be two numbers, height and width",
+    r"^argument (--\w+): invalid int value: (.*)": rf"\1 must be {TYPE_NAMES[int]}, got \2",
+    r"^argument (--\w+): invalid float value: (.*)": rf"\1 must be {TYPE_NAMES[float]}, got \2",
+    r"^argument (\S+): invalid choice: (.*) \(choose from (.*)\)": r"\1 must be one of \3, got \2",
+    r"^argument (--\w+): must be": r"\1 must be",
+}
+
+
+def print_error(error: UserError, prefix: str = "") -> None:
+    """Print a UserError in one line; with --debug, its traceback first."""
+    if os.environ.get(DEBUG, "0") not in ("", "0"):
+        traceback.print_exception(error)
+    print(f"error: {prefix}{error}", file=sys.stderr, flush=True)
 
 
 def command(main):
-    """Of a script's main(argv): a mistake that the user can mend is one line and status 2, Ctrl-C another and 130."""
+    """Decorate a script's main(argv): a UserError is one line and status 2, Ctrl-C another and status 130."""
 
     @functools.wraps(main)
-    def run(argv: List[str]) -> int:
+    def run(argv: list[str]) -> int:
         try:
             return main(argv)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print_error(error)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -48,72 +62,98 @@ def command(main):
     return run
 
 
+class DebugFlag(argparse.Action):
+    """Sets the environment variable, and nothing among the parsed arguments."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        os.environ[DEBUG] = "1"
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """A command line whose mistakes are one line."""
+    """A parser that answers a mistake in one line, and has --debug."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        text = f"show the traceback of an error, as {DEBUG}=1 does"
+        self.add_argument("--debug", action=DebugFlag, nargs=0, dest=argparse.SUPPRESS, help=text)
 
     def error(self, message):
-        print(f"error: {plain_message(message)} (--help lists what there is)", file=sys.stderr)
+        print_error(UserError(f"{reworded(message)} (--help lists the options)"))
         sys.exit(2)
 
 
-def plain_message(message: str) -> str:
-    """argparse's words for a mistake, in ours."""
-    message = re.sub(r"^argument (--\w+): expected 2 arguments", r"\1 must be two numbers, height and width", message)
-    return re.sub(r"^argument (--\w+): invalid (int|float) value: (.*)", r"\1 must be \2, got \3", message)
+def reworded(message: str) -> str:
+    for pattern, replacement in REWORDED.items():
+        message = re.sub(pattern, replacement, message)
+    return message
 
 
-class Parser(argparse_dataclass.ArgumentParser):
-    """The command line of TrainConfig: grouped help, and one line with the nearest name for a misspelt flag."""
+class Parser(OneLineParser):
+    """The command line of TrainConfig: help by group, and the nearest name for a misspelt flag."""
 
     def __init__(self):
         super().__init__(
-            TrainConfig,
             prog="train.py",
             usage="python src/train.py --dataset_id FOLDER_OR_HUB_ID [--name value ...]",
-            allow_abbrev=False,
             description="Train a policy on a LeRobot dataset. In brackets: the default.",
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,  # a checkpoint's settings are not overridden by defaults
         )
-        groups = {}
-        for action in [a for a in self._actions if a.dest in FIELDS]:
-            f = FIELDS[action.dest]
-            action.help = f"{f.metadata['help']} [{described_default(f)}]".replace("%", "%%")
-            if f.type == Optional[bool]:
-                action.nargs, action.const, action.type, action.metavar = "?", True, switch, "on|off"
-            if action.metavar is None and action.nargs != 0 and not action.choices:
-                action.metavar = {int: "N", float: "X"}.get(action.type, "TEXT")
-            name = f.metadata["group"]
-            group = groups.get(name) or groups.setdefault(name, self.add_argument_group(name))
-            self._optionals._group_actions.remove(action)
-            group._group_actions.append(action)
+        for f in FIELDS.values():
+            if "group" in f.metadata:
+                group = self.add_argument_group(f.metadata["group"])
+            group.add_argument(f"--{f.name}", **argument_options(f))
 
     def error(self, message):
-        raise UserError(plain_message(message))
+        raise UserError(reworded(message))
 
-    def given(self, argv: List[str]) -> dict:
-        """The settings that `argv` names, and no defaults."""
+    def given(self, argv: list[str]) -> dict:
+        """The settings that `argv` names, without defaults.
+
+        Raises:
+            UserError: a flag is unknown, or a value is not of its type.
+        """
         argv = [spelt_as_field(word) for word in argv]
         flags = [word.split("=")[0] for word in argv if word.startswith("--")]
-        for name, f in FIELDS.items():
-            if f.metadata.get("nargs") == "+" and flags.count(f"--{name}") > 1:
-                raise UserError(f"--{name} is given more than once: pass all of its values after one")
-        namespace, unknown = argparse.ArgumentParser.parse_known_args(self, argv)
-        for word in unknown:
-            name = word.split("=")[0]
-            theirs = next((f for f in OF_LEROBOT if name == f or (f.endswith(".") and name.startswith(f))), None)
-            if theirs:
-                raise UserError(f"{word} is lerobot-train's: pass {OF_LEROBOT[theirs]}")
-            if word.startswith("-"):
-                raise UserError(f"unknown flag {word}{nearest(name, ['--' + n for n in FIELDS])}")
-            raise UserError(f"{word!r} belongs to no flag: settings are passed as --name value")
-        return {name: value for name, value in vars(namespace).items() if value is not MISSING}
+        for f in FIELDS.values():
+            if nargs(f) == "+" and flags.count(f"--{f.name}") > 1:
+                raise UserError(f"--{f.name} is given more than once. Pass all of its values after one")
+        namespace, unknown = self.parse_known_args(argv)
+        if unknown:
+            raise UserError(explain_unknown(unknown[0]))
+        return vars(namespace)
 
 
-def parse_command_line(argv: List[str]) -> dict:
+def argument_options(f) -> dict:
+    """What argparse's add_argument takes for field `f` of TrainConfig."""
+    options = {name: f.metadata[name] for name in ("choices", "metavar") if name in f.metadata}
+    options["nargs"] = nargs(f)
+    options["type"] = value_type(f)
+    options["help"] = f"{f.metadata['help']} [{described_default(f)}]".replace("%", "%%")
+    if value_type(f) is bool:  # --compile, --compile on, --compile off
+        options |= {"nargs": "?", "const": True, "type": switch, "metavar": "on|off"}
+    elif "choices" not in options and "metavar" not in options:
+        options["metavar"] = {int: "N", float: "X", str: "TEXT"}[value_type(f)]
+    return options
+
+
+def explain_unknown(word: str) -> str:
+    """What is wrong with a word of the command line that no flag takes."""
+    name = word.split("=")[0]
+    for flag, ours in OF_LEROBOT.items():
+        if name == flag or (flag.endswith(".") and name.startswith(flag)):
+            return f"{word} is a flag of lerobot-train. Pass {ours}"
+    if word.startswith("-"):
+        return f"unknown flag {word}{nearest(name, [f'--{known}' for known in FIELDS])}"
+    return f"{word!r} belongs to no flag. Pass settings as --name value"
+
+
+def parse_command_line(argv: list[str]) -> dict:
     """The settings in `argv`; a mistake prints one line and exits with status 2."""
     try:
         return Parser().given(argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         sys.exit(2)
 
 
@@ -125,8 +165,10 @@ def switch(text: str) -> bool:
 
 def spelt_as_field(word: str) -> str:
     """--batch-size as --batch_size; anything else as it is."""
+    if not word.startswith("--"):
+        return word
     flag, equals, value = word.partition("=")
-    return flag.replace("-", "_").replace("__", "--", 1) + equals + value if flag.startswith("--") else word
+    return "--" + flag[2:].replace("-", "_") + equals + value
 
 
 def described_default(f) -> str:
@@ -140,42 +182,49 @@ def described_default(f) -> str:
 def flags_table() -> str:
     """Every flag in Markdown, a section with a table for each group of them; docs/flags.md holds it."""
     lines = []
-    group = None
     for f in FIELDS.values():
-        if f.metadata["group"] != group:
-            group = f.metadata["group"]
-            lines += ["", f"## {group}", "", "| flag | default | what it does |", "| --- | --- | --- |"]
+        if "group" in f.metadata:
+            lines += ["", f"## {f.metadata['group']}", "", "| flag | default | what it does |", "| --- | --- | --- |"]
         lines.append(f"| `--{f.name}` | {described_default(f)} | {html.escape(f.metadata['help'], quote=False)} |")
     return "\n".join(lines[1:]) + "\n"
 
 
 def parse_overrides(flag: str, config_class, overrides: list[str] | None) -> dict:
-    """`name=value` overrides as values of the types that a policy's or environment's config class declares.
+    """NAME=VALUE overrides as values of the types that a config class of LeRobot declares.
 
     Raises:
-        UserError: a name that it does not have, or a value not of its type.
+        UserError: an unknown name, or a value that is not of its type.
+    """
+    types = typing.get_type_hints(config_class)
+    known = [f.name for f in fields(config_class) if f.init]
+    owner = "PEFT"
+    if hasattr(config_class, "get_choice_name"):
+        owner = config_class.get_choice_name(config_class)
+    if flag == "--policy_args":
+        owner = f"policy {owner}"
+    values = {}
+    for override in overrides or []:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"{flag} {override}: expected {override}=VALUE")
+        if name not in known:
+            raise UserError(f"{flag} {name}: {owner} has no such setting{nearest(name, known)}")
+        values[name] = decoded(text, types[name], f"{flag} {name}")
+    return values
+
+
+def decoded(text: str, kind, what: str):
+    """The value of the YAML `text` as type `kind`.
+
+    Raises:
+        UserError: it is not of that type.
     """
     import draccus
     import yaml
 
-    types = typing.get_type_hints(config_class)
-    names = [f.name for f in fields(config_class) if f.init]
-    values = {}
-    for pair in overrides or []:
-        name, equals, text = pair.partition("=")
-        kind = config_class.get_choice_name(config_class) if hasattr(config_class, "get_choice_name") else "PEFT"
-        whose = f"policy {kind}" if flag == "--policy_args" else kind
-        if not equals:
-            raise UserError(f"{flag} {pair}: expected NAME=VALUE, such as chunk_size=50")
-        if name not in names:
-            raise UserError(f"{flag} {name}: {whose} has no such setting{nearest(name, names)}")
-        try:
-            value = None if text.strip().lower() in ("none", "null") else yaml.safe_load(text)
-            if value is None and type(None) not in typing.get_args(types[name]):
-                raise ValueError("none is no value of this setting")
-            values[name] = draccus.decode(types[name], value)
-        except (yaml.YAMLError, draccus.utils.DraccusException, ValueError, TypeError, KeyError):
-            wanted = getattr(types[name], "__name__", None) or str(types[name])
-            wanted = str(types[name]) if typing.get_args(types[name]) else wanted
-            raise UserError(f"{flag} {name}: expected {wanted}, got {text!r}") from None
-    return values
+    try:
+        value = None if text.strip().lower() in ("none", "null") else yaml.safe_load(text)
+        return draccus.decode(kind, value)
+    except Exception as error:  # of any type, even a bare one: draccus checks nothing before it converts
+        expected = str(kind) if typing.get_args(kind) else getattr(kind, "__name__", str(kind))
+        raise UserError(f"{what}: expected {expected}, got {text!r}") from error

@@ -1,4 +1,13 @@
-"""Look at runs, checkpoints and the frame cache: list, verify, show, compare, cache."""
+"""Look at runs, their checkpoints, and the cache of decoded frames.
+
+    python src/runs.py list outputs/my_run
+    python src/runs.py verify outputs/my_run
+    python src/runs.py show outputs/my_run/checkpoint-5000
+    python src/runs.py compare outputs/my_run outputs/another_run
+    python src/runs.py cache list
+
+The modules that a command needs are imported inside its function: they take seconds, and `--help` is immediate.
+"""
 
 import json
 import re
@@ -10,137 +19,188 @@ from pathlib import Path
 from checkpoints.folder import MANIFEST, best_checkpoint, find_checkpoints, read_json, sort_key, verify
 from command_line import OneLineParser, command
 from config import FIELDS
-from data.frames import on_disk
 from errors import UserError
-from reports.figures import curves_figure
-from reports.pages import read_history, runs_page
-from runtime import user_cache_dir
 
 
-def describe(path: Path) -> str:
-    """One line about a checkpoint: name, bytes, when and with what loss it was saved, and whether it is whole."""
-    try:
-        verify(path)
-        info, state = read_json(path / "training_info.json"), "whole"
-        loss = "-" if info["loss"] is None else f"{info['loss']:.4g}"
-        said = f"loss {loss:>8}  saved {info['saved_at']}"
-        said += "  best by validation" if best_checkpoint(path.parent)[0] == path else ""
-    except UserError as error:
-        said, state = "", str(error).removeprefix(f"{path} is ")
-    inodes = {file.stat().st_ino: file.stat().st_size for file in path.iterdir()}  # links counted once
-    return f"{path.name:<20} {sum(inodes.values()) / 1e6:9.1f} MB  {said}  {state}"
+def checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoint at `path`, or those of the run there, the newest last.
 
-
-def show(path: Path) -> str:
-    """What a checkpoint is: facts of its run, the settings that are not the defaults, its files."""
-    info, config = read_json(path / "training_info.json"), read_json(path / "train_config.json")
-    lines = [f"{name:<15} {value}" for name, value in info.items() if not isinstance(value, dict)]
-    lines += [f"--{name} {value}" for name, value in config.items() if name in FIELDS and value != FIELDS[name].default]
-    return "\n".join([*lines, *(f"{file.stat().st_size:>12,}  {file.name}" for file in sorted(path.iterdir()))])
-
-
-@command
-def look(argv: list[str]) -> int:
-    parser = OneLineParser(prog="runs.py", description="Look at checkpoints.")
-    parser.add_argument("what", choices=("list", "verify", "show"), help="list or verify a run's, or show one")
-    parser.add_argument("path", type=Path, help="a run's folder or a checkpoint-<step> folder")
-    args = parser.parse_args(argv)
-    found = [args.path] if (args.path / MANIFEST).is_file() else sorted(find_checkpoints(args.path), key=sort_key)
+    Raises:
+        UserError: there is none.
+    """
+    if (path / MANIFEST).is_file():
+        return [path]
+    found = sorted(find_checkpoints(path), key=sort_key)
     if not found:
-        raise UserError(f"{args.path} is no checkpoint and holds none")
-    damaged = 0
-    for path in found if args.what == "verify" else found[-1:] if args.what == "show" else []:
-        try:
-            verify(path)
-            print(show(path) if args.what == "show" else f"{path}: whole")
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            damaged = 2
-    if args.what == "list":
-        print("\n".join(describe(path) + ("  newest" if path == found[-1] != args.path else "") for path in found))
-    return damaged
+        raise UserError(f"{path} is not a checkpoint and holds none. Pass a run's folder or a checkpoint-<step> folder")
+    return found
 
 
-@command
-def compare(argv: list[str]) -> int:
-    parser = OneLineParser(prog="runs.py compare", description="Compare runs by their metrics.jsonl.")
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
-    parser.add_argument("--output", default="outputs/runs", help="where .html and .png go [outputs/runs]")
-    args = parser.parse_args(argv)
-    names = [run.resolve().name for run in args.runs]
-    names = names if len(set(names)) == len(names) else [str(run) for run in args.runs]
+def list_checkpoints(args) -> int:
+    checkpoints = checkpoints_at(args.path)
+    for checkpoint in checkpoints:
+        is_newest = checkpoint == checkpoints[-1] and checkpoint != args.path
+        print(describe(checkpoint) + ("  newest" if is_newest else ""))
+    return 0
+
+
+def describe(checkpoint: Path) -> str:
+    """One line about a checkpoint: name, size, loss, when it was saved, and whether it is damaged."""
+    sizes = {file.stat().st_ino: file.stat().st_size for file in checkpoint.iterdir()}  # links counted once
+    line = f"{checkpoint.name:<20} {sum(sizes.values()) / 1e6:9.1f} MB"
     try:
-        runs = {name: read_history(run) for name, run in zip(names, args.runs, strict=True)}
-        output = Path(args.output.removesuffix(".html")).expanduser()
-        output = output / "runs" if output.is_dir() or args.output.endswith("/") else output
+        verify(checkpoint)
+        info = read_json(checkpoint / "training_info.json")
+    except UserError as error:
+        return f"{line}  {str(error).removeprefix(f'{checkpoint} is ')}"
+    loss = "-" if info["loss"] is None else f"{info['loss']:.4g}"
+    line += f"  loss {loss:>8}  saved {info['saved_at']}"
+    if best_checkpoint(checkpoint.parent)[0] == checkpoint:
+        line += "  best by validation"
+    return f"{line}  intact"
+
+
+def verify_checkpoints(args) -> int:
+    """Compare every file with its manifest; status 2 if one differs."""
+    status = 0
+    for checkpoint in checkpoints_at(args.path):
+        try:
+            verify(checkpoint)
+            print(f"{checkpoint}: intact")
+        except UserError as error:  # the others are looked at as well
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+    return status
+
+
+def show_checkpoint(args) -> int:
+    """Facts of a checkpoint's run, the settings that are not the defaults, its files."""
+    checkpoint = checkpoints_at(args.path)[-1]
+    verify(checkpoint)
+    for name, value in read_json(checkpoint / "training_info.json").items():
+        if not isinstance(value, dict):
+            print(f"{name:<15} {value}")
+    for name, value in read_json(checkpoint / "train_config.json").items():
+        if name in FIELDS and value != FIELDS[name].default:
+            print(f"--{name} {value}")
+    for file in sorted(checkpoint.iterdir()):
+        print(f"{file.stat().st_size:>12,}  {file.name}")
+    return 0
+
+
+def compare_runs(args) -> int:
+    """Write a page and a picture of the runs' curves."""
+    from reports.figures import curves_figure
+    from reports.pages import read_history, runs_page
+
+    names = [run.resolve().name for run in args.runs]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in args.runs]
+    histories = {name: read_history(run) for name, run in zip(names, args.runs, strict=True)}
+    output = Path(args.output.removesuffix(".html")).expanduser()
+    if output.is_dir() or args.output.endswith("/"):
+        output = output / "runs"
+    try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        page = runs_page(runs).save(output.with_name(f"{output.name}.html"))
-        curves_figure(runs).savefig(output.with_name(f"{output.name}.png"), dpi=110)
+        page = runs_page(histories).save(output.with_name(f"{output.name}.html"))
+        curves_figure(histories).savefig(output.with_name(f"{output.name}.png"), dpi=110)
     except OSError as error:
         raise UserError(f"--output {args.output} cannot be written: {error.strerror}") from error
     print(page)
     return 0
 
 
-@command
-def cache(argv: list[str]) -> int:
-    parser = OneLineParser(prog="runs.py cache", description="Show or clear the cache of decoded frames.")
-    parser.add_argument("command", choices=("list", "prune"))
-    parser.add_argument("--cache_dir", type=Path, default=user_cache_dir() / "frames", help="[%(default)s]")
-    parser.add_argument(
-        "--days", type=float, default=0.0, help="prune only what was not used for this many days [%(default)s]"
-    )
-    args = parser.parse_args(argv)
+def look_at_cache(args) -> int:
+    """List the stores of decoded frames that are unused for `args.days`, and delete them if `args.prune`."""
+    from data.frames import on_disk
+    from runtime import user_cache_dir
+
+    cache_dir = args.cache_dir or user_cache_dir() / "frames"
     total = 0
-    for place in sorted(filter(is_store, args.cache_dir.glob("*"))):  # hidden ones too, which are unfinished
-        size = sum(map(on_disk, place.iterdir()))
-        age = (time.time() - place.stat().st_mtime) / 86400
-        message = content_of(place, "unfinished" if place.name.startswith(".") else f"used {age:.1f} days ago")
-        if args.command == "prune" and (age < args.days or not delete(place)):
+    for folder in sorted(filter(is_store, cache_dir.glob("*"))):  # hidden ones too: they are unfinished
+        days_unused = (time.time() - folder.stat().st_mtime) / 86400
+        if days_unused < args.days:
             continue
-        print(f"{size / 1e9:8.2f} GB {message}")
+        size = sum(on_disk(file) for file in folder.iterdir())
+        line = f"{size / 1e9:8.2f} GB {describe_store(folder, days_unused)}"
+        if args.prune and not delete(folder):
+            continue
+        print(line)
         total += size
-    print(f"{total / 1e9:8.2f} GB {'freed in' if args.command == 'prune' else 'in'} {args.cache_dir}")
+    print(f"{total / 1e9:8.2f} GB {'freed in' if args.prune else 'in'} {cache_dir}")
     return 0
 
 
-def is_store(place: Path) -> bool:
-    """Whether a folder is a camera's store, or what is left of one, and nobody else's."""
-    named = re.search(r"-[0-9a-f]{16}(\.gone)?$", place.name)
-    return bool(named) and any((place / name).is_file() for name in ("frames.u8", "about.json"))
+def is_store(folder: Path) -> bool:
+    """Whether a folder holds the frames of a camera, or what is left of them; any other is not ours to delete."""
+    is_named_so = re.search(r"-[0-9a-f]{16}(\.gone)?$", folder.name) is not None
+    return is_named_so and any((folder / name).is_file() for name in ("frames.u8", "about.json"))
 
 
-def content_of(place: Path, state: str) -> str:
-    """What a store says it holds; its name where its building or deletion was broken off before or after it could."""
+def describe_store(folder: Path, days_unused: float) -> str:
+    """What a store says it holds; its name if its writing or deletion was interrupted."""
     try:
-        facts = json.loads((place / "about.json").read_text())
+        about = json.loads((folder / "about.json").read_text())
     except (OSError, ValueError):
-        return f"of {place.name}, broken off"
-    shape = "x".join(map(str, facts["shape"]))
-    return f"{facts['frames']:>9,} frames of {shape:<12} {state}: {facts['camera']} of {facts['dataset']}"
+        return f"of {folder.name}, interrupted"
+    state = "unfinished" if folder.name.startswith(".") else f"used {days_unused:.1f} days ago"
+    shape = "x".join(map(str, about["shape"]))
+    return f"{about['frames']:>9,} frames of {shape:<12} {state}: {about['camera']} of {about['dataset']}"
 
 
-def delete(place: Path) -> bool:
-    """Delete a store; false if a process is building it just now."""
+def delete(folder: Path) -> bool:
+    """Delete a store; False if a process is writing it now."""
     from filelock import FileLock, Timeout
 
+    visible_name = folder.name.removeprefix(".")
     try:
-        with FileLock(place.with_name(f".{place.name.removeprefix('.')}.lock"), timeout=0):
-            if place.suffix != ".gone":  # a half-deleted store has no store's name
-                gone = place.with_name(f".{place.name.removeprefix('.')}.gone")
+        with FileLock(folder.with_name(f".{visible_name}.lock"), timeout=0):
+            if folder.suffix != ".gone":  # renamed first: what is half-deleted must not be taken for a store
+                gone = folder.with_name(f".{visible_name}.gone")
                 shutil.rmtree(gone, ignore_errors=True)
-                place = place.rename(gone)
-            shutil.rmtree(place)
+                folder = folder.rename(gone)
+            shutil.rmtree(folder)
     except Timeout:
         return False
     return True
 
 
+def make_parser() -> OneLineParser:
+    parser = OneLineParser(prog="runs.py", description="Look at runs, their checkpoints, and the frame cache.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, run, text in (
+        ("list", list_checkpoints, "the checkpoints of a run, a line each"),
+        ("verify", verify_checkpoints, "compare the files of checkpoints with their manifests"),
+        ("show", show_checkpoint, "facts, settings and files of a checkpoint, or of a run's newest"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("path", metavar="PATH", type=Path, help="a run's folder or a checkpoint-<step> folder")
+        sub.set_defaults(run=run)
+
+    text = "compare runs by their metrics.jsonl, as a page and a picture"
+    compare = commands.add_parser("compare", help=text, description=text)
+    compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs")
+    compare.add_argument("--output", metavar="FILE", default="outputs/runs", help="for .html and .png [outputs/runs]")
+    compare.set_defaults(run=compare_runs)
+
+    text = "list or delete decoded frames"
+    cache = commands.add_parser("cache", help=text, description=text)
+    actions = cache.add_subparsers(metavar="ACTION", required=True)
+    for name, text in (
+        ("list", "what is in the frame cache"),
+        ("prune", "delete it; frames are decoded again when a run needs them"),
+    ):
+        sub = actions.add_parser(name, help=text, description=text)
+        sub.add_argument("--cache_dir", metavar="FOLDER", type=Path, help="the cache [in your user cache folder]")
+        sub.add_argument("--days", metavar="X", type=float, default=0.0, help="only what is unused for so long [0]")
+        sub.set_defaults(run=look_at_cache, prune=name == "prune")
+    return parser
+
+
+@command
 def main(argv: list[str]) -> int:
-    commands = {"compare": compare, "cache": cache}
-    if argv and argv[0] in commands:
-        return commands[argv[0]](argv[1:])
-    return look(argv)
+    args = make_parser().parse_args(argv)
+    return args.run(args)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import parse_command_line
+from command_line import parse_command_line, print_error
 from errors import UserError
 
 if __name__ == "__main__":
@@ -376,7 +376,7 @@ def main(given: dict) -> int:
     except UserError as error:
         if rank:  # most mistakes are met by all processes: the main one says them, and the launcher ends the others
             time.sleep(2)
-        print(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        print_error(error, prefix=f"process {rank}: " if rank else "")
         return 2
     except LostPeerError as error:
         print(

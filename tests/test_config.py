@@ -35,11 +35,11 @@ def test_flags_files_and_keywords_agree(tmp_path):
     )
 
 
-@pytest.mark.parametrize("episodes", ["1:50", "0:2,5", "7"])
+@pytest.mark.parametrize("episodes", ['"1:50"', "0:2,5", '"7"'])
 def test_yaml_takes_what_the_command_line_takes(tmp_path, episodes):
-    flags = f"--dataset_id x --episodes {episodes} --val_episodes 36:40 --frame_cache off --save_async off --seed 010"
-    flags += " --augment off --compile --lr 1e-4 --image_size 12 16"
-    lines = [f"episodes: {episodes}", "val_episodes: 36:40", "frame_cache: off", "save_async: off", "seed: 010"]
+    flags = f"--dataset_id x --episodes {episodes.strip('"')} --val_episodes 36:40 --frame_cache off --save_async off"
+    flags += " --seed 10 --augment off --compile --lr 1e-4 --image_size 12 16"
+    lines = [f"episodes: {episodes}", "val_episodes: '36:40'", "frame_cache: off", "save_async: off", "seed: 10"]
     lines += ["dataset_id: x", "augment: off", "compile: yes", "lr: 1e-4", "image_size: [12, 16]"]
     (tmp_path / "c.yaml").write_text("\n".join(lines))
     assert merge(read_config_file(str(tmp_path / "c.yaml"))) == parse(flags)
@@ -62,9 +62,12 @@ def test_the_other_commands_answer_in_a_line(capsys):
     with pytest.raises(SystemExit) as left:
         export.main(["checkpoint", "net.onnx", "--format", "onxx"])
     assert left.value.code == 2
-    assert capsys.readouterr().err.startswith("error: argument --format: invalid choice: 'onxx'")
+    assert capsys.readouterr().err.startswith("error: --format must be one of 'lerobot', ")
     assert export.main(["checkpoint", ".", "--format", "onnx"]) == 2
-    assert capsys.readouterr().err == "error: . is there already: choose another name or remove it\n"
+    assert (
+        capsys.readouterr().err
+        == "error: policy checkpoint: expected an existing folder, or a Hub id written user/name\n"
+    )
 
 
 def test_hyphens_are_underscores():
@@ -75,24 +78,38 @@ def test_hyphens_are_underscores():
     ("line", "message"),
     [
         ("--dataset_id x --bach_size 3", "unknown flag --bach_size, did you mean '--batch_size'?"),
-        ("--dataset_id x --dataset-id=y", "--dataset_id is given more than once: pass all of its values after one"),
-        ("--dataset.root=x", "--dataset.root=x is lerobot-train's: pass --dataset_id FOLDER"),
-        ("--policy.chunk_size=8", "--policy.chunk_size=8 is lerobot-train's: pass --policy_args NAME=VALUE"),
-        ("--resume=true", "--resume=true is lerobot-train's: pass --resume_from_checkpoint CHECKPOINT, latest or auto"),
+        ("--dataset_id x --dataset-id=y", "--dataset_id is given more than once. Pass all of its values after one"),
+        ("--dataset.root=x", "--dataset.root=x is a flag of lerobot-train. Pass --dataset_id FOLDER"),
+        ("--policy.chunk_size=8", "--policy.chunk_size=8 is a flag of lerobot-train. Pass --policy_args NAME=VALUE"),
+        (
+            "--resume=true",
+            "--resume=true is a flag of lerobot-train. Pass --resume_from_checkpoint CHECKPOINT, latest or auto",
+        ),
         ("--resume_from_checkpont x", "unknown flag --resume_from_checkpont, did you mean '--resume_from_checkpoint'?"),
         ("--image_size 64", "--image_size must be two numbers, height and width"),
-        ("--steps 10k", "--steps must be int, got '10k'"),
-        ("--dataset_id x --batch_size three", "--batch_size must be int, got 'three'"),
+        ("--steps 10k", "--steps must be an integer, got '10k'"),
+        ("--dataset_id x --batch_size three", "--batch_size must be an integer, got 'three'"),
         ("--dataset_id x --batch_size 0", "--batch_size must be at least 1, got 0"),
-        ("--dataset_id x --lr -1", "--lr must be above 0, got -1.0"),
-        ("--dataset_id x --lr nan", "--lr must be above 0, got nan"),
-        ("--dataset_id x --image_size 0 5", "--image_size must be two positive numbers (height width), got [0, 5]"),
-        ("--dataset_id x --steps 5 --warmup_steps 6", "--warmup_steps 6 is more than --steps 5"),
-        ("--steps 5", "no dataset: pass --dataset_id with a folder or a Hub id such as lerobot/pusht"),
-        ("--dataset_id x y --episodes 0", "--episodes chooses from one dataset, got 2"),
-        ("--dataset_id x y --dataset_weights 1", "--dataset_weights needs one number a dataset: 2, got 1"),
-        ("--dataset_id x y --dataset_weights 1 0", "--dataset_weights must be above 0, got [1.0, 0.0]"),
-        ("stray --dataset_id x", "'stray' belongs to no flag: settings are passed as --name value"),
+        ("--dataset_id x --lr -1", "--lr must be above 0 and below inf, got -1.0"),
+        ("--dataset_id x --lr nan", "--lr must be above 0 and below inf, got nan"),
+        ("--dataset_id x --image_size 0 5", "--image_size must be at least 1, got [0, 5]"),
+        ("--dataset_id x --steps 5 --warmup_steps 6", "--warmup_steps 6 is more than --steps 5. Pass fewer"),
+        ("--steps 5", "no dataset. Pass --dataset_id with a folder or a Hub id, such as lerobot/pusht"),
+        ("--dataset_id x y --episodes 0", "--episodes chooses from one dataset, got 2. Leave it out"),
+        ("--dataset_id x y --dataset_weights 1", "--dataset_weights: expected one number per dataset, 2, got 1"),
+        ("--dataset_id x y --dataset_weights 1 0", "--dataset_weights must be above 0 and below inf, got [1.0, 0.0]"),
+        ("stray --dataset_id x", "'stray' belongs to no flag. Pass settings as --name value"),
+        ("--dataset_id x --augment maybe", "--augment must be on or off, got 'maybe'"),
+        ("--dataset_id x --ema_decay 1", "--ema_decay must be at least 0 and below 1, got 1.0"),
+        ("--dataset_id x --eval_freq 5", "--eval_freq needs --eval_env. Pass that as well, or leave --eval_freq out"),
+        (
+            "--dataset_id x --val_freq 5",
+            "--val_freq needs --val_fraction or --val_episodes. Pass that as well, or leave --val_freq out",
+        ),
+        (
+            "--dataset_id x --push_checkpoints",
+            "--push_checkpoints needs --push_to_hub. Pass that as well, or leave --push_checkpoints out",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line(line, message):
@@ -105,8 +122,8 @@ def test_mistakes_on_the_command_line(line, message):
     ("settings", "message"),
     [
         ({"datset_id": "x"}, "unknown setting 'datset_id' for train(), did you mean 'dataset_id'?"),
-        ({"dataset_id": "x", "steps": 2.5}, "--steps must be int, got 2.5"),
-        ({"dataset_id": "x", "augment": "yes"}, "--augment must be bool, got 'yes'"),
+        ({"dataset_id": "x", "steps": 2.5}, "--steps must be an integer, got 2.5"),
+        ({"dataset_id": "x", "augment": "yes"}, "--augment must be a boolean, got 'yes'"),
         ({"dataset_id": "x", "image_size": [3]}, "--image_size must be two numbers, height and width, got [3]"),
         ({"dataset_id": "x", "lr_schedule": "cos"}, "--lr_schedule must be one of constant, linear, cosine, got 'cos'"),
     ],
@@ -124,6 +141,16 @@ def test_mistakes_in_keywords(settings, message):
         ("a.json", "{", "a.json is not valid JSON"),
         ("a.yaml", "a: [", "a.yaml is not valid YAML"),
         ("a.yaml", "steps: 2024-13-45", "a.yaml is not valid YAML: month must be in 1..12"),
+        (
+            "a.yaml",
+            "episodes: 1:50",
+            r'YAML reads episodes as the number 110\. Put it in quotes, such as episodes: "0:40"',
+        ),
+        (
+            "a.yaml",
+            "val_episodes: 7",
+            r'YAML reads val_episodes as the number 7\. Put it in quotes, such as val_episodes: "0:40"',
+        ),
         ("a.yaml", "- 1", "must hold one mapping of settings, got list"),
         ("b.json", None, "b.json cannot be read: No such file or directory"),
     ],

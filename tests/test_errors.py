@@ -1,13 +1,17 @@
 """A user's mistake is one line, `error: ...`, and exit status 2; nothing is touched."""
 
+import functools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from socket import gaierror
+from urllib.error import URLError
 
 import pytest
 
+from errors import UserError, as_user_error
 from helpers.paths import ROOT
 from helpers.runs import small
 from train import main, train
@@ -49,18 +53,19 @@ def test_unknown_dataset(capsys):
 def test_offline_hub_id(capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     line = message(capsys, dataset_id="nobody/nothing", output_dir="outputs/never")
-    assert line.startswith("no dataset nobody/nothing: no such folder, and the Hub cannot be reached (")
-    assert line.endswith("pass a folder, or try again online")
+    assert line.startswith("dataset nobody/nothing: the network request failed (")
+    assert line.endswith("). Pass a local folder, or try again online")
 
 
 def test_offline_policy_path(capsys, made):
     line = message(capsys, dataset_id=str(made("video")), policy_path="nobody/nothing", device="cpu")
-    assert line.startswith("--policy_path nobody/nothing: no such folder, and the Hub cannot be reached (")
+    assert line.startswith("--policy_path nobody/nothing (no local folder): the network request failed (")
+    assert line.endswith("). Check the path, or try again online")
 
 
 def test_offline_resume(capsys):
     line = message(capsys, resume_from_checkpoint="nobody/nothing")
-    assert line.startswith("--resume_from_checkpoint nobody/nothing: no such folder, and the Hub cannot be reached (")
+    assert line.startswith("--resume_from_checkpoint nobody/nothing (no local folder): the network request failed (")
 
 
 def test_folder_that_is_no_dataset(capsys, tmp_path):
@@ -73,14 +78,12 @@ def test_folder_that_is_no_dataset(capsys, tmp_path):
 def test_no_such_checkpoint(capsys, run):
     line = message(capsys, resume_from_checkpoint=str(run / "checkpoint-3"))
     assert "there is no such folder, did you mean 'checkpoint-" in line
-    assert line.endswith(f"{run} has checkpoint-2, checkpoint-4")
+    assert line.endswith(f"?. {run} has checkpoint-2, checkpoint-4")
 
 
 def test_run_folder_instead_of_a_checkpoint(capsys, run):
     line = message(capsys, resume_from_checkpoint=str(run))
-    assert line.endswith(
-        f"is no complete checkpoint (it has no manifest.json): it holds checkpoint-4, pass {run}/checkpoint-4"
-    )
+    assert line.endswith(f"is not a complete checkpoint (it has no manifest.json). Pass {run}/checkpoint-4")
 
 
 def test_latest_where_there_is_none(capsys, tmp_path, made):
@@ -88,38 +91,41 @@ def test_latest_where_there_is_none(capsys, tmp_path, made):
         capsys, dataset_id=str(made("video")), output_dir=str(tmp_path / "new"), resume_from_checkpoint="latest"
     )
     assert line == (
-        f"--resume_from_checkpoint latest: {tmp_path}/new holds no checkpoint-<step> folder: drop the flag to start afresh"
+        f"--resume_from_checkpoint latest: {tmp_path}/new has no checkpoint-<step> folder. Leave the flag out to start afresh"
     )
 
 
 def test_step_in_the_name_against_trainer_state(capsys, damaged):
     wrong = damaged.rename(damaged.with_name("checkpoint-9"))
     line = message(capsys, resume_from_checkpoint=str(wrong))
-    assert line == ("the name checkpoint-9 says step 9, trainer_state.json inside says 2: "
-                    "rename the folder to checkpoint-2 or pass --resume_step 2")  # fmt: skip
+    assert line == ("the name checkpoint-9 says step 9, but trainer_state.json inside says 2. "
+                    "Rename the folder to checkpoint-2, or pass --resume_step 2")  # fmt: skip
     nameless = wrong.rename(wrong.with_name("best"))
     line = message(capsys, resume_from_checkpoint=str(nameless))
-    assert line == "best has no step in its name: pass --resume_step 2 if that is the step it holds"
+    assert line == "best has no step in its name. Pass --resume_step 2 if it is the checkpoint of that step"
     assert message(capsys, resume_from_checkpoint=str(nameless), resume_step=5).startswith(
-        "--resume_step 5 says step 5, trainer_state.json"
+        "--resume_step 5 says step 5, but trainer_state.json"
     )
 
 
 def test_other_dims_than_the_checkpoint(capsys, run, made):
     line = message(capsys, dataset_id=str(made("wide")), resume_from_checkpoint=str(run / "checkpoint-4"), steps=6)
     assert line.endswith(
-        "observation.state has 5 dims, checkpoint-4 expects 3: train afresh or pass the dataset it was trained on"
+        "observation.state: expected 3 numbers, as in checkpoint-4, got 5. Pass the dataset it was trained on, or train a new policy"
     )
 
 
 def test_other_camera_than_the_checkpoint(capsys, run, made):
     line = message(capsys, dataset_id=str(made("no_camera")), resume_from_checkpoint=str(run / "checkpoint-4"), steps=6)
-    assert "it has no observation.images.top, which checkpoint-4 expects" in line
+    assert (
+        "it has no observation.images.top, which checkpoint-4 was trained on. Pass --rename OLD=observation.images.top if"
+        in line
+    )
 
 
 def test_other_policy_than_the_checkpoint(capsys, run):
     line = message(capsys, resume_from_checkpoint=str(run / "checkpoint-4"), policy="diffusion")
-    assert line.startswith("--policy: checkpoint-4 was trained with act, got diffusion: a resumed run keeps its policy")
+    assert line.startswith("--policy: checkpoint-4 was trained with act, got diffusion. A resumed run keeps its policy")
 
 
 def test_corrupt_weights(capsys, damaged):
@@ -129,7 +135,7 @@ def test_corrupt_weights(capsys, damaged):
     weights.unlink()  # model.safetensors is the same file
     weights.write_bytes(content)
     line = message(capsys, resume_from_checkpoint=str(damaged))
-    assert line == f"{damaged} is damaged: policy.safetensors does not match its sha256: take another checkpoint"
+    assert line == f"{damaged} is damaged: policy.safetensors does not match its sha256. Resume from another checkpoint"
 
 
 def test_truncated_weights(capsys, damaged):
@@ -144,7 +150,7 @@ def test_truncated_weights(capsys, damaged):
 def test_missing_file(capsys, damaged):
     (damaged / "config.json").unlink()
     assert message(capsys, resume_from_checkpoint=str(damaged)).endswith(
-        "config.json is missing: take another checkpoint"
+        "config.json is missing. Resume from another checkpoint"
     )
 
 
@@ -166,7 +172,8 @@ def test_pickle_that_runs_code_is_refused(capsys, damaged):
     (damaged / "evil").rename(state)
     write_manifest(damaged)
     line = message(capsys, resume_from_checkpoint=str(damaged), steps=6)
-    assert line.endswith("optimizer_state.pth is refused: it would run print, and may hold tensors and numbers alone")
+    refusal = "optimizer_state.pth is refused: expected tensors and numbers, got code that would run print. "
+    assert line.endswith(refusal + "Resume from a checkpoint that you trust")
 
 
 def test_resumed_from_a_folder_without_a_name(capsys, run, monkeypatch):
@@ -177,7 +184,7 @@ def test_resumed_from_a_folder_without_a_name(capsys, run, monkeypatch):
 def test_output_dir_in_use(capsys, run, made):
     before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
     line = message(capsys, dataset_id=str(made("video")), output_dir=str(run))
-    assert line == (f"--output_dir {run} already holds checkpoint-4: pass --resume_from_checkpoint latest to go on from it, "
+    assert line == (f"--output_dir {run} already holds checkpoint-4. Pass --resume_from_checkpoint latest to resume from it, "
                     "or another --output_dir")  # fmt: skip
     assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
 
@@ -189,7 +196,7 @@ def test_episodes_out_of_range(capsys, made):
 
 def test_unknown_policy(capsys, made):
     line = message(capsys, dataset_id=str(made("video")), policy="atc")
-    assert line.startswith("unknown policy 'atc', did you mean 'act'?: LeRobot has act, diffusion, ")
+    assert line.startswith("unknown policy 'atc', did you mean 'act'?: expected one of act, diffusion, ")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +205,7 @@ def test_unknown_policy(capsys, made):
         ("chunksize=5", "--policy_args chunksize: policy act has no such setting, did you mean 'chunk_size'?"),
         ("chunk_size=abc", "--policy_args chunk_size: expected int, got 'abc'"),
         ("use_vae=3.5", "--policy_args use_vae: expected bool, got '3.5'"),
-        ("chunk_size", "--policy_args chunk_size: expected NAME=VALUE, such as chunk_size=50"),
+        ("chunk_size", "--policy_args chunk_size: expected chunk_size=VALUE"),
         ("vision_backbone=vit", "policy act: `vision_backbone` must be one of the ResNet variants. Got vit."),
     ],
 )
@@ -212,26 +219,94 @@ def test_policy_whose_extra_is_missing(capsys, made):
     if importlib.util.find_spec("transformers"):
         pytest.skip("transformers is installed, so smolvla's extra is not missing")
     line = message(capsys, dataset_id=str(made("video")), policy="smolvla", device="cpu")
-    assert line.startswith("policy smolvla needs more than is installed: ")
-    assert "lerobot[smolvla]" in line
+    assert line.startswith("policy smolvla: a package is missing. ")
+    assert "pip install 'lerobot[" in line
 
 
 def test_backbone_that_cannot_be_fetched(capsys, made, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(
-        "torch.hub.urlopen", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("Name or service not known"))
+        "torch.hub.urlopen",
+        lambda *args, **kwargs: (_ for _ in ()).throw(URLError(gaierror("Name or service not known"))),
     )
     line = message(capsys, dataset_id=str(made("video")), device="cpu", output_dir=str(tmp_path / "run"))
-    assert line.startswith(
-        "policy act: pretrained weights cannot be fetched (Name or service not known): go online once, or pass"
+    assert line == (
+        "policy act: the network request failed (<urlopen error Name or service not known>). "
+        "Go online once, or pass --policy_args pretrained_backbone_weights=none"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ImportError("no\nsimulator"), "it: a package is missing. no simulator"),
+        (ConnectionResetError("gone"), "it: the network request failed (gone). Go online"),
+        (TimeoutError(), "it: the network request failed (TimeoutError). Go online"),
+        (PermissionError(13, "Permission denied", "/file"), "it: /file: Permission denied"),
+        (OSError(28, "No space left on device"), "it: No space left on device"),
+        (KeyError("their word for a wrong value"), "it: 'their word for a wrong value'"),
+    ],
+)
+def test_library_errors_that_the_user_can_mend(error, message):
+    with pytest.raises(UserError) as caught, as_user_error("it", invalid=KeyError, offline="Go online"):
+        raise error
+    assert str(caught.value) == message
+    assert caught.value.__cause__ is error
+
+
+def test_a_request_that_a_library_has_wrapped_is_a_network_error():
+    """As transformers does, in an OSError of its own."""
+    with (
+        pytest.raises(UserError, match=r"it: the network request failed \(we could not connect\)"),
+        as_user_error("it"),
+    ):
+        raise OSError("we could not connect") from ConnectionError("refused")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("who knows"),
+        AttributeError(),
+        TypeError(),
+        AssertionError(),
+        LookupError(),
+        RuntimeError(),
+        ValueError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_bugs_stay_bugs(error):
+    with pytest.raises(type(error)) as caught, as_user_error("it"):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("name", ["train", "export"])
+@pytest.mark.parametrize("how", ["flag", "environment", "no"])
+def test_debug_shows_the_traceback(tmp_path, name, how):
+    words = {"train": ["--dataset_id", "nowhere"], "export": [str(tmp_path / "nowhere"), "x", "--format", "lerobot"]}[
+        name
+    ]
+    env = {name: value for name, value in os.environ.items() if name != "ARMATURE_DEBUG"}
+    if how == "environment":
+        env["ARMATURE_DEBUG"] = "1"
+    if how == "flag":
+        words.append("--debug")
+    command = [sys.executable, f"src/{name}.py", *words]
+    shown = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert shown.returncode == 2
+    assert shown.stderr.splitlines()[-1].startswith("error: ")
+    assert ("Traceback (most recent call last):" in shown.stderr) == (how != "no")
 
 
 def test_device_that_is_not_here(capsys, made):
     assert message(capsys, dataset_id=str(made("video")), device="cuda:99").startswith(
-        "--device cuda:99 cannot be used here ("
+        "--device cuda:99 cannot be used on this machine ("
     )
-    assert message(capsys, dataset_id=str(made("video")), device="gpu").startswith("--device gpu cannot be used here (")
+    assert message(capsys, dataset_id=str(made("video")), device="gpu").startswith(
+        "--device gpu cannot be used on this machine ("
+    )
 
 
 def test_frames_all_dropped(capsys, made, tmp_path):
@@ -255,7 +330,8 @@ def test_output_dir_that_is_no_run_of_ours(capsys, made, tmp_path, file):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text("mine")
     line = message(capsys, **small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path)))
-    assert line.startswith(f"--output_dir {tmp_path} is no run's folder, it holds {file.split('/')[0]}: pass another")
+    holds = file.split("/")[0]
+    assert line == f"--output_dir {tmp_path} is not a run's folder: it holds {holds}. Pass another folder"
     assert [path.name for path in tmp_path.iterdir()] == [file.split("/")[0]]
 
 
@@ -273,12 +349,15 @@ def test_command_line_exits_with_2():
     ("command", "status", "line"),
     [
         (["src/train.py", "--dataset_id", "x"], -signal.SIGINT, b""),
-        (["src/evaluate.py", "x", "--env", "metaworld"], 130, b"interrupted\n"),
+        (["src/evaluate.py", "x", "--env", "metaworld"], -signal.SIGINT, b""),
+        (["src/export.py", "x", "y", "--format", "lerobot"], 130, b"interrupted\n"),
     ],
 )
 def test_interrupted_while_torch_is_imported(tmp_path, command, status, line):
     """No traceback, and the shell sees that it was Ctrl-C."""
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    shown = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True)
+    # a shell that runs the suite in the background makes every child ignore Ctrl-C
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    shown = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, preexec_fn=heed)
     assert (shown.returncode, shown.stdout, shown.stderr) == (status, b"", line)

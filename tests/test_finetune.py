@@ -82,7 +82,7 @@ def test_adapters(made, tmp_path, trained):
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies import make_policy
 
-    from data.source import open_dataset
+    from data import open_dataset
 
     settings = small(
         "flow", dataset_id=[str(made("video"))], policy_args=None, policy_path=str(trained), peft="lora", peft_r=4

@@ -39,14 +39,14 @@ def checkpoint(made, tmp_path_factory):
 
 def at_step(monkeypatch, step, act):
     """Call `act` in the middle of a step of the run."""
-    begun = train_module.Run.train_step
+    begun = train_module.Learner.step
 
-    def train_step(run, batch):
-        if run.step + 1 == step:
+    def learner_step(learner, batch, steps_done):
+        if steps_done + 1 == step:
             act()
-        return begun(run, batch)
+        return begun(learner, batch, steps_done)
 
-    monkeypatch.setattr(train_module.Run, "train_step", train_step)
+    monkeypatch.setattr(train_module.Learner, "step", learner_step)
 
 
 def steps(run):
@@ -312,7 +312,8 @@ def test_command_line(checkpoint, tmp_path, capsys):
     assert main(["list", str(run)]) == 0
     assert "damaged: config.json has 2 bytes" in capsys.readouterr().out
     assert main(["verify", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path} is no checkpoint and holds none\n"
+    error = f"error: {tmp_path} is not a checkpoint and holds none. Pass a run's folder or a checkpoint-<step> folder\n"
+    assert capsys.readouterr().err == error
 
 
 @pytest.mark.parametrize("what", ["data", "inode"])
