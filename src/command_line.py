@@ -224,6 +224,8 @@ def decoded(text: str, kind, what: str):
 
     try:
         value = None if text.strip().lower() in ("none", "null") else yaml.safe_load(text)
+        if value is None and type(None) not in typing.get_args(kind):
+            raise ValueError("draccus takes None for any type")
         return draccus.decode(kind, value)
     except Exception as error:  # of any type, even a bare one: draccus checks nothing before it converts
         expected = str(kind) if typing.get_args(kind) else getattr(kind, "__name__", str(kind))
