@@ -61,8 +61,8 @@ def test_actions_relative_to_the_state_are_undone_by_the_one_they_were_predicted
         AsyncPolicy(loaded, 1)
 
 
-def test_activations_computed_twice_are_counted_once():
-    """Gradients, and what the batch norms of a backbone have seen, are those of activations that were kept."""
+def test_gradient_checkpointing_changes_no_gradient_and_no_batch_norm():
+    """Gradients and the running statistics of batch norms are those of activations that were kept."""
     ended = []
     for twice in ("false", "true"):
         policy = tiny_flow("backbone=resnet18", f"gradient_checkpointing={twice}").train()
@@ -75,11 +75,11 @@ def test_activations_computed_twice_are_counted_once():
         torch.testing.assert_close(ended[1][name], tensor, rtol=0, atol=0, msg=name)
 
 
-def test_cameras_that_a_vla_makes_up_are_not_asked_for():
+def test_cameras_that_a_vla_fills_in_are_not_expected():
     policy = tiny_flow()
     features = policy.config.input_features
     features["observation.images.empty_camera_0"] = features["observation.images.0"]
-    expected = expected_observation(policy.config, SimpleNamespace(steps=[]), None)
+    expected = expected_observation(policy.config, SimpleNamespace(steps=[]))
     assert [*expected] == ["observation.images.0", "observation.state"]
 
 
@@ -103,7 +103,7 @@ def test_resumes_to_the_bit_and_loads(made, tmp_path, settings):
     assert_same_run(tmp_path / "whole", tmp_path / "part", 6)
     from lerobot.policies import get_policy_class
 
-    from data.source import open_dataset
+    from data import open_dataset
 
     policy = load_policy(tmp_path / "whole", "cpu")
     get_policy_class("flow").from_pretrained(tmp_path / "whole")  # as LeRobot loads it
@@ -128,7 +128,7 @@ def test_learns_two_ways_of_doing_a_thing(monkeypatch):
             optimizer.step()
         ends[head] = policy.predict_action_chunk({"observation.state": state})[:, 0, 0]
         if head == "flow":
-            monkeypatch.setattr("policy.flow.medoid", lambda plain, draws: draws[:, 0])
+            monkeypatch.setattr("policy.flow.medoid", lambda regressed, draws: draws[:, 0])
             ends["drawn"] = policy.predict_action_chunk({"observation.state": state})[:, 0, 0]
     for which in ("flow", "drawn"):
         assert (ends[which].abs() - 1).abs().mean() < 0.25
@@ -137,15 +137,15 @@ def test_learns_two_ways_of_doing_a_thing(monkeypatch):
     assert ends["regression"].std() < 1e-4
 
 
-def test_takes_the_plain_chunk_among_the_draws_or_the_commonest_of_several_ways():
-    around = 0.1 * torch.randn(1, 8, 6, 2, generator=torch.Generator().manual_seed(0))  # about the plain one, 0
-    plain = torch.zeros(1, 6, 2)
-    assert torch.equal(medoid(plain, around), plain)
+def test_medoid_is_the_regressed_chunk_or_a_draw_of_the_most_common_way():
+    around = 0.1 * torch.randn(1, 8, 6, 2, generator=torch.Generator().manual_seed(0))  # about the regressed one, 0
+    regressed = torch.zeros(1, 6, 2)
+    assert torch.equal(medoid(regressed, around), regressed)
     apart = around + torch.tensor([1.0] * 5 + [-1.0] * 3)[:, None, None]  # five go one way, three another
-    chosen = medoid(plain, apart)
+    chosen = medoid(regressed, apart)
     assert any(torch.equal(chosen, apart[:, i]) for i in range(5))
-    both = medoid(plain.repeat(2, 1, 1), torch.cat([around, apart]))  # each sample by itself
-    assert torch.equal(both, torch.cat([plain, chosen]))
+    both = medoid(regressed.repeat(2, 1, 1), torch.cat([around, apart]))  # each sample by itself
+    assert torch.equal(both, torch.cat([regressed, chosen]))
 
 
 def test_padded_steps_do_not_count():
@@ -168,25 +168,26 @@ def test_keypoints_find_a_spot():
 
 
 @pytest.mark.parametrize("head", ["flow", "regression"])
-def test_a_chunk_goes_over_smoothly_into_the_next(head):
-    """With all weight on it, what was planned is carried out; without, the chunk is the policy's own."""
+def test_a_chunk_blends_into_the_next(head):
+    """Committed actions stay as planned, the next ones go over to the new chunk, and without blending nothing is kept."""
     policy = tiny_flow(f"head={head}", "blend_steps=2")
-    batch, rest = a_batch(policy), torch.full((4, 3, 2), 0.7)
+    batch = a_batch(policy)
+    planned = torch.full((4, 3, 2), 0.7)
     torch.manual_seed(2)
-    own = policy.predict_action_chunk(batch)
+    unblended = policy.predict_action_chunk(batch)
     torch.manual_seed(2)
-    blended = policy.predict_action_chunk(batch, rest=rest)
-    off = [(blended[:, i] - 0.7).abs().mean() < (own[:, i] - 0.7).abs().mean() for i in range(2)]
-    assert all(off)
-    for settled, expected in (
+    blended = policy.predict_action_chunk(batch, planned=planned)
+    nearer = [(blended[:, i] - 0.7).abs().mean() < (unblended[:, i] - 0.7).abs().mean() for i in range(2)]
+    assert all(nearer)
+    for num_committed, expected in (
         (0, [2 / 3, 1 / 3, 0, 0, 0, 0]),
         (1, [1, 2 / 3, 1 / 3, 0, 0, 0]),
         (3, [1, 1, 1, 0, 0, 0]),
     ):
-        assert policy._keep(rest, settled, torch.zeros(1))[0][:, 0].tolist() == pytest.approx(expected)
+        assert policy.blend(planned, num_committed).weight[:, 0].tolist() == pytest.approx(expected)
     policy.config.blend_steps = 0
     torch.manual_seed(2)
-    assert torch.equal(policy.predict_action_chunk(batch, rest=rest), own)
+    assert torch.equal(policy.predict_action_chunk(batch, planned=planned), unblended)
 
 
 def test_history_at_an_episodes_start_and_queue():
@@ -200,10 +201,12 @@ def test_history_at_an_episodes_start_and_queue():
     assert not policy._actions
 
 
-def test_another_task_than_trained_on_is_told():
+def test_an_unknown_task_is_refused():
     policy = tiny_flow("task_embedding=true", "tasks=[lift,push]")
     batch = {**a_batch(policy), "task": ["lift", "push", "push", "pour"]}
-    with pytest.raises(UserError, match=r"task 'pour' is none that this policy was trained on: \['lift', 'push'\]"):
+    with pytest.raises(
+        UserError, match=r"task 'pour' is not one that this policy was trained on: expected one of \['lift', 'push'\]"
+    ):
         policy.forward(batch)
 
 

@@ -1,8 +1,6 @@
 """act and diffusion train on every kind of dataset, and fine-tune."""
 
-import contextlib
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,7 +76,9 @@ def test_fine_tune_keeps_weights_and_takes_the_new_statistics(made, copy_of, tmp
 
 def test_fine_tune_on_other_dims_is_refused(made, tmp_path):
     first = train(**small(dataset_id=str(made("video")), output_dir=str(tmp_path / "a"), steps=1))
-    with pytest.raises(ValueError, match=r"observation\.state has 5 dims, checkpoint-1 expects 3: train afresh"):
+    with pytest.raises(
+        ValueError, match=r"observation\.state: expected 3 numbers, as in checkpoint-1, got 5\. Pass the dataset"
+    ):
         train(
             **small(
                 dataset_id=str(made("wide")),
@@ -119,8 +119,8 @@ def test_a_step_that_logs_nothing_does_not_wait_for_the_device(made, tmp_path):
     """On a CPU nothing waits, so the calls that would are counted."""
     from torch.overrides import TorchFunctionMode
 
-    import train as module
-    from training.plan import settle
+    from train import build_run
+    from training.plan import plan_run
 
     waits = (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__,
              torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.__index__, torch.Tensor.nonzero)  # fmt: skip
@@ -132,13 +132,12 @@ def test_a_step_that_logs_nothing_does_not_wait_for_the_device(made, tmp_path):
                 seen.append(func.__name__)
             return func(*args, **(kwargs or {}))
 
-    with contextlib.ExitStack() as held:
-        settings = small(dataset_id=str(made("two_cameras")), output_dir=str(tmp_path), ema_decay=0.9)
-        run = module.Run(*settle(settings, held), held)
-        run.train_step(next(run.loader))  # the first step sets up the optimizer's state
+    settings = small(dataset_id=str(made("two_cameras")), output_dir=str(tmp_path), ema_decay=0.9)
+    with plan_run(settings) as plan, build_run(plan) as run:
+        run.count(run.learner.step(next(run.loader), run.step))  # the first step sets up the optimizer's state
         batch = next(run.loader)
         with Watch():
-            run.train_step(batch)
+            run.count(run.learner.step(batch, run.step))
     assert seen == []
 
 
@@ -161,7 +160,7 @@ def test_fine_tune_takes_the_policy_and_checks_its_settings(made, tmp_path):
     settings = {"dataset_id": str(made("no_camera")), "policy_path": str(first.output_dir), "steps": 1, "quiet": True}
     tuned = train(**settings, output_dir=str(tmp_path / "b"))
     assert json.loads((tuned.checkpoint / "train_config.json").read_text())["policy"] == "flow"
-    with pytest.raises(UserError, match=r"--policy act: --policy_path .* holds a policy flow: leave --policy out"):
+    with pytest.raises(UserError, match=r"--policy act: --policy_path .* holds a policy flow\. Leave --policy out"):
         train(**settings, policy="act", output_dir=str(tmp_path / "c"))
     with pytest.raises(UserError, match=r"policy flow: n_action_steps must be 1 to chunk_size \(6\), got 9"):
         train(**settings, policy_args=["n_action_steps=9"], output_dir=str(tmp_path / "d"))
@@ -173,10 +172,44 @@ def test_fine_tune_takes_the_policy_and_checks_its_settings(made, tmp_path):
 def test_warm_up_is_as_long_as_asked(policy):
     """Also where the run is shorter than the steps that the preset's schedule decays over."""
     preset = policy_config(policy, None, "cpu")
-    factor = make_schedule(SimpleNamespace(config=preset), TrainConfig(dataset_id=["x"], steps=100, warmup_steps=20))
+    factor = make_schedule(preset, TrainConfig(dataset_id=["x"], steps=100, warmup_steps=20))
     assert max(range(100), key=factor) in (19, 20)
     assert factor(10) == pytest.approx(0.5, abs=0.03)
     assert factor(99) < 0.01
+
+
+NO_SUCH_WEIGHTS = "pretrained_backbone_weights: expected none or one of IMAGENET1K_V1, DEFAULT, got"
+
+
+@pytest.mark.parametrize(
+    ("policy", "pair", "message"),
+    [
+        ("act", "n_heads=3", "n_heads: expected a divisor of dim_model, which is 512, got 3"),
+        ("act", "n_heads=0", "n_heads: expected 1 or more, got 0"),
+        ("act", "dim_feedforward=-1", "dim_feedforward: expected 0 or more, got -1"),
+        ("act", "feedforward_activation=swish", "feedforward_activation: expected one of relu, gelu, glu, got swish"),
+        ("act", "pretrained_backbone_weights=best", f"{NO_SUCH_WEIGHTS} best"),
+        ("act", "vision_backbone=resnet34", f"{NO_SUCH_WEIGHTS} ResNet18_Weights.IMAGENET1K_V1"),
+        ("act", "vision_backbone=resnet19", "vision_backbone: expected one of resnet101, resnet152, resnet18, "),
+        ("act", "vision_backbone=none", "vision_backbone: expected str, got 'none'"),
+        ("act", "replace_final_stride_with_dilation=1", "replace_final_stride_with_dilation: expected 0 with resnet18"),
+        ("act", "temporal_ensemble_coeff=0.01", "n_action_steps: expected 1 with temporal_ensemble_coeff, got 100"),
+        ("diffusion", "n_groups=0", "n_groups: expected 1 or more, got 0"),
+        (
+            "diffusion",
+            "beta_schedule=flat",
+            "beta_schedule: expected one of linear, scaled_linear, squaredcos_cap_v2, ",
+        ),
+        ("diffusion", "down_dims=[]", "down_dims: expected one or more widths, such as [512,1024,2048], got []"),
+        ("vqbet", "gpt_n_head=7", "gpt_n_head: expected a divisor of gpt_hidden_dim, which is 512, got 7"),
+        ("vqbet", "crop_shape=[0,0]", "crop_shape: expected a height and a width of 1 or more, got [0, 0]"),
+    ],
+)
+def test_settings_that_lerobot_does_not_refuse_in_words(policy, pair, message):
+    """LeRobot answers these with an assertion, a KeyError or an error of torch."""
+    with pytest.raises(UserError) as error:
+        policy_config(policy, [pair], "cpu")
+    assert str(error.value).startswith(f"--policy_args {message}")
 
 
 def test_pi0_as_it_is_published_loads(tmp_path, monkeypatch):
