@@ -31,10 +31,9 @@ from lerobot.datasets import EpisodeAwareSampler
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.utils import cycle
 
-from data import decode
+from data import decode, open_dataset
 from data.frames import Frames
 from data.loader import Loader
-from data.source import open_dataset
 
 REAL = Path(os.environ.get("ARMATURE_REAL_DATA", ROOT.parent / "shared" / "datasets")) / "cr5_banana"
 CHUNK = 100  # actions
@@ -139,8 +138,8 @@ def armature_speed(root: Path, batch_size: int, seconds: float, mode: str, cache
     source.require()
     with PeakMemory() as peak:
         begun = time.perf_counter()
-        frames = Frames(source, mode=mode, cache_dir=cache, num_threads=CORES)
-        loader = Loader(source, frames, {"action": list(range(CHUNK))}, batch_size, seed=1000)
+        frames = Frames.open_or_build(source, mode=mode, cache_dir=cache, num_threads=CORES)
+        loader = Loader(source, frames, {"action": list(range(CHUNK))}, batch_size, seed=1000).start()
         if mode == "on":  # the store is built above; then each frame once
             for _ in range(-(-source.rows // batch_size)):
                 next(loader)
@@ -220,7 +219,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few seconds for each figure")
     args = parser.parse_args()
     if args.decoder == "pyav":
-        decode.load_torchcodec = lambda: (None, [])
+        decode.load_torchcodec = lambda: (None, None)
     results = {}
     for folder in args.dataset_id:
         name = Path(folder).name

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config import TrainConfig
-from data import decode
+from data import decode, open_dataset
+from data.dataset import parse_episodes
 from data.frames import Frames
 from data.loader import Loader
-from data.source import open_dataset, parse_episodes
 from data.union import unite
 from data.windows import epoch_order, trainable_rows, weighted_order, window_rows
 from errors import UserError
@@ -43,7 +43,7 @@ def open_both(root, deltas, episodes=None, mode="off"):
     deltas = {key: window for key, window in deltas.items() if key != "camera"} | {
         camera: deltas["camera"] for camera in source.meta.camera_keys if "camera" in deltas
     }
-    loader = Loader(source, Frames(source, mode=mode, num_threads=2), deltas, 4, seed=1)
+    loader = Loader(source, Frames.open_or_build(source, mode=mode, num_threads=2), deltas, 4, seed=1)
     times = {key: [frame / source.meta.fps for frame in window] for key, window in deltas.items()}
     backend = loader.frames.decoder.library
     lerobot = LeRobotDataset("x", root=root, episodes=source.episodes if episodes else None, delta_timestamps=times,
@@ -67,9 +67,9 @@ def assert_same_batch(ours: dict, theirs: dict, cameras):
 def decoder(request, monkeypatch):
     """Video decoded by torchcodec, and by PyAV as if torchcodec could not be loaded."""
     if request.param == "pyav":
-        monkeypatch.setattr(decode, "load_torchcodec", lambda: (None, ["message"]))
+        monkeypatch.setattr(decode, "load_torchcodec", lambda: (None, "message"))
     elif decode.load_torchcodec()[0] is None:
-        pytest.skip(decode.load_torchcodec()[1][0])
+        pytest.skip(decode.load_torchcodec()[1])
 
 
 @pytest.mark.usefixtures("decoder")
@@ -154,13 +154,13 @@ def test_order_is_lerobots_and_a_function_of_seed_and_epoch():
 
 def test_batches_cover_each_epoch_once_and_start_anywhere(made):
     source = open_dataset(str(made("no_camera")))
-    first = Loader(source, Frames(source), {}, 4, seed=3)
+    first = Loader(source, Frames(source), {}, 4, seed=3).start()
     run = [next(first) for _ in range(20)]
     first.close()
     rows = torch.cat([batch["index"] for batch in run])
     assert sorted(rows[:33].tolist()) == sorted(rows[33:66].tolist()) == list(range(33))
     assert rows[:33].tolist() != rows[33:66].tolist()
-    later = Loader(source, Frames(source), {}, 4, seed=3, samples_seen=4 * 9)
+    later = Loader(source, Frames(source), {}, 4, seed=3).start(4 * 9)
     assert torch.equal(next(later)["index"], run[9]["index"])
     later.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("loader", "decode"))]
@@ -175,8 +175,8 @@ def test_windows_clamp_to_the_episode():
 def test_an_error_while_reading_reaches_the_loop(made):
     source = open_dataset(str(made("video")))
     videos = source.videos["observation.images.top"]
-    videos.files = [source.root / "gone" / path.relative_to(source.root) for path in videos.files]
-    loader = Loader(source, Frames(source), {}, 4, seed=3)
+    videos.files = [source.meta.root / "gone" / path.relative_to(source.meta.root) for path in videos.files]
+    loader = Loader(source, Frames(source), {}, 4, seed=3).start()
     with pytest.raises(UserError, match=r"gone/videos/.*file-000\.mp4: frames \d+ to \d+ cannot be decoded"):
         next(loader)
     with pytest.raises(UserError):
@@ -199,7 +199,8 @@ def test_episodes_out_of_range_or_form(text):
 
 def test_the_loops_buffer_is_not_overwritten_while_in_use(made, tmp_path):
     source = open_dataset(str(made("video")))
-    loader = Loader(source, Frames(source, None, "on", tmp_path), {}, 4, seed=3)
+    frames = Frames.open_or_build(source, mode="on", cache_dir=tmp_path)
+    loader = Loader(source, frames, {}, 4, seed=3).start()
     for step in range(30):
         batch = next(loader)
         if step % 7 == 0:
@@ -244,7 +245,7 @@ def test_v21_with_clock_jitter_warns_in_one_line_and_trains(v2, tmp_path, capsys
     lines = capsys.readouterr().out.splitlines()
     warnings = [line for line in lines if line.startswith("warning: ")]
     assert warnings == [
-        "warning: timestamps are up to 0.95 s off frame_index / fps: frames are taken by row, not by clock"
+        "warning: timestamps are up to 0.95 s off frame_index / fps: frames are read by row, not by timestamp"
     ]
 
 
@@ -260,7 +261,7 @@ def test_v21_video_with_other_frames_than_rows_is_refused_by_name(v2, tmp_path, 
     source = open_dataset(str(root))
     count = 197 if frames == "fewer" else 275
     assert source.problems == [
-        f"videos/chunk-000/observation.images.top/episode_000001.mp4 has {count} frames, its episodes have 215 rows"
+        f"videos/chunk-000/observation.images.top/episode_000001.mp4 has {count} frames, but its episodes have 215 rows"
     ]
 
 
@@ -291,7 +292,7 @@ def test_several_datasets_are_one(made):
 
 def test_datasets_that_differ_are_refused(made):
     with pytest.raises(
-        UserError, match=r"datasets differ in observation\.(state|images\.top): .*: train on each by itself"
+        UserError, match=r"datasets differ in observation\.(state|images\.top): .*\. Train on each by itself"
     ):
         unite([open_dataset(str(made(name))) for name in ("video", "wide")])
 
@@ -316,7 +317,7 @@ def test_datasets_whose_videos_are_encoded_otherwise_are_one(made, copy_of):
     ("change", "message"),
     [
         (lambda root: (root / "meta" / "stats.json").unlink(), "meta/stats.json is missing: lerobot-edit-dataset"),
-        (lambda root: drop(root, "observation.state"), "its table has no column observation.state, which info.json"),
+        (lambda root: drop(root, "observation.state"), "its table has no column observation.state, which info.json lists"),
         (lambda root: edit_json(root / "meta" / "stats.json", lambda stats: stats["action"].pop("count")), "'count'"),
         (lambda root: edit_json(root / "meta" / "stats.json", lambda stats: stats.pop("action")), "no mean and std of action"),
     ],
@@ -373,22 +374,22 @@ def test_several_datasets_are_kept_apart_in_dataset_root(monkeypatch):
 
 def test_dataset_root_of_a_folder_is_refused(made, tmp_path):
     with pytest.raises(
-        UserError, match=f"--dataset_root {tmp_path} is where a dataset of the Hub .*leave the flag out"
+        UserError,
+        match=f"--dataset_root {tmp_path} is a folder to download Hub datasets to, .* Leave --dataset_root out",
     ):
         build.build_source(TrainConfig(dataset_id=[str(made("video"))], dataset_root=str(tmp_path)))
 
 
 def test_a_batch_larger_than_the_dataset_is_told(made, tmp_path, capsys):
     train(**small(dataset_id=str(made("no_camera")), batch_size=40, quiet=False), output_dir=str(tmp_path))
-    assert (
-        "a batch of 40 is more than the 33 frames there are to train on: it holds some twice" in capsys.readouterr().out
-    )
+    message = "a batch of 40 is larger than the 33 frames to train on: it holds some of them twice"
+    assert message in capsys.readouterr().out
 
 
 def test_rows_may_be_asked_for_by_two_threads(made):
     """A batch of several epochs: the loop measures --minutes while the loader's thread prepares its first batch."""
     source = open_dataset(str(made("no_camera")))
-    loader = Loader(source, Frames(source), {}, 200, seed=0)
+    loader = Loader(source, Frames(source), {}, 200, seed=0).start()
     expected = [loader.rows_at(start) for start in range(0, 20_000, 200)]
     seen = [[], []]
 

@@ -11,10 +11,9 @@ import time
 import pytest
 import torch
 
-from data import decode
+from data import decode, open_dataset
 from data import frames as module
-from data.frames import Frames
-from data.source import open_dataset
+from data.frames import Frames, FrameStore, store_name
 from errors import UserError
 from helpers.dataset_edits import edit_json
 from helpers.paths import ROOT, SHIPPED
@@ -29,6 +28,10 @@ def all_frames(store: Frames, key=TOP):
     return store.read(key, torch.arange(store.source.rows))
 
 
+def open_or_build(source, cache_dir, mode="on", size=None, **options) -> Frames:
+    return Frames.open_or_build(source, size, mode=mode, cache_dir=cache_dir, **options)
+
+
 def stores(folder):
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
@@ -38,9 +41,10 @@ def stores(folder):
 def test_store_holds_what_decoding_on_the_fly_gives(made, tmp_path, name, size):
     source = open_dataset(str(made(name)))
     first, second = [], []
-    fly, built = Frames(source, size), Frames(source, size, "on", tmp_path, num_threads=2, say=first.append)
-    opened = Frames(source, size, "on", tmp_path, say=second.append)
-    assert fly.store == {}
+    fly = Frames(source, size)
+    built = open_or_build(source, tmp_path, size=size, num_threads=2, say=first.append)
+    opened = open_or_build(source, tmp_path, size=size, say=second.append)
+    assert fly.stored == {}
     assert all_frames(fly).shape[1:] == (3, *(size or (64, 96)))
     assert torch.equal(all_frames(fly), all_frames(built))
     assert torch.equal(all_frames(fly), all_frames(opened))
@@ -61,7 +65,8 @@ def test_resized_as_the_saved_pipeline_does_to_a_rounding(made):
 
 def test_some_episodes_and_several_rows_in_any_order(made, tmp_path):
     source = open_dataset(str(made("two_cameras")), episodes="0,2")
-    fly, built = Frames(source), Frames(source, None, "on", tmp_path)
+    fly = Frames(source)
+    built = open_or_build(source, tmp_path)
     rows = torch.tensor([23, 0, 12, 13, 13, 5])
     for key in source.videos:
         assert torch.equal(fly.read(key, rows), built.read(key, rows))
@@ -71,7 +76,7 @@ def test_some_episodes_and_several_rows_in_any_order(made, tmp_path):
 def test_what_changes_the_content_makes_another_store(copy_of, tmp_path, change):
     root = copy_of("video")
     video = next((root / "videos").glob("*/*/*.mp4"))
-    Frames(open_dataset(str(root)), None, "on", tmp_path / "cache")
+    open_or_build(open_dataset(str(root)), tmp_path / "cache")
     size, episodes = None, None
     if change == "time":
         os.utime(video, ns=(0, video.stat().st_mtime_ns + 1))
@@ -83,9 +88,9 @@ def test_what_changes_the_content_makes_another_store(copy_of, tmp_path, change)
         size = [32, 48]
     if change == "episodes":
         episodes = "1"
-    Frames(open_dataset(str(root), episodes=episodes), size, "on", tmp_path / "cache")
+    open_or_build(open_dataset(str(root), episodes=episodes), tmp_path / "cache", size=size)
     assert len(stores(tmp_path / "cache")) == 2
-    Frames(open_dataset(str(root), episodes=episodes), size, "on", tmp_path / "cache")
+    open_or_build(open_dataset(str(root), episodes=episodes), tmp_path / "cache", size=size)
     assert len(stores(tmp_path / "cache")) == 2
 
 
@@ -94,26 +99,26 @@ def test_auto_falls_back_with_one_line_and_on_refuses(made, tmp_path, monkeypatc
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     said = []
-    auto = Frames(source, None, "auto", tmp_path, say=said.append)
-    assert auto.store == {}
+    auto = open_or_build(source, tmp_path, "auto", say=said.append)
+    assert auto.stored == {}
     assert [line for line in said if line.startswith("frame cache off, no room for 0.0 GB of decoded frames in")]
     assert torch.equal(all_frames(auto), all_frames(Frames(source)))
     with pytest.raises(
-        UserError, match=r"--frame_cache on: no room for .* pass --frame_cache off, --image_size or another --cache_dir"
+        UserError,
+        match=r"--frame_cache on: no room for .*\. Pass --frame_cache off, --image_size or another --cache_dir",
     ):
-        Frames(source, None, "on", tmp_path)
+        open_or_build(source, tmp_path)
 
 
 BUILD = """
 import sys, time
-from data import frames
-from data.source import open_dataset
+from data import frames, open_dataset
 decode = frames.Decoder.read
 def slow(self, key, rows):
     time.sleep(float(sys.argv[3]))
     return decode(self, key, rows)
 frames.Decoder.read = slow
-frames.Frames(open_dataset(sys.argv[1]), None, "on", sys.argv[2])
+frames.Frames.open_or_build(open_dataset(sys.argv[1]), mode="on", cache_dir=sys.argv[2])
 print("built")
 """
 
@@ -140,12 +145,15 @@ def test_killed_while_building_goes_on_where_it_stopped(made, tmp_path, monkeypa
     assert stores(tmp_path)[0].startswith("."), "no finished store after a kill"
     done = len(next(tmp_path.glob(".*/journal.txt")).read_text().split())
     decoded = []
-    real = Frames.decode_episode
-    monkeypatch.setattr(
-        Frames, "decode_episode", lambda self, key, i, *rest: (decoded.append(i), real(self, key, i, *rest))
-    )
+    decode_episode = FrameStore._decode_episode
+
+    def counted(store, episode, bar):
+        decoded.append(episode)
+        decode_episode(store, episode, bar)
+
+    monkeypatch.setattr(FrameStore, "_decode_episode", counted)
     source = open_dataset(str(made("video")))
-    built = Frames(source, None, "on", tmp_path)
+    built = open_or_build(source, tmp_path)
     assert len(decoded) == 3 - done
     assert torch.equal(all_frames(built), all_frames(Frames(source)))
     assert len(stores(tmp_path)) == 1
@@ -181,54 +189,56 @@ def mount(tmp_path):
 
 def test_full_disk_while_building(made, mount, monkeypatch):
     small_disk = mount("size=300k")
-    monkeypatch.setattr(Frames, "fits", lambda *args: True)  # it was free when looked at, and is not when written
+    monkeypatch.setattr(module, "has_room", lambda *args: True)  # it was free when looked at, and is not when written
     with pytest.raises(UserError) as caught:
-        Frames(open_dataset(str(made("video"))), None, "on", small_disk)
+        open_or_build(open_dataset(str(made("video"))), small_disk)
     assert str(caught.value) == (
-        f"the frames of {TOP} cannot be written to {small_disk}: No space left on device: nothing is left behind; "
-        "free some space, or pass --frame_cache off"
+        f"the frames of {TOP} cannot be written to {small_disk}: No space left on device. Nothing is left behind. "
+        "Free some space, or pass --frame_cache off"
     )
     assert stores(small_disk) == []
 
 
 def test_a_cache_folder_that_cannot_be_written(made, mount, monkeypatch):
-    folder, said = mount("ro,size=10m"), []
+    folder = mount("ro,size=10m")
+    said = []
     monkeypatch.setattr(module, "SPARE", 0)
     source = open_dataset(str(made("video")))
-    auto = Frames(source, None, "auto", folder, say=said.append)
-    assert auto.store == {}
-    assert said == [
+    auto = open_or_build(source, folder, "auto", say=said.append)
+    assert auto.stored == {}
+    assert [line for line in said if line.startswith("frame cache")] == [  # another line names the decoder
         f"frame cache off, no room for decoded frames in {folder} (Read-only file system): "
         "frames are decoded as they are needed (--cache_dir, --image_size)"
     ]
     with pytest.raises(UserError, match=r"--frame_cache on: no room for .* \(Read-only file system\)"):
-        Frames(source, None, "on", folder)
-    monkeypatch.setattr(Frames, "fits", lambda *args: True)
+        open_or_build(source, folder)
+    monkeypatch.setattr(module, "has_room", lambda *args: True)
     with pytest.raises(UserError, match=r"cannot be written to .*: Read-only file system"):
-        Frames(source, None, "on", folder)
+        open_or_build(source, folder)
 
 
 def test_a_finished_store_is_used_where_nothing_can_be_written(made, mount):
     folder, source = mount("size=10m"), open_dataset(str(made("video")))
-    Frames(source, None, "on", folder)
+    open_or_build(source, folder)
     subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
-    assert torch.equal(all_frames(Frames(source, None, "auto", folder)), all_frames(Frames(source)))
-    assert TOP in Frames(source, None, "on", folder).store
+    assert torch.equal(all_frames(open_or_build(source, folder, "auto")), all_frames(Frames(source)))
+    assert TOP in open_or_build(source, folder).stored
 
 
 @pytest.fixture
 def unfinished(made, tmp_path, monkeypatch):
     """(source, cache folder) of a store whose building was stopped before its last episode."""
-    real, source = Frames.decode_episode, open_dataset(str(made("images")))
+    source = open_dataset(str(made("images")))
+    decode_episode = FrameStore._decode_episode
 
-    def stopped(self, key, episode, *rest):
+    def stopped(store, episode, bar):
         if episode == 2:
             raise KeyboardInterrupt
-        real(self, key, episode, *rest)
+        decode_episode(store, episode, bar)
 
-    monkeypatch.setattr(Frames, "decode_episode", stopped)
+    monkeypatch.setattr(FrameStore, "_decode_episode", stopped)
     with pytest.raises(KeyboardInterrupt):
-        Frames(source, None, "on", tmp_path / "cache")
+        open_or_build(source, tmp_path / "cache")
     monkeypatch.undo()
     return source, tmp_path / "cache"
 
@@ -241,9 +251,9 @@ def test_what_is_written_already_needs_no_room(unfinished, monkeypatch):
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
     with pytest.raises(UserError, match="no room for"):
-        Frames(source, None, "on", folder)
+        open_or_build(source, folder)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=needed))
-    assert torch.equal(all_frames(Frames(source, None, "on", folder)), all_frames(Frames(source)))
+    assert torch.equal(all_frames(open_or_build(source, folder)), all_frames(Frames(source)))
 
 
 def test_video_cut_short_after_it_was_checked(copy_of, tmp_path):
@@ -252,19 +262,21 @@ def test_video_cut_short_after_it_was_checked(copy_of, tmp_path):
     video = next((root / "videos").glob("*/*/*.mp4"))
     video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
     with pytest.raises(UserError, match=r"file-000\.mp4: frames \d+ to \d+ cannot be decoded"):
-        Frames(source, None, "on", tmp_path / "cache")
+        open_or_build(source, tmp_path / "cache")
     assert all(name.startswith(".") for name in stores(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("shape", [[96, 64, 3], [128, 192, 3], [64, 96, 1]])
+@pytest.mark.parametrize("shape", [[96, 64, 3], [128, 192, 3], [64, 48, 3]])
 @pytest.mark.parametrize("mode", ["on", "off"])
 def test_pictures_of_another_size_than_info_says(copy_of, tmp_path, shape, mode):
     root = copy_of("images")
     edit_json(root / "meta" / "info.json", lambda info: info["features"][TOP].update(shape=shape))
     says = "x".join(map(str, shape))
-    message = rf"{TOP}: the picture of row \d+ is 64x96x3 as RGB, info\.json says {says}: mend one of them"
+    message = (
+        rf"{TOP}: the picture of row \d+ does not have the size in info\.json: expected {says}, got 64x96x3 as RGB"
+    )
     with pytest.raises(UserError, match=message):
-        all_frames(Frames(open_dataset(str(root)), None, mode, tmp_path / "cache"))
+        all_frames(open_or_build(open_dataset(str(root)), tmp_path / "cache", mode))
 
 
 def test_cache_modes_train_the_same_weights(tmp_path):
@@ -287,24 +299,24 @@ def test_a_cache_folder_that_cannot_be_made(made, tmp_path):
     (tmp_path / "file").write_text("")
     said = []
     source = open_dataset(str(made("video")))
-    assert Frames(source, None, "auto", tmp_path / "file" / "cache", say=said.append).store == {}
+    assert open_or_build(source, tmp_path / "file" / "cache", "auto", say=said.append).stored == {}
     assert "no room for decoded frames in" in said[-1]
     with pytest.raises(UserError, match="Not a directory"):
-        Frames(source, None, "on", tmp_path / "file" / "cache")
+        open_or_build(source, tmp_path / "file" / "cache")
 
 
 def test_a_store_of_another_size_than_it_should_have_is_not_read(made, tmp_path):
     source = open_dataset(str(made("video")))
-    Frames(source, None, "on", tmp_path)
+    open_or_build(source, tmp_path)
     with open(next(tmp_path.glob("*/frames.u8")), "r+b") as file:
         file.truncate(1000)
-    with pytest.raises(UserError, match=r"frames\.u8 has 1000 bytes, expected 608256: delete "):
-        Frames(source, None, "on", tmp_path)
+    with pytest.raises(UserError, match=r"frames\.u8 is damaged: expected 608256 bytes, got 1000\. Delete "):
+        open_or_build(source, tmp_path)
 
 
 def test_list_and_prune(made, tmp_path, capsys):
     source = open_dataset(str(made("two_cameras")))
-    Frames(source, None, "on", tmp_path)
+    open_or_build(source, tmp_path)
     shown = subprocess.run([sys.executable, "-m", "data.frames", "list", "--cache_dir", str(tmp_path)], cwd=ROOT / "src",
                            capture_output=True, text=True, check=True).stdout  # fmt: skip
     assert shown.count("33 frames of 3x64x96") == 2
@@ -319,7 +331,7 @@ def test_list_and_prune(made, tmp_path, capsys):
 
 def test_list_and_prune_an_unfinished_store(unfinished, capsys):
     source, folder = unfinished
-    Frames(source, [30, 40], "on", folder)
+    open_or_build(source, folder, size=[30, 40])
     for command in ("list", "prune"):
         assert main(["cache", command, "--cache_dir", str(folder)]) == 0
         lines = capsys.readouterr().out.splitlines()
@@ -335,22 +347,22 @@ def test_list_and_prune_what_is_left_of_a_store_and_nothing_else(tmp_path, capsy
         folder.mkdir()
         (folder / "frames.u8").write_bytes(bytes(9000))
     assert main(["cache", "list", "--cache_dir", str(tmp_path)]) == 0
-    assert f"of {left.name}, broken off" in capsys.readouterr().out
+    assert f"of {left.name}, interrupted" in capsys.readouterr().out
     assert main(["cache", "prune", "--cache_dir", str(tmp_path)]) == 0
     assert stores(tmp_path) == ["pictures"]
 
 
 def test_a_store_without_its_frames_is_told(made, tmp_path):
     source = open_dataset(str(made("video")))
-    Frames(source, None, "on", tmp_path)
+    open_or_build(source, tmp_path)
     next(tmp_path.glob("*/frames.u8")).unlink()
-    with pytest.raises(UserError, match=r"frames\.u8 has 0 bytes, expected 608256: delete "):
-        Frames(source, None, "on", tmp_path)
+    with pytest.raises(UserError, match=r"frames\.u8 is damaged: expected 608256 bytes, got 0\. Delete "):
+        open_or_build(source, tmp_path)
 
 
 def test_videos_that_pyav_has_read_are_closed(made, monkeypatch):
     """At once: a run's first part goes without the garbage collector, and a dataset may have thousands of files."""
-    monkeypatch.setattr(decode, "load_torchcodec", lambda: (None, []))
+    monkeypatch.setattr(decode, "load_torchcodec", lambda: (None, None))
     monkeypatch.setattr(decode, "OPEN_READERS", 1)
     source = open_dataset(str(made("many_files")))
     reader, row = decode.Decoder(source, None), torch.zeros(1, dtype=torch.int64)
@@ -365,12 +377,11 @@ def test_videos_that_pyav_has_read_are_closed(made, monkeypatch):
     gc.enable()
 
 
-def test_two_cameras_whose_names_end_alike_have_stores_of_their_own(made, tmp_path):
+def test_two_cameras_whose_names_end_alike_have_stores_of_their_own(made):
     """Pictures lie in one table, so that their files do not tell them apart; the dataset's name may be long."""
     source = open_dataset(str(made("images")))
     source.meta.repo_id = "+".join(["alice/so101_pick_cube_kitchen"] * 3)
-    frames = Frames(source)
-    frames.decoder.shape = lambda key: (3, 64, 96)
+    decoder = decode.Decoder(source, None)
+    decoder.shape = lambda key: (3, 64, 96)
     keys = ("observation.images.left.rgb", "observation.images.right.rgb", "observation.images.top")
-    assert len({frames.place(key, tmp_path, "pyav") for key in keys}) == 3
-    frames.close()
+    assert len({store_name(decoder, key, "pyav") for key in keys}) == 3

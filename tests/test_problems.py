@@ -289,7 +289,7 @@ def test_yes_and_no_as_an_action(copy_of):
 def test_missing_stats(copy_of):
     root = copy_of("video")
     edit_json(root / "meta" / "stats.json", lambda stats: stats.pop("action"))
-    assert "meta/stats.json has no mean and std of action, which the policy normalises by" in refusal(root)
+    assert "meta/stats.json has no mean and std of action to normalise by" in refusal(root)
 
 
 def test_table_shorter_than_metadata(copy_of):

@@ -1,1 +1,5 @@
-"""A LeRobot dataset as batches: source (what is on disk), windows (which rows), frames (pixels), loader (batches)."""
+"""A LeRobot dataset as batches: `open_dataset` reads and checks it, Frames gives its pixels, Loader its batches."""
+
+from data.dataset import open_dataset
+
+__all__ = ["open_dataset"]

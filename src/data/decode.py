@@ -16,31 +16,35 @@ from torch import Tensor
 from data.source import Source
 from errors import UserError, one_line
 
-LIBRARIES = ("torchcodec", "pyav")  # they may differ in a rounding
+LIBRARIES = ("torchcodec", "pyav")  # they may round a pixel differently
 OPEN_READERS = 64  # a few MB each
 CHUNK = 16  # frames decoded at a time: 15 MB at 480x640, which malloc reuses; fresh memory costs more than the copy
+NEAR = 8  # frames ahead up to which PyAV decodes on instead of seeking, which is slower
 
 
-def load_torchcodec():
-    """(torchcodec's VideoDecoder, []), or (None, [why PyAV decodes instead])."""
+def load_torchcodec() -> tuple[type | None, str | None]:
+    """torchcodec's VideoDecoder and None, or None and why PyAV decodes instead."""
     try:
         from torchcodec.decoders import VideoDecoder
     except ImportError:
-        return None, ["torchcodec is not installed: decoding video with PyAV"]
+        return None, "torchcodec is not installed: decoding video with PyAV"
     except (RuntimeError, OSError):  # its own message is a page of tracebacks, one for each FFmpeg version
-        return None, ["torchcodec finds no FFmpeg libraries (Debian: apt install ffmpeg): decoding video with PyAV"]
-    return VideoDecoder, []
+        return None, "torchcodec finds no FFmpeg libraries (Debian: apt install ffmpeg): decoding video with PyAV"
+    return VideoDecoder, None
 
 
 class TorchcodecReader:
-    """One video, read by frame number as LeRobot does: approximate seeking, at the stream's average rate."""
+    """One open video, read by frame number as LeRobot does: approximate seeking, at the stream's average rate."""
 
-    def __init__(self, path: Path, video_decoder):
-        self.decoder = video_decoder(str(path), seek_mode="approximate", num_ffmpeg_threads=1)
+    def __init__(self, decoder):
+        self.decoder = decoder
 
     def read(self, numbers: list[int]) -> Tensor:
-        if numbers[-1] - numbers[0] == len(numbers) - 1:  # in a row: no seeks
-            return self.decoder.get_frames_in_range(numbers[0], numbers[-1] + 1).data  # (n, C, H, W)
+        """(n, C, H, W) uint8 frames of ascending numbers."""
+        first = numbers[0]
+        last = numbers[-1]
+        if last - first == len(numbers) - 1:  # without a gap: one seek
+            return self.decoder.get_frames_in_range(first, last + 1).data
         return self.decoder.get_frames_at(indices=numbers).data
 
     def close(self) -> None:
@@ -48,35 +52,50 @@ class TorchcodecReader:
 
 
 class PyavReader:
-    """One video, read by frame number: seek to the key frame before, decode on from there."""
+    """One open video, read by frame number: seek to the key frame before it and decode from there."""
 
-    def __init__(self, path: Path):
-        import av
-
-        self.container = av.open(str(path))
-        self.stream = self.container.streams.video[0]
+    def __init__(self, container):
+        self.container = container
+        self.stream = container.streams.video[0]
         self.rate = self.stream.average_rate
-        self.decoded, self.position, self.frame = iter(()), None, None
+        self.frames = iter(())  # the decoder's output since the last seek
+        self.frame = None  # the newest of them
+        self.number = None  # and its frame number
 
     def read(self, numbers: list[int]) -> Tensor:
-        frames = []
-        for number in numbers:  # ascending
-            if self.position is None or not 0 <= number - self.position <= 8:  # nearer, decoding on beats a seek
-                offset = round(number / self.rate / self.stream.time_base)
-                self.container.seek(offset, stream=self.stream, backward=True)
-                self.decoded, self.position = self.container.decode(self.stream), None
-            while self.position is None or self.position < number:
-                self.frame = next(self.decoded)
-                self.position = round(self.frame.pts * self.stream.time_base * self.rate)
-            frames.append(torch.from_numpy(self.frame.to_ndarray(format="rgb24")))  # (H, W, C), LeRobot's conversion
-        return torch.stack(frames).permute(0, 3, 1, 2)  # (n, C, H, W)
+        """(n, C, H, W) uint8 frames of ascending numbers."""
+        pixels = []
+        for number in numbers:
+            if self.number is None or not 0 <= number - self.number <= NEAR:
+                self._seek(number)
+            while self.number is None or self.number < number:
+                self.frame = next(self.frames)
+                self.number = round(self.frame.pts * self.stream.time_base * self.rate)
+            pixels.append(torch.from_numpy(self.frame.to_ndarray(format="rgb24")))  # (H, W, C), LeRobot's conversion
+        return torch.stack(pixels).permute(0, 3, 1, 2)  # (n, C, H, W)
+
+    def _seek(self, number: int) -> None:
+        offset = round(number / self.rate / self.stream.time_base)
+        self.container.seek(offset, stream=self.stream, backward=True)
+        self.frames = self.container.decode(self.stream)
+        self.number = None
 
     def close(self) -> None:
-        self.container.close()  # it is in a cycle with its streams: dropped, it would keep its file open until a collection
+        # The container and its streams refer to each other: unclosed, it keeps its file open until a garbage collection.
+        self.container.close()
+
+
+def open_reader(path: Path, video_decoder: type | None) -> TorchcodecReader | PyavReader:
+    """Open a video with torchcodec's VideoDecoder, or with PyAV if it is None."""
+    if video_decoder is not None:
+        return TorchcodecReader(video_decoder(str(path), seek_mode="approximate", num_ffmpeg_threads=1))
+    import av
+
+    return PyavReader(av.open(str(path)))
 
 
 class Decoder:
-    """Frames of a source by camera and row, decoded when asked; any thread may ask.
+    """Frames of a source by camera and row, decoded when asked for. Any thread may ask.
 
     Args:
         source: the open dataset.
@@ -84,19 +103,20 @@ class Decoder:
     """
 
     def __init__(self, source: Source, image_size: list[int] | None):
-        self.source, self.image_size = source, image_size
-        self.idle: list[tuple[Path, object]] = []  # open readers, least recently used first
-        self.lock = threading.Lock()
+        self.source = source
+        self.image_size = image_size
+        self.idle: list[tuple[Path, TorchcodecReader | PyavReader]] = []  # open readers, least recently used first
+        self.lock = threading.Lock()  # held while `idle` changes
 
     @functools.cached_property
-    def loaded(self) -> tuple:
-        """torchcodec's VideoDecoder or None, and why: loaded once a frame has to be decoded, which may be never."""
+    def torchcodec(self) -> tuple[type | None, str | None]:
+        """What `load_torchcodec` returns, called when the first frame has to be decoded, which may be never."""
         return load_torchcodec()
 
     @property
     def library(self) -> str:
         """Which of LIBRARIES decodes video here."""
-        return LIBRARIES[0] if self.loaded[0] else LIBRARIES[1]
+        return "torchcodec" if self.torchcodec[0] else "pyav"
 
     def recorded_shape(self, key: str) -> tuple[int, int, int]:
         """(C, H, W) of a camera by info.json."""
@@ -105,17 +125,20 @@ class Decoder:
 
     def shape(self, key: str) -> tuple[int, int, int]:
         """(C, h, w) of a camera."""
-        channels, *size = self.recorded_shape(key)
-        return (channels, *(self.image_size or size))
+        channels, *recorded_size = self.recorded_shape(key)
+        return channels, *(self.image_size or recorded_size)
 
-    def jobs(self, key: str, rows: Tensor, pieces: int) -> list[Tensor]:
-        """(n,) ascending rows, split into `pieces` of one file each and each of at most CHUNK."""
-        files = [rows]
+    def jobs(self, key: str, rows: Tensor, num_threads: int) -> list[Tensor]:
+        """Split (n,) ascending rows into what one thread reads at a time: rows of one file, at most CHUNK."""
+        files = torch.zeros_like(rows)
         if key in self.source.videos:
-            file, _ = self.source.locate(key, rows)
-            files = [rows[file == index] for index in torch.unique(file).tolist()]
-        parts = [part for mine in files for part in mine.tensor_split(min(pieces, len(mine)))]
-        return [chunk for part in parts for chunk in part.split(CHUNK)]
+            files, _ = self.source.locate(key, rows)
+        jobs = []
+        for file in torch.unique(files).tolist():
+            rows_of_file = rows[files == file]
+            for rows_of_thread in rows_of_file.tensor_split(min(num_threads, len(rows_of_file))):
+                jobs += rows_of_thread.split(CHUNK)
+        return jobs
 
     def read(self, key: str, rows: Tensor) -> Tensor:
         """(n, C, h, w) uint8 frames at (n,) rows of one file, ascending; not contiguous.
@@ -124,14 +147,14 @@ class Decoder:
             UserError: a frame cannot be decoded, or is a picture of another size than info.json says.
         """
         if key in self.source.images:
-            frames = torch.stack([self._picture(key, row) for row in rows.tolist()])
+            frames = torch.stack([self._read_picture(key, row) for row in rows.tolist()])
         else:
-            file, number = self.source.locate(key, rows)
-            assert (file == file[0]).all()
-            frames = self._video(self.source.videos[key].files[int(file[0])], number.tolist())
-        return to_size(frames, self.image_size)
+            files, numbers = self.source.locate(key, rows)
+            assert (files == files[0]).all()
+            frames = self._read_video(self.source.videos[key].files[int(files[0])], numbers.tolist())
+        return resize(frames, self.image_size)
 
-    def _video(self, path: Path, numbers: list[int]) -> Tensor:
+    def _read_video(self, path: Path, numbers: list[int]) -> Tensor:
         try:
             with self._reader(path) as reader:
                 return reader.read(numbers)
@@ -141,12 +164,12 @@ class Decoder:
 
     @contextlib.contextmanager
     def _reader(self, path: Path):
-        """An open reader of a file, for one thread at a time; one that failed is not used again."""
+        """Lend an open reader of a file to one thread. A reader that failed is not used again."""
         with self.lock:
-            places = [place for place, (idle, _) in enumerate(self.idle) if idle == path]
-            reader = self.idle.pop(places[-1])[1] if places else None
-        if reader is None:
-            reader = TorchcodecReader(path, self.loaded[0]) if self.loaded[0] else PyavReader(path)
+            idle = next((entry for entry in reversed(self.idle) if entry[0] == path), None)
+            if idle is not None:
+                self.idle.remove(idle)
+        reader = idle[1] if idle is not None else open_reader(path, self.torchcodec[0])
         try:
             yield reader
         except BaseException:
@@ -154,39 +177,42 @@ class Decoder:
             raise
         with self.lock:
             self.idle.append((path, reader))
-            oldest = self.idle[:-OPEN_READERS]
+            surplus = self.idle[:-OPEN_READERS]
             del self.idle[:-OPEN_READERS]
-        for _, reader in oldest:
+        for _, reader in surplus:
             reader.close()
 
     def close(self) -> None:
         while self.idle:
-            self.idle.pop()[1].close()
+            _, reader = self.idle.pop()
+            reader.close()
 
-    def _picture(self, key: str, row: int) -> Tensor:
+    def _read_picture(self, key: str, row: int) -> Tensor:
+        """(C, H, W) uint8 picture of an `image` feature."""
         from PIL import Image
 
         stored = self.source.images[key][row].as_py()
+        file = io.BytesIO(stored["bytes"]) if stored["bytes"] else self.source.meta.root / stored["path"]
         try:
-            with Image.open(
-                io.BytesIO(stored["bytes"]) if stored["bytes"] else self.source.root / stored["path"]
-            ) as image:
-                pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # (C, H, W)
+            with Image.open(file) as image:
+                pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{key}: the picture of row {row} cannot be read: {one_line(error)}") from error
         if pixels.shape != self.recorded_shape(key):
-            found, said = ("{1}x{2}x{0}".format(*shape) for shape in (pixels.shape, self.recorded_shape(key)))
+            expected = "{1}x{2}x{0}".format(*self.recorded_shape(key))
+            got = "{1}x{2}x{0}".format(*pixels.shape)
             raise UserError(
-                f"{key}: the picture of row {row} is {found} as RGB, info.json says {said}: mend one of them"
+                f"{key}: the picture of row {row} does not have the size in info.json: expected {expected}, got {got} as "
+                "RGB. Correct one of them"
             )
         return pixels
 
 
-def to_size(frames: Tensor, image_size: list[int] | None) -> Tensor:
+def resize(frames: Tensor, image_size: list[int] | None) -> Tensor:
     """(n, C, H, W) uint8 frames at (h, w): LeRobot's image_crop_resize_processor, rounded to uint8."""
     if image_size is None or list(frames.shape[-2:]) == list(image_size):
         return frames
     from torchvision.transforms import functional
 
-    small = functional.resize(frames.to(torch.float32) / 255.0, list(image_size)).clamp(0.0, 1.0)
-    return (small * 255.0).round().to(torch.uint8)
+    resized = functional.resize(frames.to(torch.float32) / 255.0, list(image_size)).clamp(0.0, 1.0)
+    return (resized * 255.0).round().to(torch.uint8)

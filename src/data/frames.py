@@ -1,13 +1,15 @@
-"""The frame store: every frame of the selected episodes decoded once, into memory-mapped uint8 at training size.
+"""Frames of a dataset's cameras by row: one gather from the frame store, or decoded when asked for.
 
-A camera's frames lie in one file, row after row of the source's table, so that a batch is one gather. A file is built in
-a hidden folder beside its place, episode by episode with a journal, so that a build that was stopped goes on; then the
-folder is renamed. Its name is a hash of all that decides its content, so it is never stale.
+The store of a camera holds its frames decoded once, at training size, row after row of the table. It is a folder in the
+cache, named after a hash of all that decides its content, so that it is never stale:
 
-    python -m data.frames list     what is in the cache
-    python -m data.frames prune    delete it, or what --days has not used
+    frames.u8     (N, C, h, w) uint8
+    about.json    what it holds, for people
 
-N rows, B samples, C channels, h and w pixels at training size.
+It is built in a hidden folder beside its place, which is renamed when all frames are there. There, journal.txt lists the
+episodes that are on disk, so that a build that was stopped continues.
+
+N rows, C channels, h and w pixels at training size.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import shutil
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,249 +30,318 @@ from torch import Tensor
 from data.decode import CHUNK, LIBRARIES, Decoder
 from data.source import Source
 from errors import UserError, one_line
-from runtime import in_notebook, sent, user_cache_dir
+from runtime import in_notebook, is_out_of_memory, to_device, user_cache_dir
 
-LAYOUT = 1  # another arrangement of the file is another store
-SPARE = 2 * 2**30  # bytes that `auto` leaves free on the disk, and a tenth of it
+LAYOUT = 1  # part of the hash: a file with another layout is another store
+SPARE = 2 * 2**30  # bytes that `auto` leaves free on the disk, or a tenth of the disk if that is more
 
 
 class Frames:
-    """Frames of every camera of a source by row, from the store or decoded when asked.
+    """Frames of every camera of a source. This constructor's are decoded when asked for; see also `open_or_build`.
 
     Args:
         source: the open dataset.
         image_size: (h, w) that pictures are resized to, None for as recorded.
-        mode: auto (the store if it fits the disk), on, off, or device (the store, held in the device's memory).
-        cache_dir: where stores are kept; None for the user's cache.
-        num_threads: threads that decode.
-        device: where `device` holds the frames.
-        quiet: no progress bar.
-        say: takes what a person should know, a line at a time.
-
-    Raises:
-        UserError: a frame cannot be decoded, or the disk or the device has no room for what `on` or `device` ask.
+        num_threads: threads that decode and copy.
     """
 
-    def __init__(
-        self,
+    def __init__(self, source: Source, image_size: list[int] | None = None, num_threads: int = 1):
+        self.source = source
+        self.decoder = Decoder(source, image_size)
+        self.keys = [*source.videos, *source.images]
+        self.num_threads = num_threads
+        self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")  # starts its threads at its first job
+        self.stored: dict[str, Tensor] = {}  # (N, C, h, w) uint8 of each camera; empty if frames are decoded
+        self.on_device = False  # whether `stored` is in the memory of an accelerator
+
+    @classmethod
+    def open_or_build(
+        cls,
         source: Source,
         image_size: list[int] | None = None,
-        mode: str = "off",
+        *,
+        mode: str,
         cache_dir: str | Path | None = None,
         num_threads: int = 1,
         device: torch.device | str = "cpu",
         quiet: bool = True,
         say=lambda line: None,
-    ):
-        self.source, self.decoder = source, Decoder(source, image_size)
-        self.keys = [*source.videos, *source.images]
-        self.say = say
-        self.num_threads = num_threads
-        self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
-        self.store: dict[str, Tensor] = {}  # (N, C, h, w) uint8 of each camera
-        self.on_device = mode == "device"
-        if not self.keys:
-            return
+    ) -> "Frames":
+        """Open every camera's store, building those that are missing.
+
+        Args:
+            source, image_size, num_threads: as for the class.
+            mode: auto (stores if the disk has room for them), on, off, or device (stores, held in the device's memory).
+            cache_dir: where stores are kept; None for the user's cache.
+            device: where `device` holds the frames.
+            quiet: no progress bar.
+            say: called with each line that the user should read.
+
+        Raises:
+            UserError: a frame cannot be decoded, or the disk or the device has no room for what `on` or `device` need.
+        """
+        frames = cls(source, image_size, num_threads)
         folder = Path(cache_dir).expanduser() if cache_dir else user_cache_dir() / "frames"
-        places = {} if mode == "off" else {key: self.finished(key, folder) for key in self.keys}
-        missing = [key for key in self.keys if places.get(key) is None]
-        if source.videos and missing:
-            for line in self.decoder.loaded[1]:
-                say(line)
-        if mode == "off" or (missing and not self.fits(folder, missing, mode)):
-            self.on_device = False
-            return
-        places |= {key: self.place(key, folder, self.decoder.library) for key in missing}
-        for key in self.keys:
-            if key in missing:
-                self.build(key, places[key], quiet)
-            self.store[key] = self.open(key, places[key])
-        if self.on_device:
-            self.move_to(torch.device(device))
+        stores = []
+        if mode != "off":
+            stores = [FrameStore.find(frames.decoder, key, folder) for key in frames.keys]
+        missing = [store for store in stores if not store.is_finished]
 
-    def bytes_of(self, key: str) -> int:
-        return self.source.rows * int(np.prod(self.decoder.shape(key)))
-
-    def begun(self, key: str, folder: Path) -> int:
-        """Bytes of a camera's store that are on the disk already: a building that was stopped goes on."""
-        place = self.place(key, folder, self.decoder.library)
-        path = place.with_name(f".{place.name}") / "frames.u8"
-        return on_disk(path) if os.path.exists(path) else 0
-
-    def fits(self, folder: Path, keys: list[str], mode: str) -> bool:
-        """Whether what is missing of the stores of `keys` goes on the cache's disk; `auto` says what it does about it."""
-        size = sum(self.bytes_of(key) - self.begun(key, folder) for key in keys)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):  # a folder that is there may be another's, or read-only
-                pass
-            disk = shutil.disk_usage(folder)
-            room = disk.free - (max(SPARE, disk.total // 10) if mode == "auto" else 0)
-            message = f"{size / 1e9:.1f} GB of decoded frames in {folder}, {disk.free / 1e9:.1f} GB free"
-        except OSError as error:
-            room, message = 0, f"decoded frames in {folder} ({error.strerror})"
-        if size <= room:
-            self.say(f"frame cache: {message}")
-            return True
-        if mode == "auto":
-            self.say(
-                f"frame cache off, no room for {message}: frames are decoded as they are needed (--cache_dir, --image_size)"
-            )
-            return False
-        raise UserError(
-            f"--frame_cache {mode}: no room for {message}: pass --frame_cache off, --image_size or another --cache_dir"
-        )
-
-    def finished(self, key: str, folder: Path) -> Path | None:
-        """A store of this very content, decoded by either library."""
-        places = [self.place(key, folder, library) for library in LIBRARIES]
-        return next((place for place in places if os.path.isdir(place)), None)  # also if it may not be looked into
-
-    def place(self, key: str, folder: Path, library: str) -> Path:
-        """Where a camera's store is, or will be: its name holds a hash of all that decides the content."""
-        by = library if key in self.source.videos else f"pillow, {key}, sizes checked"  # older stores may hold garbage
-        facts = [LAYOUT, by, self.decoder.shape(key)]
-        facts += [self.source.episodes, self.source.starts.tolist(), self.source.ends.tolist()]
-        files = self.source.tables
-        if key in self.source.videos:
-            videos = self.source.videos[key]
-            files = videos.files
-            facts += [videos.file.tolist(), videos.first.tolist()]
-        for path in files:
-            stat = path.stat()
-            facts.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
-        name = f"{self.source.meta.repo_id.replace('/', '--')[:50]}-{key.split('.')[-1][:30]}"
-        return folder / f"{name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
-
-    def open(self, key: str, place: Path) -> Tensor:
-        """(N, C, h, w) uint8 over the file, read by the system when touched."""
-        shape, path = (self.source.rows, *self.decoder.shape(key)), place / "frames.u8"
-        there = path.stat().st_size if path.exists() else 0
-        if there != self.bytes_of(key):
-            raise UserError(f"{path} has {there} bytes, expected {self.bytes_of(key)}: delete {place}")
-        with contextlib.suppress(OSError):  # a cache that others keep, or that is read-only
-            os.utime(place)  # when it was last used, for prune
-        return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))  # private: never written
-
-    def build(self, key: str, place: Path, quiet: bool) -> None:
-        """Decode a camera's frames into `place`, unless another process has done so by the time it lets us."""
-        from filelock import FileLock, Timeout
-
-        lock, hidden = FileLock(place.with_name(f".{place.name}.lock")), place.with_name(f".{place.name}")
-        try:
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                message = f"another process is decoding {key} into {place.parent}: waiting for it"
-                print(message, file=sys.stderr, flush=True)
-                lock.acquire()
-            if not place.is_dir():
-                self.decode_all(key, hidden, quiet)
-                os.rename(hidden, place)
-        except OSError as error:
-            if lock.is_locked:
-                shutil.rmtree(hidden, ignore_errors=True)
-            message = f"the frames of {key} cannot be written to {place.parent}: {error.strerror or one_line(error)}"
-            raise UserError(f"{message}: nothing is left behind; free some space, or pass --frame_cache off") from error
-        finally:
-            lock.release()
-
-    def decode_all(self, key: str, folder: Path, quiet: bool) -> None:
-        """Every episode into `folder`/frames.u8, leaving out those that journal.txt has already."""
-        from tqdm.auto import tqdm
-
-        folder.mkdir(exist_ok=True)
-        path, journal = folder / "frames.u8", folder / "journal.txt"
-        done = set(journal.read_text().split()) if journal.exists() else set()
-        with open(path, "ab") as file:
-            file.truncate(self.bytes_of(key))
-        facts = {
-            "dataset": self.source.name,
-            "camera": key,
-            "frames": self.source.rows,
-            "shape": self.decoder.shape(key),
-        }
-        (folder / "about.json").write_text(json.dumps(facts))
-        lengths = (self.source.ends - self.source.starts).tolist()
-        every = 1 if sys.stderr.isatty() or in_notebook() else 30  # seconds; a log file keeps each update
-        bar = tqdm(total=self.source.rows, unit="frame", desc=f"decoding {key}", disable=quiet, mininterval=every)
-        with bar, open(journal, "a") as log, ThreadPoolExecutor(self.num_threads, thread_name_prefix="decode") as pool:
-            jobs = {
-                pool.submit(self.decode_episode, key, i, path, bar): i
-                for i in range(len(lengths))
-                if str(i) not in done
-            }
-            bar.update(sum(lengths[int(i)] for i in done))
-            try:
-                for job in as_completed(jobs):
-                    job.result()
-                    log.write(f"{jobs[job]}\n")
-                    log.flush()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        journal.unlink()
-
-    def decode_episode(self, key: str, episode: int, path: Path, bar) -> None:
-        first, end = int(self.source.starts[episode]), int(self.source.ends[episode])
-        frame_bytes = int(np.prod(self.decoder.shape(key)))
-        with open(path, "r+b", buffering=0) as file:  # written, not mapped: a full disk is an error here, a crash there
-            file.seek(first * frame_bytes)
-            for start in range(first, end, CHUNK):
-                pixels = self.decoder.read(key, torch.arange(start, min(start + CHUNK, end))).contiguous()
-                pixels = memoryview(pixels.numpy()).cast("B")
-                while pixels:
-                    pixels = pixels[file.write(pixels) :]
-                bar.update(min(CHUNK, end - start))
-            os.fsync(file.fileno())  # the journal may say so only once it is on the disk
+        if source.videos and (missing or mode == "off"):
+            _, reason_for_pyav = frames.decoder.torchcodec
+            if reason_for_pyav:
+                say(reason_for_pyav)
+        if missing and not has_room(missing, folder, mode, say):
+            return frames
+        for store in missing:
+            store.build(num_threads, quiet)
+        frames.stored = {store.key: store.open() for store in stores}
+        if mode == "device":
+            frames.move_to(torch.device(device))
+        return frames
 
     def move_to(self, device: torch.device) -> None:
-        size = sum(frames.numel() for frames in self.store.values())
+        """Copy the stores into the memory of `device`."""
+        size = sum(frames.numel() for frames in self.stored.values())
         try:
-            self.store = {key: frames.to(device) for key, frames in self.store.items()}
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            message = f"{size / 1e9:.1f} GB of frames do not fit the memory of {device}"
+            self.stored = {key: frames.to(device) for key, frames in self.stored.items()}
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise UserError(
-                f"--frame_cache device: {message}: pass --frame_cache on, or a smaller --image_size"
+                f"--frame_cache device: {size / 1e9:.1f} GB of frames do not fit the memory of {device}. "
+                "Pass --frame_cache on, or a smaller --image_size"
             ) from error
+        self.on_device = True
 
     def read(self, key: str, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """(n, C, h, w) uint8 frames at (n,) rows, into `out` where that is given.
+        """(n, C, h, w) uint8 frames at (n,) rows, written into `out` if it is given.
 
-        With mode `device` they are on the device, and `out` is left alone.
+        With mode `device` they are on the device, and `out` is not used.
         """
-        if key in self.store:
-            store = self.store[key]
-            if self.on_device:
-                return store.index_select(0, sent(rows, store.device))
-            out = torch.empty(len(rows), *store.shape[1:], dtype=torch.uint8) if out is None else out
-            parts = zip(rows.chunk(self.num_threads), out.chunk(self.num_threads), strict=True)
-            # torch's own threads do not take part in a call from the loader's thread: half the bandwidth on two cores
-            for _ in self.pool.map(lambda part: torch.index_select(store, 0, part[0], out=part[1]), parts):
-                pass
-            return out
-        out = torch.empty(len(rows), *self.decoder.shape(key), dtype=torch.uint8) if out is None else out
-        slots: dict[int, list[int]] = {}  # neighbours in a window often share frames
+        if self.on_device:
+            stored = self.stored[key]
+            return stored.index_select(0, to_device(rows, stored.device))
+        if out is None:
+            out = torch.empty(len(rows), *self.decoder.shape(key), dtype=torch.uint8)
+        if key in self.stored:
+            self._gather(self.stored[key], rows, out)
+        else:
+            self._decode(key, rows, out)
+        return out
+
+    def _gather(self, stored: Tensor, rows: Tensor, out: Tensor) -> None:
+        # In threads of our own: torch's do not take part in a call from the loader's thread, which halves the bandwidth
+        # on two cores. list() waits for them and raises their first error.
+        list(
+            self.pool.map(
+                lambda rows, out: torch.index_select(stored, 0, rows, out=out),
+                rows.chunk(self.num_threads),
+                out.chunk(self.num_threads),
+            )
+        )
+
+    def _decode(self, key: str, rows: Tensor, out: Tensor) -> None:
+        # Each row is decoded once: neighbours in a window often share frames.
+        slots: dict[int, list[int]] = {}  # of each row, where in `out` it goes
         for slot, row in enumerate(rows.tolist()):
             slots.setdefault(row, []).append(slot)
 
-        def decode(part: Tensor) -> None:
-            for row, pixels in zip(part.tolist(), self.decoder.read(key, part), strict=True):
+        def decode(rows: Tensor) -> None:
+            for row, pixels in zip(rows.tolist(), self.decoder.read(key, rows), strict=True):
                 for slot in slots[row]:
                     out[slot].copy_(pixels)
 
-        for _ in self.pool.map(decode, self.decoder.jobs(key, torch.tensor(sorted(slots)), self.num_threads)):
-            pass
-        return out
+        list(self.pool.map(decode, self.decoder.jobs(key, torch.tensor(sorted(slots)), self.num_threads)))
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
         self.decoder.close()
 
 
+@dataclass(frozen=True)
+class FrameStore:
+    """The store of one camera, finished or not.
+
+    Attributes:
+        decoder: of the open dataset, at training size.
+        key: the camera.
+        folder: where the finished store is.
+    """
+
+    decoder: Decoder
+    key: str
+    folder: Path
+
+    @classmethod
+    def find(cls, decoder: Decoder, key: str, cache_dir: Path) -> "FrameStore":
+        """The finished store of a camera, decoded by either library; if there is none, the one to build."""
+        for library in LIBRARIES:
+            store = cls(decoder, key, cache_dir / store_name(decoder, key, library))
+            if store.is_finished:
+                return store
+        return cls(decoder, key, cache_dir / store_name(decoder, key, decoder.library))
+
+    @property
+    def is_finished(self) -> bool:
+        return os.path.isdir(self.folder)  # also where its content may not be read
+
+    @property
+    def build_folder(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, C, h, w)."""
+        return self.decoder.source.rows, *self.decoder.shape(self.key)
+
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.shape))
+
+    def bytes_to_write(self) -> int:
+        """Bytes that a build still needs on the disk, without those that a stopped build has written."""
+        path = self.build_folder / "frames.u8"
+        return self.num_bytes - (on_disk(path) if os.path.exists(path) else 0)
+
+    def open(self) -> Tensor:
+        """(N, C, h, w) uint8 over the file, which the system reads where it is touched."""
+        path = self.folder / "frames.u8"
+        size = path.stat().st_size if path.exists() else 0
+        if size != self.num_bytes:
+            raise UserError(f"{path} is damaged: expected {self.num_bytes} bytes, got {size}. Delete {self.folder}")
+        with contextlib.suppress(OSError):  # the cache may be read-only, or another user's
+            os.utime(self.folder)  # when it was last used, for `runs.py cache prune`
+        return torch.from_numpy(
+            np.memmap(path, np.uint8, "c", shape=self.shape)
+        )  # torch wants write access; "c" has no effect on disk
+
+    def build(self, num_threads: int, quiet: bool) -> None:
+        """Decode every frame, or wait for another process that does.
+
+        Raises:
+            UserError: a frame cannot be decoded, or the cache cannot be written to.
+        """
+        from filelock import FileLock, Timeout
+
+        cache_dir = self.folder.parent
+        lock = FileLock(cache_dir / f".{self.folder.name}.lock")
+        try:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                message = f"another process is decoding {self.key} into {cache_dir}: waiting for it"
+                print(message, file=sys.stderr, flush=True)
+                lock.acquire()
+            if not self.folder.is_dir():
+                self._decode_all(num_threads, quiet)
+                os.rename(self.build_folder, self.folder)
+        except OSError as error:
+            if lock.is_locked:
+                shutil.rmtree(self.build_folder, ignore_errors=True)
+            raise UserError(
+                f"the frames of {self.key} cannot be written to {cache_dir}: {error.strerror or one_line(error)}. "
+                "Nothing is left behind. Free some space, or pass --frame_cache off"
+            ) from error
+        finally:
+            lock.release()
+
+    def _decode_all(self, num_threads: int, quiet: bool) -> None:
+        from tqdm.auto import tqdm
+
+        # The file has its full size from the start. What a stopped build wrote into it stays.
+        source = self.decoder.source
+        self.build_folder.mkdir(exist_ok=True)
+        with open(self.build_folder / "frames.u8", "ab") as file:
+            file.truncate(self.num_bytes)
+        about = {"dataset": source.name, "camera": self.key, "frames": source.rows, "shape": self.shape[1:]}
+        (self.build_folder / "about.json").write_text(json.dumps(about))
+        journal = self.build_folder / "journal.txt"
+        done = set(journal.read_text().split()) if journal.exists() else set()
+
+        lengths = (source.ends - source.starts).tolist()
+        seconds = 1 if sys.stderr.isatty() or in_notebook() else 30  # between updates; a log file keeps each of them
+        bar = tqdm(desc=f"decoding {self.key}", total=source.rows, unit="frame", disable=quiet, mininterval=seconds)
+        bar.update(sum(lengths[int(episode)] for episode in done))
+        with bar, open(journal, "a") as log, ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
+            jobs = {}
+            for episode in range(len(lengths)):
+                if str(episode) not in done:
+                    jobs[pool.submit(self._decode_episode, episode, bar)] = episode
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+                    log.write(f"{jobs[job]}\n")
+                    log.flush()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # else the block would end after all the jobs
+                raise
+        journal.unlink()
+
+    def _decode_episode(self, episode: int, bar) -> None:
+        """Decode one episode, by its position in `Source.episodes`, to its place in frames.u8."""
+        first = int(self.decoder.source.starts[episode])
+        end = int(self.decoder.source.ends[episode])
+        # Written, not mapped: a full disk is an error when writing, but a crash of the process in mapped memory.
+        with open(self.build_folder / "frames.u8", "r+b", buffering=0) as file:
+            file.seek(first * int(np.prod(self.shape[1:])))
+            for rows in torch.arange(first, end).split(CHUNK):
+                pixels = self.decoder.read(self.key, rows).contiguous()  # (n, C, h, w)
+                unwritten = memoryview(pixels.numpy()).cast("B")
+                while unwritten:
+                    unwritten = unwritten[file.write(unwritten) :]
+                bar.update(len(rows))
+            os.fsync(file.fileno())  # the journal may list the episode only once it is on disk
+
+
+def store_name(decoder: Decoder, key: str, library: str) -> str:
+    """Name of a camera's store whose video `library` decodes, with a hash of all that decides the content."""
+    source = decoder.source
+    spans = [source.episodes, source.starts.tolist(), source.ends.tolist()]
+    if key in source.videos:
+        videos = source.videos[key]
+        files = videos.files
+        facts = [LAYOUT, library, decoder.shape(key), *spans, videos.file_index.tolist(), videos.first_frame.tolist()]
+    else:
+        files = source.tables
+        pictures = f"pillow, {key}, sizes checked"  # stores from before sizes were checked may hold garbage
+        facts = [LAYOUT, pictures, decoder.shape(key), *spans]
+    for path in files:
+        stat = path.stat()
+        facts.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return f"{source.meta.repo_id.replace('/', '--')[:50]}-{key.split('.')[-1][:30]}-{digest[:16]}"
+
+
+def has_room(stores: list[FrameStore], folder: Path, mode: str, say) -> bool:
+    """Whether the disk of `folder` has room to build `stores`; where it has none, mode `auto` goes without.
+
+    Raises:
+        UserError: there is no room, and the mode is not auto.
+    """
+    size = sum(store.bytes_to_write() for store in stores)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # an existing folder may be another user's, or read-only
+        disk = shutil.disk_usage(folder)
+        room = disk.free - (max(SPARE, disk.total // 10) if mode == "auto" else 0)
+        needed = f"{size / 1e9:.1f} GB of decoded frames in {folder}, {disk.free / 1e9:.1f} GB free"
+    except OSError as error:
+        room = 0
+        needed = f"decoded frames in {folder} ({error.strerror})"
+    if size <= room:
+        say(f"frame cache: {needed}")
+        return True
+    if mode != "auto":
+        remedy = "Pass --frame_cache off, --image_size or another --cache_dir"
+        raise UserError(f"--frame_cache {mode}: no room for {needed}. {remedy}")
+    say(f"frame cache off, no room for {needed}: frames are decoded as they are needed (--cache_dir, --image_size)")
+    return False
+
+
 def on_disk(path: Path) -> int:
-    """Bytes that a file takes there: less than its size where nothing was written yet."""
-    return path.stat().st_blocks * 512 if os.name != "nt" else path.stat().st_size
+    """Bytes that a file takes on the disk: less than its size where nothing was written yet."""
+    return path.stat().st_size if os.name == "nt" else path.stat().st_blocks * 512
 
 
 if __name__ == "__main__":  # `python -m data.frames list` of earlier versions

@@ -1,46 +1,62 @@
-"""Which episodes a run trains on and which it holds out."""
+"""Which episodes a run trains on and which it holds out.
+
+E selected episodes.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from config import TrainConfig
-from data.source import parse_episodes
+from data.dataset import parse_episodes
+from data.source import Source
 from errors import UserError
 from runtime import VALIDATE
 
 
-def split(source, config: TrainConfig, state=None) -> tuple[Tensor, Tensor]:
-    """Positions in `source.episodes` to train on and to hold out, ascending; a function of the settings and of `state`.
+@dataclass
+class Split:
+    """Ascending positions in `Source.episodes`, int64: (E_train,) to train on and (E - E_train,) held out."""
+
+    train: Tensor
+    held_out: Tensor
+
+
+def split_episodes(source: Source, config: TrainConfig, state=None) -> Split:
+    """Hold out what --val_episodes or --val_fraction ask for. A function of the settings and of `state`.
 
     Args:
-        state: of the checkpoint that a run goes on from, whose choice is kept where its settings are.
+        state: the state of the checkpoint that the run resumes from. The episodes that it holds out stay held out
+            while --val_fraction is the same.
 
     Raises:
         UserError: nothing would be left to train on.
     """
     count = len(source.episodes)
-    chosen: set[int] = set()
+    flag = ""
+    held_out: set[int] = set()
     if config.val_episodes:
+        flag = f"--val_episodes {config.val_episodes}"
         wanted = set(parse_episodes(config.val_episodes, source.meta.total_episodes, "--val_episodes"))
-        chosen = {i for i, episode in enumerate(source.episodes) if episode in wanted}
+        held_out = {i for i, episode in enumerate(source.episodes) if episode in wanted}
     elif config.val_fraction:
-        order = np.random.default_rng([config.seed, VALIDATE]).permutation(count)
-        drawn = set(order[: max(1, round(config.val_fraction * count))].tolist())
-        chosen = held_out_before(source, config, state) or drawn
-    if chosen and len(chosen) == count:
-        asked = (
-            f"--val_episodes {config.val_episodes}" if config.val_episodes else f"--val_fraction {config.val_fraction}"
-        )
-        raise UserError(f"{asked} holds out all {count} episodes: leave some to train on")
-    kept = [i for i in range(count) if i not in chosen]
-    return torch.tensor(kept, dtype=torch.int64), torch.tensor(sorted(chosen), dtype=torch.int64)
+        flag = f"--val_fraction {config.val_fraction}"
+        order = np.random.default_rng([config.seed, VALIDATE]).permutation(count).tolist()
+        held_out = held_out_before(source, config, state) or set(order[: max(1, round(config.val_fraction * count))])
+    if held_out and len(held_out) == count:
+        raise UserError(f"{flag} holds out all {count} episodes: leave some to train on")
+    train = sorted(set(range(count)) - held_out)
+    return Split(torch.tensor(train, dtype=torch.int64), torch.tensor(sorted(held_out), dtype=torch.int64))
 
 
-def held_out_before(source, config: TrainConfig, state) -> set[int]:
-    """Positions of what the resumed run's --val_fraction held out: another draw, from a dataset that grew, would call
-    unseen what was trained on."""
-    was = state and state.trainer_state.get("data")
-    if not was or config.val_fraction != state.train_config["val_fraction"]:
+def held_out_before(source: Source, config: TrainConfig, state) -> set[int]:
+    """Positions of the episodes that --val_fraction held out before the run was resumed.
+
+    A new draw from a dataset that has grown since would hold out episodes that the policy was trained on.
+    """
+    data = state.trainer_state.get("data") if state else None
+    if not data or config.val_fraction != state.train_config["val_fraction"]:
         return set()
-    return {i for i, place in enumerate(source.places) if place in was["held_out"]}
+    return {i for i, episode in enumerate(source.episode_ids) if episode in data["held_out"]}

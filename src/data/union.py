@@ -1,13 +1,12 @@
-"""Several datasets with the same features as one: rows one after the other, statistics merged, tasks by their text.
-
-N rows in all, E episodes in all.
-"""
+"""Several datasets with the same features as one: rows one after the other, statistics merged, tasks by their text."""
 
 import copy
 from dataclasses import replace
+from itertools import accumulate
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from data.source import Source
 from data.videos import Videos
@@ -26,56 +25,66 @@ def unite(sources: list[Source]) -> Source:
     for other in sources[1:]:
         check_alike(first, other)
     name = " + ".join(source.name for source in sources)
-    problems = [f"{source.name}: {problem}" for source in sources for problem in problems_of(source)]
-    replace(first, name=name, problems=problems).require()  # what is below takes every column, video and statistic
-    offsets = torch.tensor([0, *(source.rows for source in sources)]).cumsum(0)[:-1].tolist()
+    problems = [f"{source.name}: {problem}" for source in sources for problem in problems_in_union(source)]
+    replace(first, name=name, problems=problems).require()  # what follows needs all columns, videos and statistics
+
+    # A task that several datasets have becomes one, so that task_index changes.
     tasks = list(dict.fromkeys(task for source in sources for task in source.tasks))
-    columns = {key: join([source.columns[key] for source in sources]) for key in first.columns}
-    renumbered = [
-        torch.tensor([tasks.index(task) for task in source.tasks])[source.columns["task_index"]] for source in sources
-    ]
-    columns["task_index"] = torch.cat(renumbered)
+    columns = {key: join_columns([source.columns[key] for source in sources]) for key in first.columns}
+    columns["task_index"] = torch.cat([renumber_tasks(source, tasks) for source in sources])
+
+    first_rows = starts_of([source.rows for source in sources])
+    episodes = []
+    starts = []
+    ends = []
+    for source, first_row in zip(sources, first_rows, strict=True):
+        episodes += [f"{source.name}#{episode}" for episode in source.episodes]
+        starts.append(source.starts + first_row)
+        ends.append(source.ends + first_row)
     return Source(
         name=name,
-        meta=merged_metadata(sources, name, tasks),
-        root=first.root,
-        episodes=[f"{source.name}#{episode}" for source in sources for episode in source.episodes],
-        starts=torch.cat([source.starts + offset for source, offset in zip(sources, offsets, strict=True)]),
-        ends=torch.cat([source.ends + offset for source, offset in zip(sources, offsets, strict=True)]),
-        columns=columns,
-        images={key: pa.chunked_array([c for s in sources for c in s.images[key].chunks]) for key in first.images},
-        videos={key: join_videos([source.videos[key] for source in sources]) for key in first.videos},
+        meta=merge_metadata(sources, name, tasks),
+        episodes=episodes,
+        starts=torch.cat(starts),
+        ends=torch.cat(ends),
         tables=[path for source in sources for path in source.tables],
-        parts=[episodes for source in sources for episodes in source.parts],
+        episodes_per_dataset=[len(source.episodes) for source in sources],
+        columns=columns,
+        images={key: join_images([source.images[key] for source in sources]) for key in first.images},
+        videos={key: join_videos([source.videos[key] for source in sources]) for key in first.videos},
         warnings=[f"{source.name}: {warning}" for source in sources for warning in source.warnings],
     )
 
 
-def problems_of(source: Source) -> list[str]:
-    """What is wrong with one of several: its own problems, and that there are no statistics to merge."""
-    missing = ["meta/stats.json is missing: lerobot-edit-dataset recomputes it"] if source.meta.stats is None else []
-    return [*source.problems, *missing]
+def problems_in_union(source: Source) -> list[str]:
+    """A dataset's own problems, and that it has no statistics to merge."""
+    if source.meta.stats is None:
+        return [*source.problems, "meta/stats.json is missing: lerobot-edit-dataset recomputes it"]
+    return source.problems
 
 
 def check_alike(first: Source, other: Source) -> None:
-    """Frame rate, and type, shape and names of each feature, are the same; how videos are encoded may differ."""
-    if first.meta.fps != other.meta.fps:
-        raise UserError(
-            f"datasets differ: {first.name} has {first.meta.fps} fps, {other.name} {other.meta.fps}: train on each by itself"
-        )
-    for key in [*first.meta.features, *other.meta.features]:
-        one, two = (described(source.meta.features.get(key, {})) for source in (first, other))
-        if one != two:
+    """Raise a UserError unless both have the same fps, and the same type, shape and names of each feature."""
+    expected = described(first)
+    got = described(other)
+    for name in expected | got:
+        if expected.get(name) != got.get(name):
             raise UserError(
-                f"datasets differ in {key}: {first.name} has {one}, {other.name} has {two}: train on each by itself"
+                f"datasets differ in {name}: {first.name} has {expected.get(name, 'none')}, "
+                f"{other.name} has {got.get(name, 'none')}. Train on each by itself"
             )
 
 
-def described(feature: dict) -> str:
-    return f"{feature['dtype']} {tuple(feature['shape'])} {feature.get('names')}" if feature else "none"
+def described(source: Source) -> dict[str, str]:
+    """What datasets must have in common. How their videos are encoded may differ."""
+    facts = {"fps": f"{source.meta.fps}"}
+    for key, feature in source.meta.features.items():
+        facts[key] = f"{feature['dtype']} {tuple(feature['shape'])} {feature.get('names')}"
+    return facts
 
 
-def merged_metadata(sources: list[Source], name: str, tasks: list[str]):
+def merge_metadata(sources: list[Source], name: str, tasks: list[str]):
+    """The first dataset's metadata, with the statistics that all have, merged, and the tasks of all."""
     import pandas
     from lerobot.datasets.compute_stats import aggregate_stats
 
@@ -91,19 +100,33 @@ def merged_metadata(sources: list[Source], name: str, tasks: list[str]):
     return meta
 
 
-def join(columns: list):
-    return (
-        torch.cat(columns)
-        if isinstance(columns[0], torch.Tensor)
-        else [value for column in columns for value in column]
-    )
+def starts_of(lengths: list[int]) -> list[int]:
+    """Where each of several pieces starts when they follow each other."""
+    return list(accumulate(lengths[:-1], initial=0))
+
+
+def renumber_tasks(source: Source, tasks: list[str]) -> Tensor:
+    """(N,) task_index of a source's rows as positions in `tasks`."""
+    positions = torch.tensor([tasks.index(task) for task in source.tasks])
+    return positions[source.columns["task_index"]]
+
+
+def join_columns(columns: list):
+    if isinstance(columns[0], Tensor):
+        return torch.cat(columns)
+    return [value for column in columns for value in column]
+
+
+def join_images(images: list[pa.ChunkedArray]) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk for column in images for chunk in column.chunks])
 
 
 def join_videos(videos: list[Videos]) -> Videos:
-    offsets = [0, *torch.tensor([len(v.files) for v in videos]).cumsum(0).tolist()][:-1]
+    first_files = starts_of([len(camera.files) for camera in videos])
+    indices = [camera.file_index + first for camera, first in zip(videos, first_files, strict=True)]
     return Videos(
-        [path for v in videos for path in v.files],
-        [rows for v in videos for rows in v.rows],
-        torch.cat([v.file + offset for v, offset in zip(videos, offsets, strict=True)]),
-        torch.cat([v.first for v in videos]),
+        files=[path for camera in videos for path in camera.files],
+        rows_per_file=[rows for camera in videos for rows in camera.rows_per_file],
+        file_index=torch.cat(indices),
+        first_frame=torch.cat([camera.first_frame for camera in videos]),
     )

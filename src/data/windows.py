@@ -1,6 +1,6 @@
-"""Delta windows: which rows of the table each sample of a batch looks at. Pure functions of integers.
+"""Delta windows: which rows of the table each sample of a batch reads, and in which order. Pure functions of integers.
 
-B samples, T deltas, E episodes, N rows.
+B samples, T deltas, E episodes, M rows that a sample may start at.
 """
 
 import numpy as np
@@ -9,12 +9,13 @@ from torch import Tensor
 
 
 def window_rows(rows: Tensor, deltas: Tensor, starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that `rows + deltas` reach, clamped to each sample's episode, and where the clamp took hold.
+    """Rows that `rows + deltas` reach, clamped to each sample's episode, and which of them were clamped.
 
     Args:
         rows: (B,) int64 rows of the samples.
         deltas: (T,) int64 offsets in frames, negative for the past.
-        starts, ends: (B,) int64 first row of each sample's episode, and the row after its last.
+        starts: (B,) int64 first row of each sample's episode.
+        ends: (B,) int64 row after its last.
 
     Returns:
         (B, T) int64 rows, and (B, T) bool, true where the window leaves the episode (LeRobot's `<key>_is_pad`).
@@ -22,50 +23,54 @@ def window_rows(rows: Tensor, deltas: Tensor, starts: Tensor, ends: Tensor) -> t
     Source: LeRobot 0.6.1 `DatasetReader._get_query_indices`, one sample at a time there.
     """
     wanted = rows[:, None] + deltas[None, :]  # (B, T)
-    first, last = starts[:, None], ends[:, None] - 1  # (B, 1)
+    first = starts[:, None]  # (B, 1)
+    last = ends[:, None] - 1
     return wanted.clamp(first, last), (wanted < first) | (wanted > last)
 
 
 def trainable_rows(starts: Tensor, ends: Tensor, drop_n_last_frames: int = 0) -> Tensor:
     """(M,) int64 rows that a sample may start at: all but the last `drop_n_last_frames` of each episode."""
-    spans = [
-        torch.arange(start, end - drop_n_last_frames)
-        for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
-        if end - drop_n_last_frames > start
-    ]
-    return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
+    rows = [torch.empty(0, dtype=torch.int64)]
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        rows.append(torch.arange(start, max(start, end - drop_n_last_frames)))
+    return torch.cat(rows)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """(count,) int64 permutation that is a function of (seed, epoch) alone.
+    """(count,) int64 permutation, a function of (seed, epoch).
 
-    Source: LeRobot 0.6.1 `EpisodeAwareSampler`, so that both walk a dataset in the same order.
+    Source: LeRobot 0.6.1 `EpisodeAwareSampler`, so that both read a dataset in the same order.
     """
     entropy = np.random.SeedSequence([seed, epoch]).generate_state(1, dtype=np.uint64)[0]
     return torch.randperm(count, generator=torch.Generator().manual_seed(int(entropy)))
 
 
 def weighted_order(counts: list[int], weights: list[float], seed: int, epoch: int) -> Tensor:
-    """(M,) int64 positions of one epoch over several datasets that lie one after the other, sampled by weight.
+    """(M,) int64 positions of one epoch over several datasets, one after the other in the rows, sampled by weight.
 
-    An epoch has as many samples as there are rows, M = sum(counts), shared out by weight. Each dataset walks through
-    shuffles of its own, one after the other and on through the epochs, so that its rows come up equally often.
+    An epoch has as many samples as there are rows, M = sum(counts), divided by weight. Each dataset is read in shuffles of
+    its own, one after the other and across epochs, so that its rows are read equally often.
 
     Args:
-        counts: trainable rows of each dataset.
-        weights: relative share of each dataset, above 0.
+        counts: trainable rows of each dataset, above 0.
+        weights: relative share of each dataset in the samples, above 0.
         seed, epoch: the order is a function of these.
     """
     total = sum(counts)
-    ends = [round(total * share) for share in np.cumsum(weights) / sum(weights)]
-    quotas = np.diff([0, *ends]).tolist()
-    order, offset = torch.empty(total, dtype=torch.int64), 0
-    slots = epoch_order(total, seed, epoch).split(quotas)  # which of the epoch's samples are whose
-    for part, (count, quota) in enumerate(zip(counts, quotas, strict=True)):
-        drawn = torch.arange(epoch * quota, (epoch + 1) * quota)  # of all that this dataset ever gives
-        own_seed = int(np.random.SeedSequence([seed, part, 0xDA7A]).generate_state(1)[0])
-        for lap in torch.unique(drawn // max(count, 1)).tolist():
-            mine = drawn // count == lap
-            order[slots[part].sort().values[mine]] = offset + epoch_order(count, own_seed, lap)[drawn[mine] % count]
+    bounds = [round(total * share) for share in np.cumsum(weights) / sum(weights)]
+    quotas = np.diff([0, *bounds]).tolist()  # each dataset's number of samples in an epoch
+    slots = epoch_order(total, seed, epoch).split(quotas)  # and which of the epoch's samples they are
+    order = torch.empty(total, dtype=torch.int64)
+    offset = 0
+    for dataset, (count, quota) in enumerate(zip(counts, quotas, strict=True)):
+        dataset_seed = int(np.random.SeedSequence([seed, dataset, 0xDA7A]).generate_state(1)[0])
+        dataset_slots = slots[dataset].sort().values  # (quota,)
+        # Sample n of a dataset, counted over all epochs, is row n % count of its shuffle n // count.
+        samples = torch.arange(epoch * quota, (epoch + 1) * quota)  # (quota,)
+        shuffles = samples // count
+        for shuffle in torch.unique(shuffles).tolist():
+            chosen = shuffles == shuffle
+            rows = epoch_order(count, dataset_seed, shuffle)[samples[chosen] % count]
+            order[dataset_slots[chosen]] = offset + rows
         offset += count
     return order

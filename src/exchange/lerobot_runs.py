@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from checkpoints.folder import TRAINED_WEIGHTS, TrainState, read_json, read_optimizer, step_of
 from checkpoints.writer import Snapshot, write_checkpoint
 from config import FIELDS, TrainConfig
-from data.source import open_dataset
-from data.split import split
+from data import open_dataset
+from data.split import split_episodes
 from errors import UserError, one_line
 from policy.factory import build_policy, load_policy_config
 from policy.migration import converted_dir
@@ -407,6 +407,6 @@ def train_episodes(config: TrainConfig, state: TrainState) -> list[int] | None:
     if config.episodes:
         selected = ",".join(text for text in (config.episodes, config.val_episodes) if text)
     source = open_dataset(config.dataset_id[0], config.dataset_root, config.revision, selected)
-    kept, _ = split(source, config, state)
-    episodes = [source.episodes[i] for i in kept]
+    split = split_episodes(source, config, state)
+    episodes = [source.episodes[i] for i in split.train]
     return episodes if len(episodes) < source.meta.total_episodes else None

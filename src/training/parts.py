@@ -9,9 +9,10 @@ import torch
 import hub
 from checkpoints.folder import verify_policy
 from config import TrainConfig
+from data import open_dataset
 from data.frames import Frames
 from data.loader import Loader
-from data.source import Source, open_dataset
+from data.source import Source
 from data.union import unite
 from errors import UserError, nearest
 from policy.adapters import add_adapters, freeze
@@ -32,7 +33,7 @@ from processors.pipelines import (
     window_deltas,
 )
 from processors.statistics import stats_problems, usable_stats
-from runtime import threads
+from runtime import thread_count
 
 
 def build_source(config: TrainConfig) -> Source:
@@ -96,9 +97,9 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, de
     if image_size is None and base and has_processors(folder):
         image_size = resize_of(load_processors(folder, "cpu")[0])
     inputs, outputs = policy_features(source.meta, image_size)
-    source.require(
-        f"--rename {old}: it has no such observation{nearest(old, inputs)}" for old in rename if old not in inputs
-    )
+    unknown = [old for old in rename if old not in inputs]
+    if unknown:  # else the dataset's own problems are reported below, together with those of its statistics
+        source.require(f"--rename {old}: it has no such observation{nearest(old, inputs)}" for old in unknown)
     inputs = {rename.get(key, key): feature for key, feature in inputs.items()}
 
     # The policy's own config.
@@ -227,8 +228,8 @@ def open_loader(
     config: TrainConfig, source: Source, episodes, policy, preprocess, samples_seen: int, distributed, say
 ) -> Loader:
     """The batches of the run from `samples_seen` on, of the given positions in `source.episodes`."""
-    num_threads = threads(config.num_threads)
-    frames = Frames(
+    num_threads = thread_count(config.num_threads)
+    frames = Frames.open_or_build(
         source,
         resize_of(preprocess),
         mode=config.frame_cache,
@@ -244,7 +245,6 @@ def open_loader(
         window_deltas(policy.config, source.meta),
         config.batch_size,
         config.seed,
-        samples_seen=samples_seen,
         drop_n_last_frames=getattr(policy.config, "drop_n_last_frames", 0),
         device=distributed.device,
         weights=config.dataset_weights,
@@ -257,4 +257,4 @@ def open_loader(
             f"a batch of {config.batch_size} is larger than the {loader.samples_per_epoch} frames to train on: "
             "it holds some of them twice"
         )
-    return loader
+    return loader.start(samples_seen)

@@ -34,7 +34,7 @@ from checkpoints.folder import (
 from checkpoints.writer import sole_writer
 from config import TrainConfig, check_names, merge, read_config_file
 from data.source import Source
-from data.split import split
+from data.split import split_episodes
 from errors import UserError
 from exchange.lerobot_runs import from_lerobot, lerobot_checkpoint
 from policy.migration import resolve_policy_folder
@@ -136,8 +136,8 @@ def plan_run(settings: dict) -> RunPlan:
         fresh = chosen.checkpoint is None
         config = merge_training_preset(chosen.config, source.meta, distributed.device, fresh)
         distributed.check(config)
-        train_episodes, held_out = split(source, config, chosen.state)
-        data = describe_data(source, held_out)
+        split = split_episodes(source, config, chosen.state)
+        data = describe_data(source, split.held_out)
         warnings += compare_data(chosen.state, data)
 
         # The policy: its settings and processors, without weights.
@@ -154,7 +154,7 @@ def plan_run(settings: dict) -> RunPlan:
 
         notes = []
         if config.minutes and fresh:
-            config, note = fix_steps(config, distributed, source, train_episodes, policy)
+            config, note = fix_steps(config, distributed, source, split.train, policy)
             notes.append(note)
         return RunPlan(
             config=config,
@@ -165,8 +165,8 @@ def plan_run(settings: dict) -> RunPlan:
             notes=tuple(notes),
             distributed=distributed,
             source=source,
-            train_episodes=train_episodes,
-            held_out=held_out,
+            train_episodes=split.train,
+            held_out=split.held_out,
             data=data,
             policy=policy,
             simulation=simulation,
