@@ -28,7 +28,6 @@ from aiohttp import web
 from command_line import OneLineParser, command
 from errors import UserError, one_line
 
-ARRAY_FIELDS = {"dtype", "shape", "data"}
 DTYPES = ("uint8", "float32", "float64", "int64", "int32")
 CONNECTIONS = {
     "access_log": None,
@@ -61,7 +60,7 @@ def unpack(body: bytes):
 
 def unpack_array(item: dict):
     """The array that a dict describes; any other dict as it is."""
-    if item.keys() != ARRAY_FIELDS:
+    if item.keys() != {"dtype", "shape", "data"}:
         return item
     dtype = item["dtype"]
     shape = item["shape"]
@@ -114,11 +113,12 @@ class PolicyServer:
         return answer({"status": "ok", **served, "actions": len(times), "p50_ms": p50, "p99_ms": p99})
 
     async def act(self, request: web.Request) -> web.Response:
+        # Unpacking costs milliseconds and stays in the event loop; only the policy's call goes to its thread.
         observation = unpack(await request.read())
         if not isinstance(observation, dict):
             got = type(observation).__name__
             raise UserError(f"the observation is no dict: expected a dict of names to arrays, got {got}")
-        begun = time.perf_counter()
+        begun = time.perf_counter()  # the wait for an earlier call counts: the arm waits too
         action = await self.in_policy_thread(self.policy.act, observation)
         self.milliseconds.append(1000 * (time.perf_counter() - begun))
         return answer({"action": action})
@@ -143,7 +143,7 @@ class PolicyServer:
         except web.HTTPRequestEntityTooLarge:
             message = f"the body is too large: expected at most {self.max_bytes / 1e6:g} MB (raise it with --max_mb)"
             return answer({"error": message}, status=413)
-        except Exception as error:
+        except Exception as error:  # a bug: the client gets a line, this terminal all of it
             if not isinstance(error, ConnectionError):  # that is a client that hung up
                 traceback.print_exc()
             return answer({"error": f"{type(error).__name__}: {one_line(error)[:200]}"}, status=500)
@@ -178,11 +178,13 @@ def main(argv: list[str]) -> int:
     if args.ahead:
         policy = policy.ahead(args.ahead)
     app = PolicyServer(policy, max_bytes=math.ceil(args.max_mb * 1e6)).app()
+    # The socket is opened before the server runs: a port in use is an error in one line, and port 0 gets its number.
     try:
         sock = socket.create_server((args.host, args.port))
     except OSError as error:
-        where = f"--host {args.host} --port {args.port}"
-        raise UserError(f"cannot listen on {where}: {one_line(error)}. Pass another host or port") from error
+        raise UserError(
+            f"cannot listen on {args.host}:{args.port}: {one_line(error)}. Pass another --host or --port"
+        ) from error
     with sock:
         address = f"http://{args.host}:{sock.getsockname()[1]}"
         print(f"serving {args.checkpoint} on {address} (GET /health; Ctrl-C ends)", flush=True)

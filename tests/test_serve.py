@@ -219,7 +219,7 @@ def test_a_port_in_use_is_told(checkpoint, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert serve.main([str(checkpoint), "--port", str(port), "--device", "cpu"]) == 2
-    assert f"cannot listen on --host 127.0.0.1 --port {port}: " in capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{port}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ class Report:
         self.steps = config.steps
         self.is_main = is_main
         self.quiet = config.quiet or not is_main
-        self.history: list[dict] = []
+        self.history: list[dict] = []  # one dict for each line of metrics.jsonl
         self.path = output_dir / "metrics.jsonl"
         self.is_written = False  # whether the file holds the history and nothing else
         self.is_full = False
@@ -96,15 +96,17 @@ class Report:
         self.trackers.start()
         is_watched = sys.stderr.isatty() or in_notebook()
         if is_watched and not self.quiet:
-            from tqdm.auto import tqdm
+            from tqdm.auto import tqdm  # a widget in a notebook, text in a terminal
 
             self.bar = tqdm(total=self.steps, initial=self.start_step, unit="step", dynamic_ncols=True)
 
     def _earlier_metrics(self) -> list[dict]:
         if self.resumed_from is None:
             return []
+        # A checkpoint from the Hub comes without metrics: the run's own folder may have them.
         for folder in (self.resumed_from.resolve().parent, self.output_dir):
             if (folder / self.path.name).exists():
+                # Later lines are of steps that this run repeats.
                 return [line for line in read_history(folder) if line["step"] <= self.start_step]
         return []
 
@@ -129,7 +131,7 @@ class Report:
         if not self.is_main:
             return
         if self.bar is not None:
-            self.bar.write(text)
+            self.bar.write(text)  # above the bar
         else:
             print(text, flush=True)
 
@@ -142,7 +144,7 @@ class Report:
         self._keep(line)
         summary = f"loss {line['loss']:.4g}  lr {line['lr']:.3g}  {line['samples_per_s']:.1f} samples/s"
         if self.bar is not None:
-            self.bar.set_postfix_str(summary, refresh=False)
+            self.bar.set_postfix_str(summary, refresh=False)  # advance() draws it
             self._draw_in_notebook()
         else:
             seconds_left = (self.steps - line["step"]) * line["step_s"]
@@ -180,13 +182,14 @@ class Report:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(self.history[-1]) + "\n")
             else:
+                # Renamed once it is complete: a run killed here keeps the earlier file.
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in self.history))
                 temporary.replace(self.path)
             self.is_written = True
             self.is_full = False
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            if not self.is_full:
+            if not self.is_full:  # one warning, not one for each line
                 self.warn(f"cannot write {self.path}: {error.strerror}. Its lines are added once there is room")
             self.is_written = False
             self.is_full = True
@@ -230,6 +233,8 @@ def header(plan, policy, start_step: int) -> str:
     """
     source = plan.source
     config = plan.config
+
+    # The data.
     lines = [
         f"dataset   {source.name}: {len(source.episodes)} episodes, {source.rows:,} frames at {source.meta.fps:g} fps"
     ]
@@ -241,6 +246,7 @@ def header(plan, policy, start_step: int) -> str:
         lines.append(f"          task {source.tasks[0]!r}{more}")
     lines.append(f"          {features_text(source.meta, config.image_size)}")
 
+    # The policy, and what of it is trained on which devices.
     parameters = sum(p.numel() for p in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     frozen = f" ({trained / 1e6:.1f}M of them trained)" if trained < parameters else ""
@@ -251,6 +257,7 @@ def header(plan, policy, start_step: int) -> str:
         f"policy    {policy.name}, {parameters / 1e6:.1f}M parameters{frozen}, {config.precision}, on {devices}"
     )
 
+    # Where it starts, and where it goes. A resumed run has left its base behind.
     if config.policy_path and plan.checkpoint is None:
         adapters = f", {config.peft} adapters" if config.peft else ""
         lines.append(f"base      weights and processing steps of {config.policy_path}")
@@ -266,7 +273,7 @@ def features_text(meta, image_size) -> str:
     features = policy_features(meta, None)[0]
     cameras = []
     for key in meta.camera_keys:
-        height, width = features[key].shape[1:]
+        height, width = features[key].shape[1:]  # (C, H, W)
         cameras.append(f"{key.removeprefix('observation.images.')} {height}x{width}")
     text = "cameras " + (", ".join(cameras) or "none")
     if cameras and image_size:
@@ -291,6 +298,7 @@ def closing_message(result: TrainResult, config, start_step: int, processes: int
     """How the run ended, and the command to run next."""
     checkpoint = shlex.quote(str(result.checkpoint))
     if result.stopped_by:
+        # How several processes were launched is not known here.
         launcher = "python" if processes == 1 else "accelerate launch ..."
         return (
             f"stopped by {result.stopped_by} at step {result.steps} of {config.steps}. To resume:\n"
@@ -314,6 +322,7 @@ def scalars(sub_losses: dict | None) -> dict[str, float]:
 
 def training_info(policy, dataset_id: list[str], history: list[dict], device, step: int) -> dict:
     """What a checkpoint records of a run for people."""
+    # An evaluation of an earlier step says nothing about these weights.
     of_this_step = [line for line in history if line["step"] == step]
     return {
         "policy": policy.name,
@@ -349,6 +358,7 @@ class Stopwatch:
         self._start_stretch(now)
 
     def _start_stretch(self, now: float) -> None:
+        """Begin to measure towards the next log line."""
         self.stretch_started = now
         self.waiting_seconds = 0.0
         self.paused_seconds = 0.0
@@ -378,6 +388,7 @@ class Stopwatch:
     def rates(self, batch_size: int) -> dict:
         """Speed since the last call."""
         now = time.perf_counter()
+        # Not 0, by which the rates are divided.
         elapsed = max(now - self.stretch_started - self.paused_seconds, 1e-9)
         rates = {
             "samples_per_s": round(self.steps * batch_size / elapsed, 2),

@@ -40,13 +40,14 @@ class TensorBoard(Tracker):
 
         repeated_from = self.start_step + 1 if self.start_step else None
         self.writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=repeated_from)
+        # Indented by four spaces, TensorBoard's Markdown shows the settings as they are.
         lines = [f"    {name}: {value}" for name, value in self.config.items()]
         self.writer.add_text("config", "\n".join(lines), self.start_step)
 
     def log(self, values: dict, step: int) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        self.writer.flush()
+        self.writer.flush()  # to be seen at once, and not lost with a killed run
 
     def note(self, name: str, text: str, step: int) -> None:
         self.writer.add_text(name, text, step)
@@ -71,7 +72,7 @@ class Wandb(Tracker):
                 name=self.output_dir.name,
                 dir=str(self.output_dir),
                 config=self.config,
-                resume="allow",
+                resume="allow",  # continue the run of this id, or begin one
             )
         except (wandb.Error, OSError) as error:
             reason = one_line(error)[:160].rstrip(".")
@@ -115,8 +116,9 @@ class Trackio(Tracker):
     def picture(self, name: str, figure, step: int) -> None:
         import numpy as np
 
+        # Trackio takes pixels: draw the figure and drop the alpha channel.
         figure.canvas.draw()
-        pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]  # (H, W, 3) uint8, without the alpha channel
+        pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]  # (H, W, 4) -> (H, W, 3) uint8
         self.log({name: self.module.Image(pixels)}, step)
 
     def close(self) -> None:
@@ -190,7 +192,7 @@ class Trackers:
             try:
                 tracker.start()
             except BaseException:
-                self.close()
+                self.close()  # those that have started hold files and threads
                 raise
             self.running[name] = tracker
 
