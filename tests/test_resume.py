@@ -10,7 +10,7 @@ import torch
 
 from checkpoints.folder import write_manifest
 from config import merge
-from data.split import split
+from data.split import split_episodes
 from errors import UserError
 from helpers.dataset_edits import edit_json, rewrite_column
 from helpers.recording import record
@@ -20,7 +20,7 @@ from policy.loaded import load_policy
 from runtime import without_collector
 from train import train
 from training.learner import Learner
-from training.plan import together
+from training.plan import merge_lengths
 from training.progress import Report, training_info
 
 STEPS, SAVE_FREQ = 12, 3  # 33 frames in batches of 4: the first epoch ends inside step 9
@@ -82,11 +82,11 @@ def test_more_steps_log_what_the_longer_run_would(made, tmp_path):
 
 
 def test_minutes_and_steps_do_not_override_each_other_unsaid():
-    assert together({"steps": 400, "lr": 1}, {"minutes": 5}) == {"lr": 1, "minutes": 5}
-    assert together({"minutes": 5}, {"steps": 3}) == {"steps": 3}
-    assert together({"steps": 2}, {"minutes": None}) == {"steps": 2, "minutes": None}
+    assert merge_lengths({"steps": 400, "lr": 1}, {"minutes": 5}) == {"lr": 1, "minutes": 5}
+    assert merge_lengths({"minutes": 5}, {"steps": 3}) == {"steps": 3}
+    assert merge_lengths({"steps": 2}, {"minutes": None}) == {"steps": 2, "minutes": None}
     for both in ({"minutes": 5, "steps": 3}, {}), ({}, {"minutes": 5, "steps": 3}):  # as train_config.json has them
-        assert together(*both) == {"minutes": 5}
+        assert merge_lengths(*both) == {"minutes": 5}
 
 
 def test_what_a_preset_filled_in_stays(made, tmp_path, capsys):
@@ -249,7 +249,7 @@ def test_a_dataset_that_changed_in_its_place_is_told_and_what_was_held_out_stays
 
     def draws(count: int) -> list[int]:
         source = SimpleNamespace(episodes=range(count))
-        return split(source, merge({"dataset_id": str(root), "val_fraction": 0.4}))[1].tolist()
+        return split_episodes(source, merge({"dataset_id": str(root), "val_fraction": 0.4})).held_out.tolist()
 
     record(root, cameras=(), lengths=lengths[:3])
     train(**small(dataset_id=str(root), val_fraction=0.4), output_dir=str(run))
