@@ -10,7 +10,9 @@ import traceback
 import typing
 from dataclasses import fields
 
-from config import FIELDS, TYPE_NAMES, nargs, value_type
+import argparse_dataclass
+
+from config import FIELDS, TYPE_NAMES, TrainConfig, nargs, value_type
 from errors import UserError, nearest
 
 DEBUG = "ARMATURE_DEBUG"  # environment variable; --debug sets it, so that processes started later see it too
@@ -88,21 +90,27 @@ def reworded(message: str) -> str:
     return message
 
 
-class Parser(OneLineParser):
+class Parser(argparse_dataclass.ArgumentParser, OneLineParser):
     """The command line of TrainConfig: help by group, and the nearest name for a misspelt flag."""
 
     def __init__(self):
         super().__init__(
+            TrainConfig,
             prog="train.py",
             usage="python src/train.py --dataset_id FOLDER_OR_HUB_ID [--name value ...]",
             description="Train a policy on a LeRobot dataset. In brackets: the default.",
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,  # a checkpoint's settings are not overridden by defaults
         )
-        for f in FIELDS.values():
-            if "group" in f.metadata:
-                group = self.add_argument_group(f.metadata["group"])
-            group.add_argument(f"--{f.name}", **argument_options(f))
+
+    def add_argument(self, flag: str, *more, **options):
+        """Add the flag of a setting to its group, spelt as the setting is: --batch_size, not --batch-size."""
+        f = FIELDS.get(flag.removeprefix("--").replace("-", "_"))
+        if f is None:  # --help, --debug
+            return super().add_argument(flag, *more, **options)
+        if "group" in f.metadata:
+            self.group = self.add_argument_group(f.metadata["group"])
+        return self.group.add_argument(f"--{f.name}", **argument_options(f))
 
     def error(self, message):
         raise UserError(reworded(message))
@@ -118,7 +126,7 @@ class Parser(OneLineParser):
         for f in FIELDS.values():
             if nargs(f) == "+" and flags.count(f"--{f.name}") > 1:
                 raise UserError(f"--{f.name} is given more than once. Pass all of its values after one")
-        namespace, unknown = self.parse_known_args(argv)
+        namespace, unknown = argparse.ArgumentParser.parse_known_args(self, argv)
         if unknown:
             raise UserError(explain_unknown(unknown[0]))
         return vars(namespace)
