@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_model
 
 import train as train_module
 from checkpoints import folder as checkpoint_module
 from checkpoints import writer
 from checkpoints.folder import MANIFEST, find_checkpoints, manifest_text, sha256, verify
-from checkpoints.writer import StagingBuffers, sole_writer
+from checkpoints.writer import Snapshot, StagingBuffers, disk_errors, save_weights, sole_writer
 from errors import UserError
 from helpers.paths import ROOT
 from helpers.runs import small
@@ -71,19 +73,35 @@ def test_background_or_not_gives_the_same_bytes(made, tmp_path, policy):
         assert all(sha256(a / name) == sha256(b / name) for name in names - message)
 
 
+def a_snapshot(weights, optimizer):
+    return Snapshot(
+        step=0,
+        weights=weights,
+        trained_weights={},
+        optimizer=optimizer,
+        policy_config=None,
+        preprocessor=None,
+        postprocessor=None,
+        state=None,
+    )
+
+
 def test_copies_are_apart_from_the_original_keep_ties_and_reuse_their_memory():
-    copies = StagingBuffers()
+    staging = StagingBuffers()
     weight = torch.arange(6.0).reshape(2, 3)
-    tree = {"a": weight, "tied": weight, "transposed": weight.T, "groups": [{"lr": 1e-3, "params": [0, 1]}], "n": 3}
-    first = copies.copy(tree)
-    kept = first["a"].data_ptr()
+    settings = {"groups": [{"lr": 1e-3, "params": [0, 1]}], "n": 3}
+    snapshot = a_snapshot({"a": weight, "tied": weight, "transposed": weight.T}, {"momentum": weight, **settings})
+    first = staging.copy(snapshot)
+    memory = first.weights["a"].data_ptr()
     weight += 1
-    assert torch.equal(first["a"], torch.arange(6.0).reshape(2, 3))
-    assert first["tied"] is first["a"]
-    assert first["transposed"].shape == (3, 2)
-    assert first["groups"] == tree["groups"]
-    assert copies.copy(tree)["a"].data_ptr() == kept
-    assert torch.equal(copies.copy(tree)["a"], weight)
+    assert torch.equal(first.weights["a"], torch.arange(6.0).reshape(2, 3))
+    assert first.weights["tied"] is first.weights["a"]
+    assert first.optimizer["momentum"] is first.weights["a"]
+    assert first.weights["transposed"].shape == (3, 2)
+    assert {name: first.optimizer[name] for name in settings} == settings
+    again = staging.copy(snapshot).weights["a"]
+    assert again.data_ptr() == memory
+    assert torch.equal(again, weight)
 
 
 def test_keep_every_and_keep_last(settings):
@@ -197,6 +215,44 @@ def test_a_full_disk_harms_nothing_and_the_next_save_succeeds(settings, small_di
     assert "No space left on device" in message[0]
     assert message[0].endswith(". Training continues, and the next save tries again")
     assert steps(run) == [4]
+
+
+SAVE = {"safetensors": save_weights, "torch": torch.save}
+
+
+@pytest.mark.parametrize("library", SAVE)
+def test_a_full_disk_is_an_os_error(small_disk, library):
+    """Which the libraries hide: safetensors in an error of its own, torch.save in a RuntimeError."""
+    weights = {"w": torch.zeros(2_000_000)}
+    with pytest.raises(OSError, match="No space left on device"), disk_errors(small_disk, a_snapshot(weights, {})):
+        SAVE[library](weights, small_disk / "file")
+
+
+@pytest.mark.parametrize("library", SAVE)
+def test_a_file_that_may_not_be_so_large_is_an_os_error(tmp_path, library):
+    weights = {"w": torch.zeros(2_000_000)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"), disk_errors(tmp_path, a_snapshot(weights, {})):
+            SAVE[library](weights, tmp_path / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_an_error_that_is_not_the_disks_is_left_as_it_is(tmp_path):
+    error = RuntimeError("could not write: this text is no evidence")
+    with pytest.raises(RuntimeError) as caught, disk_errors(tmp_path, a_snapshot({"w": torch.zeros(3)}, {})):
+        raise error
+    assert caught.value is error
+
+
+def test_weights_are_the_bytes_of_safetensors_save_model(tmp_path):
+    model = torch.nn.ModuleDict({"one": torch.nn.Linear(3, 2), "other": torch.nn.Linear(3, 2)})
+    model["other"].weight = model["one"].weight
+    save_model(model, tmp_path / "theirs")
+    save_weights(model.state_dict(), tmp_path / "ours")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_metrics_on_a_full_disk_are_kept_until_there_is_room(settings, small_disk, monkeypatch, capsys):

@@ -10,12 +10,14 @@ import os
 import shutil
 import socket
 import threading
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
 
 import torch
+from accelerate.utils import recursively_apply
 from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import Tensor
@@ -70,20 +72,11 @@ class Snapshot:
     adapters: object = None
     ready: object = None
 
-    @property
-    def tensors(self) -> tuple[dict, dict, dict]:
-        return self.weights, self.trained_weights, self.optimizer
-
-
-def map_tensors(function, tree):
-    """`tree`, made of dicts, lists and tuples, with `function` applied to each tensor."""
-    if isinstance(tree, Tensor):
-        return function(tree.detach())
-    if isinstance(tree, dict):
-        return {key: map_tensors(function, item) for key, item in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(map_tensors(function, item) for item in tree)
-    return tree
+    def map(self, function) -> "Snapshot":
+        """This snapshot with `function` applied to each of its tensors."""
+        trees = (self.weights, self.trained_weights, self.optimizer)
+        weights, trained_weights, optimizer = recursively_apply(function, trees)
+        return replace(self, weights=weights, trained_weights=trained_weights, optimizer=optimizer)
 
 
 class StagingBuffers:
@@ -92,13 +85,14 @@ class StagingBuffers:
     def __init__(self):
         self.buffers: list[Tensor] = []  # in the order of the tensors of the last snapshot
 
-    def copy(self, tree):
-        """`tree` with each tensor copied; tensors that are one (tied weights) stay one."""
+    def copy(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with each tensor copied; tensors that are one (tied weights) stay one."""
         spare = iter(self.buffers)
         self.buffers = []
         copies = {}  # by the memory that they are copies of
 
         def copy(tensor: Tensor) -> Tensor:
+            tensor = tensor.detach()
             memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
             if memory in copies and tensor.numel() > 0:
                 return copies[memory]
@@ -110,7 +104,12 @@ class StagingBuffers:
             copies[memory] = buffer.copy_(tensor, non_blocking=tensor.is_cuda)
             return buffer
 
-        return map_tensors(copy, tree)
+        device = next(iter(snapshot.weights.values())).device
+        snapshot = snapshot.map(copy)
+        if device.type == "cuda":
+            # The next step's kernels follow the copies in the stream, so training need not wait for them: the writer does.
+            snapshot.ready = torch.cuda.current_stream(device).record_event()
+        return snapshot
 
 
 class Writer:
@@ -146,28 +145,14 @@ class Writer:
         """
         self.wait()
         self.protected = list(protected)
-        to_host = self.staging.copy if self.background else host_tensors
-        weights, trained_weights, optimizer = to_host(snapshot.tensors)
-        self.snapshot = replace(
-            snapshot,
-            weights=weights,
-            trained_weights=trained_weights,
-            optimizer=optimizer,
-            ready=self._copies_are_done(snapshot),
-        )
-        if self.background:
-            self.thread = threading.Thread(target=self._write, name="checkpoint writer", daemon=True)
-            self.thread.start()
-        else:
+        if not self.background:
+            self.snapshot = snapshot.map(lambda tensor: tensor.detach().cpu())
             self._write()
             self.check()
-
-    def _copies_are_done(self, snapshot: Snapshot):
-        """On a GPU, an event behind the copies: training's next kernels follow them in the stream, so that it need not wait."""
-        device = next(iter(snapshot.weights.values())).device
-        if self.background and device.type == "cuda":
-            return torch.cuda.current_stream(device).record_event()
-        return None
+            return
+        self.snapshot = self.staging.copy(snapshot)
+        self.thread = threading.Thread(target=self._write, name="checkpoint writer", daemon=True)
+        self.thread.start()
 
     def _write(self) -> None:
         """Write the snapshot. Errors are kept for the training loop, which meets them at its next save, log line or end."""
@@ -243,11 +228,6 @@ class Writer:
             self.thread.join()
 
 
-def host_tensors(tree):
-    """`tree` with its tensors on the host; those that are there already are not copied."""
-    return map_tensors(Tensor.cpu, tree)
-
-
 def write_checkpoint(output_dir: Path, snapshot: Snapshot) -> Path:
     """Write checkpoint-<step> into `output_dir` and return it.
 
@@ -313,9 +293,13 @@ def disk_errors(folder: Path, snapshot: Snapshot):
     """
     try:
         yield
-    except (SafetensorError, RuntimeError):
+    except (SafetensorError, RuntimeError) as error:
+        cause = error
+        while cause is not None:  # closes torch's file, whose room would stay taken after it is deleted
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__context__
         sizes = []
-        map_tensors(lambda tensor: sizes.append(tensor.nbytes), snapshot.tensors)
+        snapshot.map(lambda tensor: sizes.append(tensor.nbytes))
         block = os.urandom(2**20)  # which a file system cannot compress
         with open(folder / "probe", "wb") as probe:
             for _ in range(sum(sizes) // len(block) + 1):
