@@ -26,19 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import common
 import torch
-from common import (
-    CORES,
-    LEROBOT_TRAIN,
-    LEROBOT_WORKERS,
-    ROOT,
-    SHIPPED,
-    benchmark_parser,
-    built_run,
-    output_of,
-    print_json,
-    take_step,
-)
 
 ACT = (
     "chunk_size=20 n_action_steps=20 dim_model=256 n_heads=4 dim_feedforward=1024 n_encoder_layers=2 "
@@ -50,7 +39,7 @@ WARM_UP = 5  # first steps that do not count
 def step_times(command: list, pattern: str) -> list[float]:
     """Seconds after launch at which a command printed each line that matches `pattern`, which it does at every step."""
     begun = time.perf_counter()
-    return [time.perf_counter() - begun for line in output_of(command) if re.search(pattern, line)]
+    return [time.perf_counter() - begun for line in common.output_of(command) if re.search(pattern, line)]
 
 
 def steps_per_second(times: list[float]) -> float:
@@ -61,7 +50,7 @@ def lerobot_times(args, steps: int) -> list[float]:
     policy_args = [f"--policy.{pair.replace('=none', '=null')}" for pair in args.policy_args]
     with tempfile.TemporaryDirectory(prefix="armature-bench-") as folder:
         command = [
-            LEROBOT_TRAIN,
+            common.LEROBOT_TRAIN,
             "--dataset.repo_id=bench/data",
             f"--dataset.root={args.dataset_id}",
             f"--policy.type={args.policy}",
@@ -69,7 +58,7 @@ def lerobot_times(args, steps: int) -> list[float]:
             f"--policy.device={args.device}",
             *policy_args,
             f"--batch_size={args.batch_size}",
-            f"--num_workers={LEROBOT_WORKERS}",
+            f"--num_workers={common.LEROBOT_WORKERS}",
             f"--steps={steps}",
             "--log_freq=1",
             "--save_checkpoint=false",
@@ -102,7 +91,7 @@ def armature_times(args, variant: str, steps: int) -> list[float]:
     with tempfile.TemporaryDirectory(prefix="armature-bench-") as folder:
         config = Path(folder) / "config.json"
         config.write_text(json.dumps(settings_of(args, variant, steps, f"{folder}/run")))
-        command = [sys.executable, ROOT / "src" / "train.py", "--config_path", config]
+        command = [sys.executable, common.ROOT / "src" / "train.py", "--config_path", config]
         return step_times(command, r"^step \d+/")
 
 
@@ -113,7 +102,7 @@ def take_turns(args, variant: str, turns: int, steps: int) -> dict:
         begun = time.perf_counter()
         for _ in range(steps):
             batch = run.stopwatch.wait(run.loader) if with_loader else resident
-            take_step(run, batch)
+            common.take_step(run, batch)
         return time.perf_counter() - begun
 
     gc.collect()
@@ -121,7 +110,7 @@ def take_turns(args, variant: str, turns: int, steps: int) -> dict:
         torch.cuda.reset_peak_memory_stats()  # each variant has its own peak
     with (
         tempfile.TemporaryDirectory(prefix="armature-bench-") as folder,
-        built_run(**settings_of(args, variant, 10**6, folder)) as run,
+        common.built_run(**settings_of(args, variant, 10**6, folder)) as run,
     ):
         device = run.distributed.device
         resident = copy_of(run.stopwatch.wait(run.loader), device.type == "cuda")
@@ -200,7 +189,9 @@ def measure(args) -> dict:
 
 
 def print_table(args, result: dict) -> None:
-    print(f"{args.policy} on {Path(args.dataset_id).name}, batch {args.batch_size}, {args.device}, {CORES} cores")
+    print(
+        f"{args.policy} on {Path(args.dataset_id).name}, batch {args.batch_size}, {args.device}, {common.CORES} cores"
+    )
     print(
         f"{'':<24}{'steps/s':>9}{'first step, s':>15}{'ceiling':>9}{'stall':>8}{'waiting':>9}"
         f"{'memory, GiB':>13}{'GPU use':>9}"
@@ -218,8 +209,8 @@ def print_table(args, result: dict) -> None:
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__)
-    parser.add_argument("--dataset_id", default=str(SHIPPED), help="a dataset folder")
+    parser = common.benchmark_parser(__doc__)
+    parser.add_argument("--dataset_id", default=str(common.SHIPPED), help="a dataset folder")
     parser.add_argument("--policy", default="act")
     parser.add_argument("--policy_args", nargs="+", default=ACT.split(), metavar="NAME=VALUE")
     parser.add_argument("--batch_size", type=int, default=8)
@@ -233,7 +224,7 @@ def main() -> None:
         result = measure(args)
     print_table(args, result)
     if args.json:
-        print_json(result)
+        common.print_json(result)
 
 
 if __name__ == "__main__":

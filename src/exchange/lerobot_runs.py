@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 
@@ -83,14 +84,6 @@ def value_at(tree: dict, path: str):
     for name in path.split("."):
         tree = (tree or {}).get(name)
     return tree
-
-
-def set_at(target, path: str, value) -> None:
-    """Set the attribute at a dotted path."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        target = getattr(target, parent)
-    setattr(target, name, value)
 
 
 @contextlib.contextmanager
@@ -352,7 +345,10 @@ def refuse(checkpoint: Path, config: TrainConfig, policy_config, preprocessor) -
     }
     for reason, applies in reasons.items():
         if applies:
-            raise UserError(f"{checkpoint.name} was trained with {reason}: lerobot-train cannot resume it")
+            raise UserError(
+                f"{checkpoint.name} was trained with {reason}: lerobot-train cannot resume it. "
+                f"Resume it with src/train.py --resume_from_checkpoint {checkpoint}"
+            )
 
 
 def load_state(optimizer, saved: dict) -> None:
@@ -397,7 +393,8 @@ def their_config(config: TrainConfig, state: TrainState, policy_config, output: 
         scheduler=scheduler_config(policy_config, config),
     )
     for setting in SETTINGS:
-        set_at(theirs, setting.theirs, setting.write(getattr(config, setting.ours)))
+        *parents, name = setting.theirs.split(".")
+        setattr(reduce(getattr, parents, theirs), name, setting.write(getattr(config, setting.ours)))
     return theirs
 
 

@@ -25,43 +25,33 @@ SMOOTHING = ("blend_steps", "temporal_ensemble_coeff")
 
 
 class Core(nn.Module):
-    """The network of a policy as a function of tensors.
-
-    Args:
-        policy: act, or flow of one observation.
-    """
+    """The network of act, or of flow with one observation, as a function of tensors."""
 
     def __init__(self, policy):
         super().__init__()
         self.policy = policy
+        self.names = list(policy.config.input_features)
+        if policy.config.type == "flow":
+            self.names.append("noise")
 
-    def example(self) -> dict[str, Tensor]:
-        """A random tensor for each input, in the order in which `forward` takes them."""
-        features = self.policy.config.input_features
-        return {name: torch.rand(1, *feature.shape) for name, feature in features.items()}
-
-    def batch_of(self, observations: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        return dict(zip(self.policy.config.input_features, observations, strict=True))
-
-
-class ACTCore(Core):
-    def forward(self, *observations: Tensor) -> Tensor:
-        """Observations of (1, D) or (1, C, H, W) to the (1, T, A) chunk."""
-        batch = self.batch_of(observations)
-        if self.policy.config.image_features:
-            batch["observation.images"] = [batch[key] for key in self.policy.config.image_features]
-        chunk, _ = self.policy.model(batch)
-        return chunk
-
-
-class FlowCore(Core):
-    def example(self) -> dict[str, Tensor]:
-        return {**super().example(), "noise": torch.randn(1, *self.policy.config.noise_shape)}
+    def example(self) -> tuple[Tensor, ...]:
+        """A random tensor for each input."""
+        config = self.policy.config
+        inputs = [torch.rand(1, *feature.shape) for feature in config.input_features.values()]
+        if config.type == "flow":
+            inputs.append(torch.randn(1, *config.noise_shape))
+        return tuple(inputs)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Observations of (1, D) or (1, C, H, W), then (1, N, T, A) noise for N draws, to the (1, T, A) chunk."""
-        *observations, noise = inputs
-        return self.policy.denoise(self.policy.encoder(self.batch_of(observations)), noise)
+        """Observations of (1, D) or (1, C, H, W), and for flow (1, N, T, A) noise for N draws, to the (1, T, A) chunk."""
+        config = self.policy.config
+        batch = dict(zip(self.names, inputs, strict=True))
+        if config.type == "flow":
+            return self.policy.denoise(self.policy.encoder(batch), batch["noise"])
+        if config.image_features:
+            batch["observation.images"] = [batch[key] for key in config.image_features]
+        chunk, _ = self.policy.model(batch)
+        return chunk
 
 
 @dataclass
@@ -83,12 +73,7 @@ class Exported:
 
 @dataclass
 class Comparison:
-    """An exported network against its policy, over random inputs.
-
-    Attributes:
-        difference: the largest between two normalised actions.
-        export_ms, policy_ms: median time for a chunk.
-    """
+    """Largest difference between normalised actions of the written file and the policy, and median times for a chunk."""
 
     difference: float
     export_ms: float
@@ -132,46 +117,36 @@ def export(policy, path: Path, file_format: str) -> Exported:
     """Write the network of a policy to `path`.
 
     Raises:
-        UserError: as `write_network`.
-    """
-    core = make_core(policy)
-    example = core.example()
-    names = list(example)
-    inputs = tuple(example.values())
-    with torch.no_grad():
-        if file_format == "onnx":
-            names = [name.replace(".", "_") for name in names]  # programs that read ONNX trip over dots
-            write_onnx(core, inputs, path, names)
-            return Exported(onnx_runner(path), core, names, inputs)
-        torch.export.save(torch.export.export(core, inputs), str(path))
-    module = torch.export.load(str(path)).module()
-
-    def run(*arrays: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            return module(*(torch.from_numpy(array) for array in arrays)).numpy()
-
-    return Exported(run, core, names, inputs)
-
-
-def make_core(policy) -> Core:
-    """The network of a policy.
-
-    Raises:
-        UserError: the policy does not export.
+        UserError: the policy does not export, or a package is missing.
     """
     config = policy.config
-    one_observation = getattr(config, "n_obs_steps", 1) == 1
-    if config.type == "act" and one_observation:
-        return ACTCore(policy).eval()
-    if config.type == "flow" and one_observation and not config.task_embedding:
-        return FlowCore(policy).eval()
-    raise UserError(
-        f"policy {config.type} does not export with these settings: expected act, or flow with n_obs_steps=1 and "
-        "task_embedding=false. Run it with src/serve.py instead"
-    )
+    if (
+        config.type not in ("act", "flow")
+        or getattr(config, "n_obs_steps", 1) != 1
+        or getattr(config, "task_embedding", False)
+    ):
+        raise UserError(
+            f"policy {config.type} does not export with these settings: expected act, or flow with n_obs_steps=1 and "
+            "task_embedding=false. Run it with src/serve.py instead"
+        )
+    core = Core(policy).eval()
+    example = core.example()
+    with torch.no_grad():
+        if file_format == "onnx":
+            names = [name.replace(".", "_") for name in core.names]  # programs that read ONNX trip over dots
+            write_onnx(core, example, path, names)
+            return Exported(onnx_runner(path), core, names, example)
+        torch.export.save(torch.export.export(core, example), str(path))
+    module = torch.export.load(str(path)).module()
+
+    def run(*inputs: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return module(*(torch.from_numpy(array) for array in inputs)).numpy()
+
+    return Exported(run, core, core.names, example)
 
 
-def write_onnx(core: Core, inputs: tuple[Tensor, ...], path: Path, names: list[str]) -> None:
+def write_onnx(core: Core, example: tuple[Tensor, ...], path: Path, names: list[str]) -> None:
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  (torch's exporter is built on it)
@@ -181,7 +156,7 @@ def write_onnx(core: Core, inputs: tuple[Tensor, ...], path: Path, names: list[s
         ) from error
     torch.onnx.export(
         core,
-        inputs,
+        example,
         str(path),
         input_names=names,
         output_names=["chunk"],
@@ -228,7 +203,7 @@ def compare(exported: Exported, allowed: float, flag: str, runs: int = 20) -> Co
     if not difference <= allowed:
         raise UserError(
             f"{flag}: the exported network differs too much from the policy: expected at most {allowed:g}, "
-            f"got {difference:.2g}. Nothing was written: choose another --format, or leave --int8 out"
+            f"got {difference:.2g}. Nothing was written: export without {flag}"
         )
     return Comparison(
         difference=float(difference),
