@@ -5,6 +5,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
 from helpers.paths import ROOT
 
 SRC = ROOT / "src"
