@@ -1,6 +1,5 @@
 """The Hugging Face Hub: fetch from it, and upload to it without ever ending a run for it."""
 
-import functools
 import re
 import threading
 import time
@@ -123,7 +122,7 @@ def push(repo: str, output_dir: Path, checkpoint: Path, warn) -> str | None:
         return commit.repo_url.url
 
     remedy = f"The run is complete in {output_dir}. Upload it with: hf upload {repo} {output_dir}"
-    return retried(upload, f"--push_to_hub {repo}", remedy, warn)
+    return retried(f"--push_to_hub {repo}", remedy, warn, upload)
 
 
 def upload_checkpoint(repo: str, checkpoint: Path) -> None:
@@ -137,28 +136,26 @@ def upload_checkpoint(repo: str, checkpoint: Path) -> None:
     )
 
 
-def retried(upload, what: str, remedy: str, warn):
-    """The result of `upload()`, which is tried again after each of WAITS; warns and returns None if the last try fails."""
-    for wait in (*WAITS, None):
+def retried(what: str, remedy: str, warn, upload, *args):
+    """The result of `upload(*args)`, tried again after each of WAITS; warns and returns None if the last try fails."""
+    for wait in (*WAITS, 0.0):
         try:
             with as_user_error(what):
-                return upload()
-        except Exception as error:  # of any type (hf_xet's are RuntimeErrors): a failed upload never ends a run
-            if wait is not None:
-                time.sleep(wait)
-                continue
-            reason = (
-                str(error) if isinstance(error, UserError) else f"{what}: {type(error).__name__}: {one_line(error)}"
-            )
-            warn(f"{reason[:300]}. {remedy}")
+                return upload(*args)
+        except UserError as error:
+            reason = str(error)
+        except Exception as error:  # hf_xet's are RuntimeErrors; whatever it is, an upload never ends a run
+            reason = f"{what}: {type(error).__name__}: {one_line(error)}"
+        time.sleep(wait)
+    warn(f"{reason[:300]}. {remedy}")
     return None
 
 
 class Uploader:
     """Uploads checkpoints in a thread, one at a time. The run neither waits for it nor fails with it.
 
-    A checkpoint that is still waiting when a newer one arrives is skipped. The thread is a daemon, unlike that of huggingface_hub's
-    `run_as_future`, which keeps the process from ending until the upload has.
+    A checkpoint that is still waiting when a newer one arrives is skipped. The thread is a daemon, unlike that of
+    huggingface_hub's `run_as_future`, which keeps the process alive until the upload has ended.
 
     Args:
         repo: user/name.
@@ -190,9 +187,9 @@ class Uploader:
     def _run(self) -> None:
         checkpoint = self._next()
         while checkpoint is not None:
-            upload = functools.partial(upload_checkpoint, self.repo, checkpoint)
-            remedy = "It stays on disk, and the next checkpoint is uploaded again"
-            retried(upload, f"--push_checkpoints: {checkpoint.name}", remedy, self.warn)
+            what = f"--push_checkpoints: {checkpoint.name}"
+            remedy = "It stays on disk, and the next checkpoint is tried"
+            retried(what, remedy, self.warn, upload_checkpoint, self.repo, checkpoint)
             checkpoint = self._next()
 
     def _next(self) -> Path | None:
