@@ -289,9 +289,7 @@ def test_videos_that_were_encoded_anew_are_told(copy_of, tmp_path, capsys):
     size = video.stat().st_size
     video.write_bytes(video.read_bytes() + b"\0\0\0\x10free12345678")  # a box that players skip
     train(resume_from_checkpoint="latest", output_dir=str(run), steps=6)
-    message = (
-        f"dataset: its videos or pictures are others ({size} -> {size + 16} bytes); from here on this is another run"
-    )
+    message = f"dataset: its videos or pictures changed ({size} -> {size + 16} bytes); from here on this is another run"
     assert warnings_of(capsys) == [f"warning: {message}"]
 
 
