@@ -1,8 +1,8 @@
 """What a resume changes: another value of some settings is refused, of others it makes another run, which is reported."""
 
+import copy
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -125,7 +125,9 @@ def compare_learning_rates(state: TrainState | None, policy_config, config: Trai
     if steps_before == config.steps:
         return []
     last_step = min(steps_before, config.steps)
-    before = make_schedule(policy_config, replace(config, steps=steps_before))(last_step - 1)
+    config_before = copy.copy(config)
+    config_before.steps = steps_before  # `replace` would refuse a warm-up that is longer than these
+    before = make_schedule(policy_config, config_before)(last_step - 1)
     now = make_schedule(policy_config, config)(last_step - 1)
     if abs(before - now) <= 0.01 * before:
         return []
