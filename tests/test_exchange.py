@@ -21,7 +21,7 @@ from exchange import lerobot_runs, portable
 from exchange.lerobot_runs import from_lerobot, read_schedule, scheduler_config, to_lerobot
 from helpers.hub_server import Hub
 from helpers.runs import SMALL_POLICY_ARGS, small
-from hub import create_repo, newest_checkpoint
+from hub import check_login, newest_checkpoint
 from policy.factory import policy_config
 from policy.loaded import load_policy
 from policy.presets import optimizer_preset
@@ -352,6 +352,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "WAITS", (0.05, 0.05))
     yield server
     server.server.shutdown()
+    server.server.server_close()
 
 
 def test_hub_up_and_down(hub, made, tmp_path, capsys):
@@ -386,13 +387,13 @@ def test_hub_up_and_down(hub, made, tmp_path, capsys):
         (tmp_path / "hub").glob("**/checkpoint-2/policy.safetensors")
     )  # nothing is fetched that is not needed
     state = "checkpoint-2/trainer_state.json"
-    hub.repos["me/arm"].append({**files, state: json.dumps({**json.loads(files[state]), "course": 1}).encode()})
+    hub.repos["me/arm"].append({**files, state: json.dumps({**json.loads(files[state]), "branch": 1}).encode()})
     assert newest_checkpoint("me/arm", "", sort_key).name == "checkpoint-2"  # the run went back to it
 
 
 def test_a_repo_without_its_user_is_refused_at_once(hub):
-    with pytest.raises(UserError, match="--push_to_hub arm: a Hub id is written user/name"):
-        create_repo("arm")
+    with pytest.raises(UserError, match="--push_to_hub arm: expected a Hub id written user/name"):
+        check_login("arm")
 
 
 def test_hub_that_refuses_does_not_fail_the_run(hub, made, tmp_path, capsys):
@@ -409,7 +410,7 @@ def test_hub_that_refuses_does_not_fail_the_run(hub, made, tmp_path, capsys):
 
 def test_hub_repo_without_checkpoint(hub, made, tmp_path):
     hub.repos["me/empty"] = [{"README.md": b"nothing"}]
-    with pytest.raises(UserError, match="me/empty: that Hub repo holds no checkpoint-<step> folder"):
+    with pytest.raises(UserError, match=r"me/empty: the Hub repo holds no checkpoint-<step> folder. Pass another repo"):
         train(dataset_id=str(made("video")), resume_from_checkpoint="me/empty", output_dir=str(tmp_path / "run"))
 
 

@@ -19,6 +19,7 @@ class Hub:
         self.blobs = {}
         self.failures = 0
         self.tokens = set()
+        self.lock = threading.Lock()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -31,9 +32,9 @@ class Hub:
                 size = int(self.headers.get("Content-Length") or 0)
                 body = self.rfile.read(size)
                 hub.tokens.add(self.headers.get("Authorization"))
-                status, headers, answer = hub.answer(
-                    self.command, self.path.partition("?")[0], body, self.headers.get("Host")
-                )
+                path = self.path.partition("?")[0]
+                with hub.lock:  # two commits at a time would each drop the other's files
+                    status, headers, answer = hub.answer(self.command, path, body, self.headers.get("Host"))
                 if not isinstance(answer, bytes):
                     headers, answer = {**headers, "Content-Type": "application/json"}, json.dumps(answer).encode()
                 self.send_response(status)
