@@ -129,7 +129,8 @@ def test_a_task_that_the_policy_does_not_know_is_refused_before_training(made, t
     (trained / "config.json").unlink()
     (trained / "config.json").write_text(json.dumps({**config, "tasks": ["lift", "pull"]}))
     with pytest.raises(
-        UserError, match=r"task 'push' is none that checkpoint-1 was trained on: .*pass --episodes of those"
+        UserError,
+        match=r"task 'push' is not one that checkpoint-1 was trained on: expected one of .*Pass --episodes of those",
     ):
         train(**{**settings, "policy_args": None}, policy_path=str(trained), output_dir=str(tmp_path / "two"))
     ended = train(

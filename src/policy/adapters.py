@@ -34,7 +34,7 @@ def add_adapters(policy, base: str, method: str, r: int, overrides: list[str] | 
         return policy.wrap_with_peft(peft_cli_overrides=settings)
     except ValueError as error:
         remedy = ". Name modules with --peft_args target_modules=all-linear" if "target" in str(error) else ""
-        raise UserError(f"--peft {method}: {one_line(error)[:200]}{remedy}") from error
+        raise UserError(f"--peft {method}: {one_line(error)[:200].rstrip('.')}{remedy}") from error
 
 
 def check_method(method: str, settings: dict) -> None:

@@ -378,9 +378,14 @@ def make_backbone(config: FlowConfig, channels: tuple[int, ...]) -> tuple[nn.Mod
     if config.backbone in torchvision.models.list_models(torchvision.models):
         check_backbone_weights(config.backbone, config.pretrained_backbone_weights)
         model = torchvision.models.get_model(config.backbone, weights=config.pretrained_backbone_weights)
-        # without pooling and classifier, which are a ResNet's last two modules
-        layers = list(model.children())[:-2] if hasattr(model, "fc") else [model.features]
-        backbone = nn.Sequential(*layers)
+        if hasattr(model, "fc"):
+            backbone = nn.Sequential(*list(model.children())[:-2])  # a ResNet without its pooling and classifier
+        elif hasattr(model, "features"):
+            backbone = nn.Sequential(model.features)
+        else:
+            raise ValueError(
+                f"backbone {config.backbone} has no feature maps. Choose a convolutional one, such as resnet18"
+            )
     else:
         backbone = make_timm_backbone(config.backbone, config.pretrained_backbone_weights)
     # Two sizes of pictures tell channels from pixels: some models put channels last.
@@ -388,7 +393,7 @@ def make_backbone(config: FlowConfig, channels: tuple[int, ...]) -> tuple[nn.Mod
         seen, larger = (backbone.eval()(torch.zeros(1, 3, pixels, pixels)) for pixels in (64, 96))
     if seen.ndim != 4 or seen.shape[1] != larger.shape[1]:
         raise ValueError(
-            f"backbone {config.backbone}: expected feature maps (B, C, h, w), got {tuple(seen.shape)}. Choose another one"
+            f"backbone {config.backbone}: expected feature maps (B, C, h, w), got {tuple(seen.shape)}. Choose resnet18"
         )
     return backbone, seen.shape[1]
 
@@ -415,7 +420,12 @@ def make_timm_backbone(name: str, weights: str | None) -> nn.Module:
         raise UserError(f"{expected}, and timm is not installed. Install it with: uv pip install timm") from None
     if ":" not in name and not timm.is_model(name):  # local-dir: and hf-hub: name a model of the Hub or a folder
         raise ValueError(expected)
-    return timm.create_model(name, pretrained=weights is not None, num_classes=0, global_pool="")
+    model = timm.create_model(name, pretrained=weights is not None, num_classes=0, global_pool="")
+    if model.pretrained_cfg.get("fixed_input_size"):
+        raise ValueError(
+            f"backbone {name} takes pictures of one size only. Choose a convolutional one, such as resnet18"
+        )
+    return model
 
 
 class Residual(nn.Module):
