@@ -62,26 +62,22 @@ def reason_of(error: Exception, offline: str) -> str | None:
     import httpx
     from huggingface_hub import errors
 
-    no_answer = (
-        urllib.error.URLError,
-        ConnectionError,
-        TimeoutError,
-        httpx.TransportError,
-        errors.OfflineModeIsEnabled,
-        errors.LocalEntryNotFoundError,
-    )
+    network = (urllib.error.URLError, ConnectionError, TimeoutError, httpx.TransportError)
+    network += (errors.LocalEntryNotFoundError,)  # offline, and not in the cache
     if isinstance(error, ImportError):
         return f"a package is missing. {one_line(error)}"
     if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
         return "the Hub has no such repo or revision. Check the name, or run `hf auth login` if it is private"
     # transformers hides the failed request behind an OSError of its own
-    if isinstance(error, no_answer) or isinstance(error.__cause__, no_answer):
+    if isinstance(error, network) or isinstance(error.__cause__, network):
         return f"the network request failed ({one_line(error)[:120]}). {offline}"
-    if isinstance(error, (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalTokenNotFoundError)):
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return "you are not logged in to the Hub. Run `hf auth login`"
+    if isinstance(error, (errors.HfHubHTTPError, errors.HFValidationError)):
         return f"the Hub refuses the request ({one_line(error)[:200]})"
     lerobot = sys.modules.get("lerobot.datasets.utils")  # only looked up: importing it takes seconds
     if lerobot is not None and isinstance(error, lerobot.CompatibilityError):
-        return one_line(error)[:300]
+        return one_line(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in FULL_DISK:

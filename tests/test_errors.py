@@ -10,6 +10,7 @@ from socket import gaierror
 from urllib.error import URLError
 
 import pytest
+from huggingface_hub.errors import LocalTokenNotFoundError
 
 from errors import UserError, as_user_error
 from helpers.paths import ROOT
@@ -244,6 +245,7 @@ def test_backbone_that_cannot_be_fetched(capsys, made, tmp_path, monkeypatch):
         (TimeoutError(), "it: the network request failed (TimeoutError). Go online"),
         (PermissionError(13, "Permission denied", "/file"), "it: /file: Permission denied"),
         (OSError(28, "No space left on device"), "it: No space left on device"),
+        (LocalTokenNotFoundError(), "it: you are not logged in to the Hub. Run `hf auth login`"),
         (KeyError("their word for a wrong value"), "it: 'their word for a wrong value'"),
     ],
 )
