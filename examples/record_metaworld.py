@@ -35,15 +35,15 @@ def fail(message):
 
 def demonstrate(env, expert, camera, noise, seed):
     """One attempt of the expert: its frames, or none if it failed."""
-    from sim.metaworld import begin, picture
+    from sim.metaworld import render_upright, start_episode
 
-    rng, observation = np.random.default_rng(seed), begin(env, seed)
+    rng, observation = np.random.default_rng(seed), start_episode(env, seed)
     frames, end = [], env.max_path_length
     while len(frames) < end:
         action = np.clip(expert.get_action(observation), -1, 1).astype(np.float32)
         frame = {
             "observation.state": observation[:4].astype(np.float32),
-            f"observation.images.{camera}": picture(env, camera),
+            f"observation.images.{camera}": render_upright(env, camera),
             "action": action,
         }
         noisy = action + np.append(noise * rng.standard_normal(3), 0)  # not the gripper: it would drop things
@@ -144,7 +144,7 @@ def main():
         if importlib.util.find_spec(package) is None:
             fail(f"{package} is not installed: pip install {pinned}")
     from errors import UserError
-    from sim.environments import pick_renderer
+    from sim.metaworld import pick_renderer
 
     try:
         print(f"renderer: {pick_renderer()}")

@@ -1,197 +1,266 @@
-"""Say how good a policy is: against recorded episodes, and in simulation. Writes numbers, pictures and a page of each.
+"""Evaluate a policy on recorded episodes (open loop) or in simulation (closed loop): numbers, figures and an HTML page.
 
     python src/evaluate.py CHECKPOINT --dataset_id D --episodes 0:5
     python src/evaluate.py CHECKPOINT --env metaworld --task drawer-open-v3 --num_episodes 50
-    python src/evaluate.py expert --env metaworld --task drawer-open-v3        # the task's scripted expert, through the same path
+    python src/evaluate.py expert --env metaworld --task drawer-open-v3        # the task's scripted expert, the same way
 
-N frames of an episode, A joints, T steps of a chunk.
+N frames of an episode, A joints.
 """
 
+import argparse
 import json
+import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from command_line import OneLineParser, command
 from errors import UserError
+from sim.environments import OURS, open_simulation
+
+MINIMUM = {"num_episodes": 1, "max_steps": 1, "n_action_steps": 1, "ahead": 1, "seed": 0, "num_videos": 0}
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = OneLineParser(prog="evaluate.py", description="Evaluate a policy. Defaults are in brackets.")
+    flag = parser.add_argument
+    flag("checkpoint", help="a checkpoint-<step> folder, a run's folder, or a Hub id; expert for the simulation's own")
+    flag("--dataset_id", metavar="PATH_OR_ID", help="compare with recorded episodes of this dataset")
+    flag("--episodes", default="0", help='episodes of the dataset, such as "0:5,9" [0]')
+    flag("--env", help="run in this simulation: metaworld, or any environment type of LeRobot")
+    flag("--task", help="task of the simulation, such as drawer-open-v3 [the type's default]")
+    flag("--num_episodes", type=int, default=50, metavar="N", help="episodes to run [50]")
+    flag("--seed", type=int, default=1000, metavar="N", help="seed of the first episode; the next ones count up [1000]")
+    flag("--max_steps", type=int, metavar="N", help="steps after which an episode has failed [the type's default]")
+    flag("--env_args", nargs="+", metavar="NAME=VALUE", help="settings of the environment, such as look=lerobot")
+    flag("--rename", nargs="+", default=[], metavar="THEIRS=OURS", help="rename observations to what the policy knows")
+    flag("--num_videos", type=int, default=2, metavar="N", help="videos of successes, and as many of failures [2]")
+    flag("--output_dir", metavar="FOLDER", help="where reports are written [evaluation/ beside the checkpoint]")
+    flag("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
+    flag("--n_action_steps", type=int, metavar="N", help="actions executed of each predicted chunk [as trained]")
+    flag("--ahead", type=int, metavar="N", help="in simulation: predict each chunk N steps before it is needed")
+    args = parser.parse_args(argv)
+
+    for name, minimum in MINIMUM.items():
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            parser.error(f"--{name} must be at least {minimum}, got {value}")
+    if not args.dataset_id and not args.env:
+        parser.error("nothing to evaluate on. Pass --dataset_id with --episodes, or --env with --task")
+    if args.checkpoint == "expert" and (args.dataset_id or args.env not in (*OURS, *OURS.values())):
+        parser.error("expert is a simulation's scripted expert: expected --env metaworld and no --dataset_id")
+    for pair in args.rename:
+        if pair.count("=") != 1:
+            parser.error(f"--rename {pair}: expected THEIRS=OURS, such as observation.image=observation.images.top")
+    return args
+
+
+if __name__ == "__main__":
+    parse_arguments(sys.argv[1:])  # before the imports that take seconds: --help and a wrong flag are answered at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes over, Ctrl-C ends the process without a traceback
+
+import numpy as np
+
+from data import open_dataset
+from data.frames import Frames
+from data.loader import Loader
+from data.source import Source
+from policy.async_policy import AsyncPolicy
+from policy.loaded import LoadedPolicy, load_policy
+from processors.pipelines import resize_of, window_deltas
+from reports.figures import contact_sheet
 from reports.pages import closed_loop_page, open_loop_page
+from sim.rollout import run_episodes, summary
+from training.open_loop import (
+    EpisodeComparison,
+    OpenLoopErrors,
+    compare,
+    evenly_spaced_rows,
+    measure,
+    permutation_importance,
+)
+
+WORST_MOMENTS = 6
+PERMUTED_SAMPLES = 64
 
 
-def open_loop(policy, source, say=print) -> dict:
-    """Run a policy over recorded episodes as inference does, and compare its actions with the recorded ones.
+def evaluate_recorded(policy: LoadedPolicy, args: argparse.Namespace, name: str) -> None:
+    """Compare a policy with recorded episodes, write the report and print the main numbers."""
+    source = open_dataset(args.dataset_id, episodes=args.episodes)
+    source.require()
+    folder = report_folder(args.checkpoint, args.output_dir, "open_loop")
 
-    Args:
-        policy: an infer.LoadedPolicy.
-        source: an open dataset, of the episodes to run over.
-
-    Returns:
-        episodes: dicts of episode, predicted and recorded (N, A) float32, milliseconds (N,) of each act().
-        errors: validation.Errors over every frame of them, as predicted chunks.
-        permutation_importance: of each observation how far the actions move without it, by validation.permutation_importance at 64 frames.
-    """
-    from data.frames import Frames
-    from data.loader import Loader
-    from infer import compare
-    from processors.pipelines import resize_of, window_deltas
-    from training.evaluation import measure, permutation_importance, spread
-
+    # Frame by frame, as the arm would ask for actions.
     episodes = []
     for episode in source.episodes:
-        episodes.append({"episode": episode, **compare(policy, source, episode)})
-        say(f"episode {episode}: {len(episodes[-1]['recorded'])} frames")
-    deltas = window_deltas(policy.policy.config, source.meta)
-    loader = Loader(source, Frames(source, resize_of(policy.preprocess)), deltas, batch_size=8, seed=0)
+        episodes.append(compare(policy, source, episode))
+        print(f"episode {episode}: {len(episodes[-1].recorded)} frames")
+
+    # In batches: the whole chunk at each frame.
+    frames = Frames(source, resize_of(policy.preprocess))
+    loader = Loader(source, frames, window_deltas(policy.policy.config, source.meta), batch_size=8, seed=0)
     try:
-        parts = policy.policy, policy.preprocess, policy.postprocess
-        errors = measure(*parts, loader, spread(source.starts, source.ends, 0), seed=0)
-        some = spread(source.starts, source.ends, 64)
-        used = permutation_importance(*parts, loader, list(policy.expected), some, errors.spread, seed=0)
+        errors = measure(policy, loader, evenly_spaced_rows(source.starts, source.ends, 0), seed=0)
+        rows = evenly_spaced_rows(source.starts, source.ends, PERMUTED_SAMPLES)
+        importance = permutation_importance(policy, loader, policy.expected, rows, errors.std, seed=0)
     finally:
         loader.close()
-    return {"episodes": episodes, "errors": errors, "permutation_importance": used}
+
+    numbers = open_loop_numbers(episodes, errors, importance)
+    moments = worst_moments(episodes, errors.std, source) if source.meta.camera_keys else []
+    page = open_loop_page(name, source.name, numbers, errors, episodes, moments)
+    report = write_report(folder, numbers, page)
+    print(f"mean |action error| in robot units: {named(numbers['error_by_joint'], '.4g')}")
+    if importance:
+        print(f"permutation importance, in standard deviations: {named(importance, '.2g')}")
+    print(f"latency of act(), ms: {named(numbers['latency_ms'], '.1f')}")
+    print(f"report: {report}")
 
 
-def open_loop_numbers(result: dict) -> dict:
-    """The figures of `open_loop` as JSON has them."""
-    errors, episodes = result["errors"], result["episodes"]
-    error = np.concatenate([np.abs(e["predicted"] - e["recorded"]) for e in episodes])  # (N, A)
-    milliseconds = np.concatenate([e["milliseconds"] for e in episodes])
+def open_loop_numbers(
+    episodes: list[EpisodeComparison], errors: OpenLoopErrors, importance: dict[str, float] | None
+) -> dict:
+    """The content of numbers.json."""
+    error = np.concatenate([np.abs(episode.predicted - episode.recorded) for episode in episodes])  # (N, A)
+    milliseconds = np.concatenate([episode.milliseconds for episode in episodes])
+    has_chunks = errors.error is not None
     return {
         "frames": len(error),
         "loss": errors.loss,
         "error_by_joint": dict(zip(errors.names, error.mean(0).tolist(), strict=True)),
-        "recorded_std_by_joint": dict(zip(errors.names, errors.spread.tolist(), strict=True)),
-        "error_by_step": None if errors.grid is None else errors.line()["val_error_by_step"],
-        "error_by_step_and_joint": None if errors.grid is None else errors.grid.tolist(),
-        "permutation_importance": result["permutation_importance"],
+        "recorded_std_by_joint": dict(zip(errors.names, errors.std.tolist(), strict=True)),
+        "error_by_step": errors.error_by_step().tolist() if has_chunks else None,
+        "error_by_step_and_joint": errors.error.tolist() if has_chunks else None,
+        "permutation_importance": importance,
         "latency_ms": {f"p{p}": float(np.percentile(milliseconds, p)) for p in (50, 95, 99)},
         "episodes": [
-            {"episode": e["episode"], "frames": len(e["recorded"]), "error_by_joint": e["error"].tolist()}
-            for e in episodes
+            {"episode": e.episode, "frames": len(e.recorded), "error_by_joint": e.error.tolist()} for e in episodes
         ],
     }
 
 
-def simulate(policy, args, folder: Path, name: str) -> dict:
-    """Episodes in simulation from fixed seeds, with their pictures; `policy` None is the environment's expert."""
-    from reports.figures import contact_sheet
-    from sim.environments import OURS, make_env
-    from sim.rollout import run_episodes, summary, write_video
+@dataclass
+class Moment:
+    """A frame of a recorded episode: where it is, the cameras' images, and actions (A,) in standard deviations."""
 
-    overrides = list(args.env_args or [])
-    if args.max_steps and args.env in OURS:
-        overrides.append(f"episode_length={args.max_steps}")
-    env, config = make_env(args.env, args.task, overrides)
-    try:
-        seeds = list(range(args.seed, args.seed + args.num_episodes))
-        limit = min(env.call("_max_episode_steps")[0], args.max_steps or 10**9)
-        rename = dict(pair.split("=") for pair in args.rename or [])
-        episodes = run_episodes(env, config, policy, seeds, rename, limit, args.num_videos)
-    finally:
-        env.close()
-    result = {"env": args.env, "task": config.task, "max_steps": limit, **summary(episodes)}
-    (folder / "numbers.json").write_text(json.dumps(result, indent=2) + "\n")
-    sheet = contact_sheet(episodes, f"{name}, {config.task}: {result['successes']} of {len(episodes)} (seed: steps)")
-    sheet.savefig(folder / "episodes.png", dpi=110)
-    videos = []
-    for kind in (True, False):
-        for episode in [e for e in episodes if e.success == kind][: args.num_videos]:
-            path = folder / f"{'success' if kind else 'failure'}_{episode.seed}.mp4"
-            write_video(path, episode.frames, config.fps)
-            videos.append((path, path.stem.replace("_", ", seed ")))
-    (folder / "report.html").write_text(closed_loop_page(result, sheet, videos, name))
-    return result
+    title: str
+    images: list[np.ndarray]
+    recorded: np.ndarray
+    predicted: np.ndarray
 
 
-def folder_for(checkpoint: str, asked: str | None, kind: str) -> Path:
-    """Where the results of an evaluation go: beside the checkpoint, not into it."""
-    place = Path(checkpoint).expanduser()
-    if asked:
-        folder = Path(asked).expanduser() / kind
-    elif not place.is_dir():
-        folder = Path("outputs") / "evaluation" / checkpoint.replace("/", "_") / kind
-    elif place.name.startswith("checkpoint-"):
-        folder = place.parent / "evaluation" / place.name / kind
-    else:
-        folder = place / "evaluation" / "final" / kind
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
-    return folder
+def worst_moments(episodes: list[EpisodeComparison], std: np.ndarray, source: Source) -> list[Moment]:
+    """The frames at which the action is furthest off, at least a second apart."""
+    fps = source.meta.fps
+    candidates = []
+    for position, episode in enumerate(episodes):
+        off = np.abs(episode.predicted - episode.recorded) / np.where(
+            std > 0, std, np.inf
+        )  # 0 for a joint that is still
+        candidates += [(distance, position, frame) for frame, distance in enumerate(off.mean(1))]
+    worst = []
+    for distance, position, frame in sorted(candidates, reverse=True):
+        is_near = any(position == other and abs(frame - near) < fps for _, other, near in worst)
+        if not is_near and len(worst) < WORST_MOMENTS:
+            worst.append((distance, position, frame))
+
+    scale = np.where(std > 0, std, 1)
+    frames = Frames(source)
+    moments = []
+    for distance, position, frame in worst:
+        episode = episodes[position]
+        row = source.starts[position : position + 1] + frame  # (1,)
+        where = f"episode {episode.episode}, frame {frame} ({frame / fps:.1f} s)"
+        moment = Moment(
+            title=f"{where}: off by {distance:.2f} standard deviations",
+            images=[frames.read(key, row)[0].permute(1, 2, 0).numpy() for key in frames.keys],
+            recorded=episode.recorded[frame] / scale,
+            predicted=episode.predicted[frame] / scale,
+        )
+        moments.append(moment)
+    frames.close()
+    return moments
 
 
-def evaluate(args) -> None:
-    if not (args.dataset_id or args.env):
-        raise UserError("nothing to evaluate on: pass --dataset_id with --episodes, or --env with --task")
-    for pair in args.rename or []:
-        if pair.count("=") != 1:
-            raise UserError(f"--rename {pair}: expected THEIRS=OURS, such as observation.image=observation.images.top")
-    if args.checkpoint == "expert" and args.dataset_id:
-        raise UserError("the expert plays in simulation: pass --env metaworld instead of --dataset_id")
-    from policy.loaded import load_policy
+def evaluate_simulated(policy: LoadedPolicy | None, args: argparse.Namespace, name: str) -> None:
+    """Run episodes in simulation, write the report with its videos and print the success rate."""
+    from lerobot.utils.io_utils import write_video
 
-    policy = None if args.checkpoint == "expert" else load_policy(args.checkpoint, args.device, args.n_action_steps)
-    name = "/".join(Path(args.checkpoint).parts[-2:])
-    if args.dataset_id:
-        from data.source import open_dataset
-
-        source = open_dataset(args.dataset_id, episodes=args.episodes)
-        source.require()
-        folder = folder_for(args.checkpoint, args.output_dir, "open_loop")
-        result = open_loop(policy, source)
-        numbers = open_loop_numbers(result)
-        (folder / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n")
-        (folder / "report.html").write_text(open_loop_page(result, numbers, source, name))
-        joints = ", ".join(f"{joint} {error:.4g}" for joint, error in numbers["error_by_joint"].items())
-        latency = ", ".join(f"{p} {ms:.1f}" for p, ms in numbers["latency_ms"].items())
-        print(f"mean |action error| in robot units: {joints}")
-        if used := numbers["permutation_importance"]:
-            moved = ", ".join(f"{key} {value:.2g}" for key, value in used.items())
-            print(f"actions move, when one observation is another moment's, by standard deviations: {moved}")
-        print(f"latency of act(), ms: {latency}\nreport: {folder / 'report.html'}")
-    if args.env:
-        folder = folder_for(args.checkpoint, args.output_dir, f"{args.env}_{args.task or 'default'}")
-        if args.ahead and policy is not None:
-            from policy.async_policy import AsyncPolicy
-
+    folder = report_folder(args.checkpoint, args.output_dir, f"{args.env}_{args.task or 'default'}")
+    policy_config = None
+    if policy is not None:
+        policy_config = policy.policy.config
+        if args.ahead:
             policy = AsyncPolicy(policy, args.ahead)
-        result = simulate(policy, args, folder, name)
-        interval = f"95 % interval {result['success_low']:.1%} to {result['success_high']:.1%}"
-        print(f"success {result['successes']} of {result['num_episodes']}: {result['success_rate']:.1%} ({interval})")
-        print(f"seeds {args.seed} to {args.seed + args.num_episodes - 1}; report: {folder / 'report.html'}")
+    rename = dict(pair.split("=") for pair in args.rename)
+    simulation = open_simulation(args.env, args.task, args.env_args, policy_config, args.max_steps, rename)
+    seeds = range(args.seed, args.seed + args.num_episodes)
+    try:
+        episodes = run_episodes(simulation, policy, seeds, args.num_videos)
+    finally:
+        simulation.close()
+
+    config = simulation.config
+    numbers = {"env": args.env, "task": config.task, "max_steps": simulation.max_steps, **summary(episodes)}
+    successes = f"{numbers['successes']} of {numbers['num_episodes']}"
+    sheet = contact_sheet(episodes, f"{name}, {config.task}: {successes} (seed: steps)")
+    sheet.savefig(folder / "episodes.png", dpi=110)
+    videos = {}
+    for success, kind in ((True, "success"), (False, "failure")):
+        filmed = [episode for episode in episodes if episode.success == success][: args.num_videos]
+        for episode in filmed:
+            path = folder / f"{kind}_{episode.seed}.mp4"
+            write_video(path, episode.frames, round(config.fps))
+            videos[f"{kind}, seed {episode.seed}"] = path
+    report = write_report(folder, numbers, closed_loop_page(name, numbers, sheet, videos))
+    interval = f"95 % interval {numbers['success_low']:.1%} to {numbers['success_high']:.1%}"
+    print(f"success {successes}: {numbers['success_rate']:.1%} ({interval})")
+    print(f"seeds {seeds[0]} to {seeds[-1]}; report: {report}")
+
+
+def report_folder(checkpoint: str, output_dir: str | None, kind: str) -> Path:
+    """Where an evaluation is written: beside the checkpoint, which must hold only its own files."""
+    path = Path(checkpoint).expanduser()
+    if output_dir:
+        folder = Path(output_dir).expanduser()
+    elif not path.is_dir():
+        folder = Path("outputs") / "evaluation" / checkpoint.replace("/", "_")
+    elif path.name.startswith("checkpoint-"):
+        folder = path.parent / "evaluation" / path.name
+    else:
+        folder = path / "evaluation" / "final"
+    try:
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder / kind} cannot be written: {error.strerror}. Pass another --output_dir") from error
+    return folder / kind
+
+
+def write_report(folder: Path, numbers: dict, page: str) -> Path:
+    (folder / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    report = folder / "report.html"
+    report.write_text(page)
+    return report
+
+
+def named(values: dict[str, float], digits: str) -> str:
+    return ", ".join(f"{name} {value:{digits}}" for name, value in values.items())
 
 
 @command
 def main(argv: list[str]) -> int:
-    parser = OneLineParser(prog="evaluate.py", description="Say how good a policy is. In brackets: the default.")
-    flag = parser.add_argument
-    flag("checkpoint", help="a checkpoint-<step> folder, a run's folder, or a Hub id; expert for the simulation's own")
-    flag("--dataset_id", metavar="PATH_OR_ID", help="compare with recorded episodes of this dataset")
-    flag("--episodes", default="0", help='which, such as "0:5,9" [0]')
-    flag("--env", help="try in this simulation: metaworld, or any type that LeRobot knows")
-    flag("--task", help="its task, such as drawer-open-v3 [the type's own]")
-    flag("--num_episodes", type=int, default=50, metavar="N", help="episodes to try [50]")
-    flag("--seed", type=int, default=1000, metavar="N", help="of the first episode; the next ones follow [1000]")
-    flag("--max_steps", type=int, metavar="N", help="steps after which an episode has failed [the type's own]")
-    flag("--env_args", nargs="+", metavar="NAME=VALUE", help="settings of the environment's own, such as look=lerobot")
-    flag("--rename", nargs="+", metavar="THEIRS=OURS", help="what the environment gives, by the name the policy knows")
-    flag("--num_videos", type=int, default=2, metavar="N", help="videos of successes, and of failures [2]")
-    flag("--output_dir", metavar="FOLDER", help="where the reports go [evaluation/ beside the checkpoint]")
-    flag("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
-    flag("--n_action_steps", type=int, metavar="N", help="actions carried out of each predicted chunk [as trained]")
-    flag(
-        "--ahead", type=int, metavar="N", help="in simulation: predict chunks N steps ahead, as where they take so long"
-    )
-    args = parser.parse_args(argv)
-    for name in ("num_episodes", "max_steps", "n_action_steps", "ahead", "seed", "num_videos"):
-        low = 0 if name in ("seed", "num_videos") else 1
-        if (value := getattr(args, name)) is not None and value < low:
-            parser.error(f"--{name} must be at least {low}, got {value}")
-    evaluate(args)
+    args = parse_arguments(argv)
+    policy = None
+    if args.checkpoint != "expert":
+        policy = load_policy(args.checkpoint, args.device, args.n_action_steps)
+    name = "/".join(Path(args.checkpoint).parts[-2:])
+    if args.dataset_id:
+        evaluate_recorded(policy, args, name)
+    if args.env:
+        evaluate_simulated(policy, args, name)
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

@@ -177,9 +177,9 @@ class Run:
         with self.stopwatch.paused(), self.learner.ema_applied(self.unsharded):
             if self.distributed.is_main:
                 evaluation = self.evaluator.results(self.step, self.is_save_step(), self.loader)
-                metrics = evaluation.metrics()
-                if metrics:
-                    self.report.log_evaluation({"step": self.step, **metrics}, evaluation.summary_line(), evaluation.figure)
+                if evaluation.metrics:
+                    line = {"step": self.step, **evaluation.metrics}
+                    self.report.log_evaluation(line, evaluation.summary_line(), evaluation.figure)
             self.distributed.barrier()
             (self.stop_signal,) = self.distributed.all_reduce_max(self.signals.asked or 0)
 
@@ -381,7 +381,7 @@ def main(given: dict) -> int:
     except LostPeerError as error:
         print(
             f"error: {error}\nIf another process printed an error of its own, fix that first. "
-            "Checkpoints are complete: launch the run again with --resume_from_checkpoint latest",
+            "Checkpoints are complete: launch the run again with --resume_from_checkpoint auto",
             file=sys.stderr,
             flush=True,
         )

@@ -81,7 +81,7 @@ def copy_of(tmp_path, made):
 @pytest.fixture(scope="session")
 def renderer():
     from errors import UserError
-    from sim.environments import pick_renderer
+    from sim.metaworld import pick_renderer
 
     try:
         return pick_renderer()

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,19 +15,27 @@ import torch
 import evaluate
 from checkpoints.folder import find_checkpoints
 from config import TrainConfig, merge
-from data.source import open_dataset
-from data.split import split
+from data import open_dataset
+from data.split import split_episodes
 from errors import UserError
 from helpers.paths import ROOT, SHIPPED
 from helpers.runs import assert_same_run, small
 from policy.loaded import load_policy
 from processors.statistics import is_still
 from runs import main
-from sim.environments import make_env
-from sim.rollout import Episode, check_fits, run_episodes, summary, wilson
+from sim.environments import Simulation, check_batch, open_simulation
+from sim.rollout import Episode, run_episodes, summary, wilson_interval
 from train import train
-from training import evaluation as exam
-from training.evaluation import Errors, action_names, measure, permutation_importance, spread
+from training import evaluation
+from training.evaluation import Evaluator
+from training.open_loop import (
+    OpenLoopErrors,
+    action_names,
+    evenly_spaced_rows,
+    measure,
+    permutation_importance,
+    recorded_observations,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +54,9 @@ def test_held_out_episodes_are_whole_and_a_function_of_the_seed():
     source = open_dataset(str(SHIPPED))
 
     def chosen(**settings):
-        kept, held_out = split(source, merge({"dataset_id": [str(SHIPPED)], **settings}))
-        assert sorted([*kept.tolist(), *held_out.tolist()]) == list(range(40))
-        return held_out.tolist()
+        split = split_episodes(source, merge({"dataset_id": [str(SHIPPED)], **settings}))
+        assert sorted([*split.train.tolist(), *split.held_out.tolist()]) == list(range(40))
+        return split.held_out.tolist()
 
     assert chosen() == []
     assert chosen(val_episodes="3:5,39") == [3, 4, 39]
@@ -62,8 +69,8 @@ def test_held_out_episodes_are_whole_and_a_function_of_the_seed():
 
 def test_rows_are_evenly_spread():
     starts, ends = torch.tensor([0, 20]), torch.tensor([10, 30])
-    assert spread(starts, ends, 0).tolist() == [*range(10), *range(20, 30)]
-    assert spread(starts, ends, 3).tolist() == [0, 20, 29]
+    assert evenly_spaced_rows(starts, ends, 0).tolist() == [*range(10), *range(20, 30)]
+    assert evenly_spaced_rows(starts, ends, 3).tolist() == [0, 20, 29]
 
 
 class Offset:
@@ -90,6 +97,11 @@ class Offset:
         return torch.cat([batch["action"] + self.off + wrong, torch.full_like(batch["action"], 1e6)], dim=1)
 
 
+def without_processors(policy) -> SimpleNamespace:
+    """A LoadedPolicy's parts, of a policy that takes batches as they are recorded."""
+    return SimpleNamespace(policy=policy, preprocess=lambda batch: batch, postprocess=lambda chunk: chunk, device="cpu")
+
+
 def test_errors_of_a_known_policy(made):
     from data.frames import Frames
     from data.loader import Loader
@@ -97,12 +109,12 @@ def test_errors_of_a_known_policy(made):
     source = open_dataset(str(made("no_camera")))
     loader = Loader(source, Frames(source), {"action": [0, 1, 2, 3]}, batch_size=5, seed=0)
     off = torch.tensor([0.5, -1.0, 2.0])
-    errors = measure(Offset(off), lambda batch: batch, lambda chunk: chunk, loader, torch.arange(source.rows), seed=0)
+    errors = measure(without_processors(Offset(off)), loader, torch.arange(source.rows), seed=0, batch_size=5)
     loader.close()
     assert errors.loss == 2.0
-    np.testing.assert_allclose(errors.grid, np.broadcast_to(np.abs(off.numpy()), (4, 3)), rtol=1e-5)
+    np.testing.assert_allclose(errors.error, np.broadcast_to(np.abs(off.numpy()), (4, 3)), rtol=1e-5)
     std = source.columns["action"].double().std(0).numpy()
-    line = errors.line()
+    line = errors.metrics()
     assert line["val_error_by_joint"] == pytest.approx({"shoulder": 0.5, "elbow": 1.0, "gripper": 2.0}, rel=1e-5)
     assert line["val_action_error"] == pytest.approx(
         np.mean([0.5 / std[0], 1.0 / std[1]]), rel=1e-5
@@ -117,9 +129,9 @@ def test_steps_that_no_sample_reaches_are_left_out(made):
     loader = Loader(
         source, Frames(source), {"action": list(range(20))}, batch_size=5, seed=0
     )  # episodes have 13 at most
-    errors = measure(Offset(0.5), lambda b: b, lambda c: c, loader, torch.arange(source.rows), seed=0, with_loss=False)
+    errors = measure(without_processors(Offset(0.5)), loader, torch.arange(source.rows), seed=0)
     loader.close()
-    np.testing.assert_allclose(errors.grid, np.full((13, 3), 0.5), rtol=1e-5)
+    np.testing.assert_allclose(errors.error, np.full((13, 3), 0.5), rtol=1e-5)
 
 
 class Doubled(Offset):
@@ -129,18 +141,20 @@ class Doubled(Offset):
         return 2 * batch["observation.state"][:, None].expand(-1, 4, -1)
 
 
-def test_reliance_of_a_policy_that_does_not_look(made):
+def test_permutation_importance_of_a_policy_that_does_not_look(made):
     from data.frames import Frames
     from data.loader import Loader
 
     source = open_dataset(str(made("video")))
     camera, scale = source.meta.camera_keys[0], np.array([0.5, 0.0, 4.0])  # the middle joint is still
     loader = Loader(source, Frames(source), {"action": [0, 1, 2, 3]}, batch_size=5, seed=0)
-    same = [lambda x: x] * 2
+    policy = without_processors(Doubled(0))
     keys, two = ["observation.state", camera], torch.tensor([3, 8])
-    used = permutation_importance(Doubled(0), *same, loader, keys, two, scale, seed=0)
-    none = [permutation_importance(Doubled(0), *same, loader, keys, two, 0 * scale, seed=0)]
-    none += [permutation_importance(Offset(0), *same, loader, ["action"], torch.arange(1), scale, seed=0)]
+    used = permutation_importance(policy, loader, keys, two, scale, seed=0)
+    none = [
+        permutation_importance(policy, loader, keys, two, 0 * scale, seed=0),
+        permutation_importance(policy, loader, keys, torch.arange(1), scale, seed=0),
+    ]
     loader.close()
     a, b = source.columns["observation.state"][two].double().numpy()
     assert used == {"observation.state": pytest.approx(np.mean(2 * np.abs(a - b)[[0, 2]] / scale[[0, 2]])), camera: 0.0}
@@ -160,33 +174,67 @@ def test_names_of_joints(names, message):
     assert action_names(meta) == message
 
 
-def test_a_simulation_that_does_not_fit_is_told_before_training(made, tmp_path, renderer):
+def test_a_simulation_that_does_not_fit_is_refused_before_training(made, tmp_path, renderer):
     settings = small("flow", dataset_id=str(made("video")), eval_env="metaworld", output_dir=str(tmp_path))
-    with pytest.raises(
-        UserError, match=r"the policy takes observation.images.top, the environment gives .*leave --eval_env out"
-    ):
+    message = (
+        r"simulation has no observation.images.top, which the policy takes: got .*corner2.*pass evaluate.py --rename"
+    )
+    with pytest.raises(UserError, match=message):
         train(**settings)
-    with pytest.raises(UserError, match="--eval_env metawrld: there is no such environment, did you mean 'metaworld'"):
+    with pytest.raises(UserError, match="unknown environment metawrld, did you mean 'metaworld'"):
         train(**{**settings, "eval_env": "metawrld"})
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def stand_in(monkeypatch, run_episodes):
-    """A simulation that fits any policy, whose episodes are run so."""
-    monkeypatch.setattr(exam, "make_env", lambda *args: (SimpleNamespace(close=lambda: None), None))
-    monkeypatch.setattr(exam, "first_observation", lambda *args: None)
-    monkeypatch.setattr(exam, "check_fits", lambda *args: None)
-    monkeypatch.setattr(exam, "run_episodes", run_episodes)
+class StillArm:
+    """A vector environment of one, whose arm never gets anywhere; `on_step` is called at each step."""
+
+    def __init__(self, on_step):
+        self.on_step = on_step
+        self.steps = 0
+
+    def reset(self, seed, options=None):
+        return {"agent_pos": np.zeros((1, 3), np.float32)}, {}
+
+    def step(self, action):
+        self.steps += 1
+        self.on_step()
+        return self.reset(None)[0], np.zeros(1), [False], [False], {}
+
+    def call(self, name):
+        return {"render": [np.zeros((8, 8, 3), np.uint8)], "task": ["lift"], "task_description": ["lift"]}[name]
+
+    def close(self): ...
 
 
-def test_a_simulation_that_fails_does_not_end_the_run(made, tmp_path, monkeypatch, capsys):
-    def fail(*args, **kwargs):
+@pytest.fixture
+def simulate(monkeypatch):
+    """simulate(on_step) puts a simulation in place of --eval_env, and returns its environment."""
+
+    def install(on_step):
+        env = StillArm(on_step)
+        simulation = Simulation(
+            env=env,
+            config=None,
+            preprocess=lambda batch: batch,
+            postprocess=lambda batch: batch,
+            max_steps=20,
+            rename={},
+        )
+        monkeypatch.setattr(evaluation.environments, "open_simulation", lambda *args, **kwargs: simulation)
+        return env
+
+    return install
+
+
+def test_a_simulation_that_fails_does_not_end_the_run(made, tmp_path, simulate, capsys):
+    def fail():
         raise RuntimeError("the simulator has gone")
 
-    stand_in(monkeypatch, fail)
+    simulate(fail)
     result = train(**small("flow", dataset_id=str(made("no_camera")), eval_env="pusht", output_dir=str(tmp_path)))
     assert result.steps == 4
-    message = "warning: --eval_env pusht failed, no success rate: the simulator has gone"
+    message = "warning: --eval_env pusht failed, training continues: RuntimeError: the simulator has gone"
     assert capsys.readouterr().out.count(message) == 2
 
 
@@ -194,24 +242,19 @@ def test_a_validation_that_fails_does_not_end_the_run(made, tmp_path, monkeypatc
     def fail(*args, **kwargs):
         raise ValueError("a chunk of another shape")
 
-    monkeypatch.setattr(exam, "measure", fail)
+    monkeypatch.setattr(evaluation, "measure", fail)
     settings = small("flow", dataset_id=str(made("no_camera")), val_fraction=0.4, output_dir=str(tmp_path))
     assert train(**settings).steps == 4
-    message = "warning: validation failed, no figures: a chunk of another shape"
+    message = "warning: validation failed, training continues: ValueError: a chunk of another shape"
     assert capsys.readouterr().out.count(message) == 2
 
 
-def test_a_stop_signal_ends_a_simulation(made, tmp_path, monkeypatch, capsys):
-    def simulate(env, config, policy, *rest, **more):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.1)
-        policy.select({})
-        raise AssertionError("the policy went on")
-
-    stand_in(monkeypatch, simulate)
+def test_a_stop_signal_ends_a_simulation(made, tmp_path, simulate, capsys):
+    env = simulate(lambda: os.kill(os.getpid(), signal.SIGTERM))
     result = train(**small("flow", dataset_id=str(made("no_camera")), eval_env="pusht", output_dir=str(tmp_path)))
     assert (result.steps, result.stopped_by, result.checkpoint.name) == (2, "SIGTERM", "checkpoint-2")
-    assert "warning: the run is stopped in a simulation: no success rate" in capsys.readouterr().out
+    assert "warning: the run was stopped during a simulation, which gives no success rate" in capsys.readouterr().out
+    assert env.steps == 1
 
 
 def test_measuring_changes_no_weight(made, tmp_path, renderer):
@@ -243,9 +286,11 @@ def test_validation_goes_on_over_a_resume(made, tmp_path, policy):
 
 def test_best_checkpoint_is_marked_and_kept(made, tmp_path, monkeypatch, capsys):
     losses = iter([3.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr(
-        exam, "measure", lambda *args, **kwargs: Errors(next(losses), None, np.ones(3), ["a", "b", "c"])
-    )
+
+    def measured(*args, **kwargs):
+        return OpenLoopErrors(loss=next(losses), error=None, std=np.ones(3), names=["a", "b", "c"], fps=10)
+
+    monkeypatch.setattr(evaluation, "measure", measured)
     settings = small(dataset_id=str(made("no_camera")), val_fraction=0.3, save_freq=1, keep_last=1)
     train(**settings, output_dir=str(tmp_path / "run"))
     assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4"]
@@ -274,8 +319,6 @@ def test_open_loop_report(trained, tmp_path, capsys):
     assert "mean |action error| in robot units: dx " in capsys.readouterr().out
     numbers = json.loads((tmp_path / "open_loop" / "numbers.json").read_text())
     policy, source = load_policy(trained, "cpu"), open_dataset(str(SHIPPED), episodes="1,4")
-    from infer import recorded_observations
-
     errors = []
     for episode in (1, 4):
         policy.reset()
@@ -295,29 +338,30 @@ def test_open_loop_report(trained, tmp_path, capsys):
 def test_results_lie_beside_the_checkpoint_not_in_it(trained):
     from checkpoints.folder import verify
 
-    folder = evaluate.folder_for(str(trained), None, "open_loop")
+    folder = evaluate.report_folder(str(trained), None, "open_loop")
     assert folder == trained.parent / "evaluation" / trained.name / "open_loop"
-    assert evaluate.folder_for(str(trained.parent), None, "x") == trained.parent / "evaluation" / "final" / "x"
+    assert evaluate.report_folder(str(trained.parent), None, "x") == trained.parent / "evaluation" / "final" / "x"
     verify(trained)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "nothing to evaluate on: pass --dataset_id with --episodes, or --env with --task"),
-        (["--env", "metawrld"], "--env metawrld: there is no such environment, did you mean 'metaworld'?"),
-        (["--env", "metaworld", "--task", "drawer-opn-v3"], "Meta-World has no task 'drawer-opn-v3', did you mean 'drawer-open-v3'"),
+        (["--env", "metawrld"], "unknown environment metawrld, did you mean 'metaworld'? Pass one of aloha, armature_metaworld"),
+        (["--env", "metaworld", "--task", "drawer-opn-v3"], "Meta-World has no task 'drawer-opn-v3', did you mean 'drawer-open-v3'?"),
         (["--env", "metaworld", "--env_args", "lok=plain"], "--env_args lok: armature_metaworld has no such setting, did you mean"),
         (["--env", "metaworld", "--env_args", "camera=corner9"], "Meta-World has no camera 'corner9', did you mean 'corner'"),
         (["--env", "metaworld", "--max_steps", "501"], "episode_length must be 1 to 500, got 501"),
-        (["--env", "metaworld", "--env_args", "camera=corner"], "the policy takes observation.images.corner2, the environment gives"),
-        (["--env", "pusht"], "--env pusht needs a package that is not installed"),
-        (["--env", "metaworld", "--rename", "a"], "--rename a: expected THEIRS=OURS"),
-        (["--dataset_id", "DATA"], "has no observation.images.corner2, which the policy takes"),
+        (["--env", "metaworld", "--env_args", "camera=corner"],
+         "the simulation has no observation.images.corner2, which the policy takes: got observation.images.corner, observation.state. "
+         "If one of these is it, pass evaluate.py --rename THEIRS=observation.images.corner2"),
+        (["--env", "pusht"], "environment pusht: a package is missing. Package 'gym_pusht' required for env 'pusht' not found"),
+        (["--dataset_id", "DATA"], "has no observation.images.corner2, which the policy takes: got observation.images.top, "
+         "observation.state. Pass the dataset that the policy was trained on"),
         (["--dataset_id", "DATA", "--episodes", "9"], "--episodes 9: 9 is out of range, the dataset has episodes 0 to 2"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told(trained, made, tmp_path, capsys, renderer, flags, message):
+def test_mistakes_are_one_line(trained, made, tmp_path, capsys, renderer, flags, message):
     flags = [str(made("video")) if flag == "DATA" else flag for flag in flags]
     assert (
         evaluate.main([str(trained), *flags, "--device", "cpu", "--num_episodes", "1", "--output_dir", str(tmp_path)])
@@ -328,14 +372,45 @@ def test_mistakes_are_told(trained, made, tmp_path, capsys, renderer, flags, mes
     assert message in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("x", "nothing to evaluate on. Pass --dataset_id with --episodes, or --env with --task"),
+        ("x --env metaworld --rename a", "--rename a: expected THEIRS=OURS"),
+        ("x --env metaworld --num_episodes 0", "--num_episodes must be at least 1, got 0"),
+        (
+            "expert --env pusht",
+            "expert is a simulation's scripted expert: expected --env metaworld and no --dataset_id",
+        ),
+        ("expert --dataset_id x", "expert is a simulation's scripted expert: expected --env metaworld"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_loaded(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(arguments.split())
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "infer"])
+def test_help_imports_nothing_slow(command):
+    arguments = ["-X", "importtime", f"src/{command}.py", "--help"]
+    shown = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert shown.stdout.startswith(f"usage: {command}.py")
+    imported = {line.rpartition("|")[2].strip() for line in shown.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"numpy", "torch", "lerobot"}
+
+
 # --- simulation ---
 
 
 def test_wilson_interval():
     """Against the values in Wilson's own terms: Brown, Cai and DasGupta (2001), and the closed form by hand."""
-    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-3)
-    assert wilson(6, 12) == pytest.approx((0.2538, 0.7462), abs=1e-3)
-    assert wilson(50, 50) == pytest.approx((0.9287, 1.0), abs=1e-3)
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-3)
+    assert wilson_interval(6, 12) == pytest.approx((0.2538, 0.7462), abs=1e-3)
+    assert wilson_interval(50, 50) == pytest.approx((0.9287, 1.0), abs=1e-3)
 
 
 def test_summary_counts():
@@ -365,12 +440,12 @@ def test_expert_succeeds_through_the_same_path(tmp_path, renderer, capsys, episo
 
 def test_simulation_is_a_function_of_the_seed_and_shows_its_own_beginning(trained, renderer):
     """In whatever order the episodes come; the first picture is of this episode, not of the one before."""
-    env, config = make_env("metaworld", "drawer-open-v3", ["episode_length=20"])
     policy = load_policy(trained, "cpu")
-    there = run_episodes(env, config, policy, [1, 2, 3], num_videos=3)
-    back = run_episodes(env, config, policy, [3, 2, 1], num_videos=3)[::-1]
-    assert [len(episode.frames) for episode in run_episodes(env, config, policy, [1, 2], num_videos=1)] == [20, 1]
-    env.close()
+    simulation = open_simulation("metaworld", "drawer-open-v3", max_steps=20, policy_config=policy.policy.config)
+    there = run_episodes(simulation, policy, [1, 2, 3], num_videos=3)
+    back = run_episodes(simulation, policy, [3, 2, 1], num_videos=3)[::-1]
+    assert [len(episode.frames) for episode in run_episodes(simulation, policy, [1, 2], num_videos=1)] == [20, 1]
+    simulation.close()
     for one, other in zip(there, back, strict=True):
         assert (one.seed, one.success, one.steps, one.reward) == (other.seed, other.success, other.steps, other.reward)
         assert np.array_equal(one.frames[0], other.frames[0])
@@ -380,7 +455,6 @@ def test_simulation_is_a_function_of_the_seed_and_shows_its_own_beginning(traine
 
 def test_policy_sees_what_it_was_trained_on(renderer):
     """The first observation of seed 0 is the first frame of the shipped demonstration that was recorded from it."""
-    from infer import recorded_observations
     from sim.metaworld import MetaworldTask
 
     env = MetaworldTask("drawer-open-v3", "corner2", 128, "plain", 300)
@@ -393,10 +467,21 @@ def test_policy_sees_what_it_was_trained_on(renderer):
     assert min(off) == off[0] < 6  # the recording went through a video codec
 
 
-def test_other_size_than_trained_on_is_told():
-    batch = {"observation.images.top": torch.zeros(1, 3, 96, 96)}
-    with pytest.raises(UserError, match="is 96x96 in the environment, the policy was trained on 128x128"):
-        check_fits({"observation.images.top": ("uint8", (128, 128, 3))}, batch)
+@pytest.mark.parametrize(
+    ("expected", "message"),
+    [
+        (("uint8", (128, 128, 3)), r"expected \(128, 128, 3\), got \(96, 96, 3\). Set the environment's size"),
+        (("uint8", (None, None, 1)), r"expected \(None, None, 1\), got \(96, 96, 3\)"),
+        (("float", (7,)), r"expected \(7,\), got \(3, 96, 96\). Evaluate in the task that the policy was trained for"),
+    ],
+)
+def test_other_observation_than_trained_on_is_refused(expected, message):
+    key = "observation.images.top"
+    batch = {key: torch.zeros(1, 3, 96, 96)}
+    check_batch(batch, {key: ("uint8", (None, None, 3))})
+    check_batch(batch, {key: ("uint8", (96, 96, 3))})
+    with pytest.raises(UserError, match=f"{key} of the simulation does not fit the policy: {message}"):
+        check_batch(batch, {key: expected})
 
 
 @pytest.mark.slow
@@ -411,10 +496,19 @@ def test_lerobot_eval_runs_our_environment_type(trained, tmp_path, renderer, bat
     assert info["overall"]["n_episodes"] == 2
 
 
-def test_examined_when_it_is_saved_unless_told_when():
-    due = exam.Evaluator.__new__(exam.Evaluator)
-    due.rows, due.env = torch.arange(3), None
-    due.config = TrainConfig(dataset_id=["x"], steps=10, val_fraction=0.5)
-    assert [due.is_due(step, saving=step in (3, 7)) for step in (1, 3, 5, 7, 10)] == [False, True, False, True, True]
-    due.config = TrainConfig(dataset_id=["x"], steps=10, val_fraction=0.5, val_freq=5)
-    assert [due.is_due(step, saving=step in (3, 7)) for step in (1, 3, 5, 7, 10)] == [False, False, True, False, True]
+@pytest.mark.parametrize(
+    ("val_freq", "due"), [(None, [False, True, False, True, True]), (5, [False, False, True, False, True])]
+)
+def test_evaluated_at_every_save_unless_val_freq_is_given(val_freq, due):
+    config = TrainConfig(dataset_id=["x"], steps=10, val_fraction=0.5, val_freq=val_freq)
+    evaluator = Evaluator(
+        config=config,
+        source=None,
+        held_out=torch.arange(3),
+        policy=None,
+        preprocess=None,
+        postprocess=None,
+        simulation=None,
+        warn=print,
+    )
+    assert [evaluator.is_due(step, saving=step in (3, 7)) for step in (1, 3, 5, 7, 10)] == due

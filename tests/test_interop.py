@@ -165,11 +165,14 @@ def test_infer_command(run, made, capsys):
     assert "episode 1, 9 frames" in shown
     assert "latency of act() on cpu: first frame" in shown
     assert main([str(run.checkpoint), "--dataset_id", str(made("no_camera"))]) == 2
-    assert "has no observation.images.top, which the policy takes" in capsys.readouterr().err
+    assert (
+        "has no observation.images.top, which the policy takes: got observation.state. "
+        "Pass the dataset that the policy was trained on" in capsys.readouterr().err
+    )
     assert main([str(run.checkpoint), "--dataset_id", str(made("two_cameras")), "--episode", "99"]) == 2
     assert capsys.readouterr().err == "error: --episode 99: 99 is out of range, the dataset has episodes 0 to 2\n"
     assert main([str(run.output_dir / "none"), "--dataset_id", str(made("two_cameras"))]) == 2
     assert (
         capsys.readouterr().err
-        == f"error: policy {run.output_dir}/none: there is no such folder, and a Hub id is written user/name\n"
+        == f"error: policy {run.output_dir}/none: expected an existing folder, or a Hub id written user/name\n"
     )

@@ -1,25 +1,35 @@
-"""Pictures and self-contained HTML pages: loss curves, overlays of runs, open-loop and closed-loop reports."""
+"""Figures: metrics over steps, predicted against recorded actions, error along a chunk, how episodes ended."""
 
 import io
 import math
 
 import numpy as np
 
-from sim.rollout import Episode
-
-INK, BLUE, ORANGE, GREEN, RED, GREY = "#22303c", "#2a6fbb", "#e2622b", "#2a9d4a", "#d1343f", "#8a97a3"
+INK = "#22303c"
+BLUE = "#2a6fbb"
+ORANGE = "#e2622b"
+GREEN = "#2a9d4a"
+RED = "#d1343f"
+GREY = "#8a97a3"
 COLOURS = [BLUE, ORANGE, GREEN, "#8e5bb5", "#b08900", "#128a8a", RED, GREY]
+AXIS_LABELS = {  # metrics of metrics.jsonl that are drawn
+    "loss": "training loss",
+    "val_loss": "validation loss",
+    "val_action_error": "action error, standard deviations",
+    "eval_success_rate": "success rate",
+    "samples_per_s": "samples/s",
+}
 
 
 def new_figure(width: float, height: float):
-    """A matplotlib figure that shows itself once in a notebook: pyplot's would show twice, a bare one not at all."""
+    """A matplotlib figure that a notebook shows once: pyplot's would show twice, a bare Figure not at all."""
     from matplotlib.figure import Figure
 
-    class Picture(Figure):
+    class NotebookFigure(Figure):
         def _repr_png_(self):
             return png(self)
 
-    return Picture(figsize=(width, height), layout="constrained")
+    return NotebookFigure(figsize=(width, height), layout="constrained")
 
 
 def png(figure, dpi: int = 110) -> bytes:
@@ -28,138 +38,148 @@ def png(figure, dpi: int = 110) -> bytes:
     return buffer.getvalue()
 
 
-CURVES = {  # metric of metrics.jsonl: (what the axis says, logarithmic)
-    "loss": ("training loss", True),
-    "val_loss": ("validation loss", True),
-    "val_action_error": ("action error, standard deviations", False),
-    "eval_success_rate": ("success rate", False),
-    "samples_per_s": ("samples/s", False),
-}
+def figure_of_panels(count: int, columns: int, width: float, row_height: float, extra_height: float = 0.0, **options):
+    """(figure, `count` axes in rows of `columns`); panels left over in the last row are blank."""
+    rows = math.ceil(count / columns)
+    figure = new_figure(width, row_height * rows + extra_height)
+    panels = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for axes in panels[count:]:
+        axes.axis("off")
+    return figure, panels[:count]
 
 
-def curves_figure(runs: dict[str, list[dict]], wanted=tuple(CURVES)):
-    """What the runs logged, over steps: a panel for each of the wanted metrics that any of them has.
+def curves_figure(runs: dict[str, list[dict]], metrics=tuple(AXIS_LABELS)):
+    """What runs logged over steps, with a panel for each of the metrics that any of them logged.
 
     Args:
-        runs: name -> lines of metrics.jsonl.
+        runs: name of a run -> lines of its metrics.jsonl.
     """
-    names = [name for name in wanted if any(name in line for lines in runs.values() for line in lines)] or ["loss"]
-    columns = min(2, len(names))
-    rows = -(-len(names) // columns)
-    figure = new_figure(7 if columns == 1 else 10.5, 3.4 * rows)
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, name in zip(panels, names, strict=False):
-        label, logarithmic = CURVES[name]
-        values = []
-        for (run, lines), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            values += [value for _, value in points]
-            dots = {"marker": "o", "markersize": 3} if len(points) < 40 else {}
-            axes.plot(*zip(*points, strict=True), color=colour, label=run, linewidth=1.4, **dots) if points else None
-            if name == "eval_success_rate" and points:
-                low, high = ([line[f"eval_success_{end}"] for line in lines if name in line] for end in ("low", "high"))
-                axes.fill_between([step for step, _ in points], low, high, color=colour, alpha=0.15, linewidth=0)
-        if logarithmic and values and min(values) > 0:
-            axes.set_yscale("log")
-        if name == "eval_success_rate":
-            axes.set_ylim(-0.03, 1.03)
-        axes.set(xlabel="step", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.25, which="both")
-    for axes in panels[len(names) :]:
-        axes.axis("off")
+    logged = set()
+    for lines in runs.values():
+        logged.update(*lines)
+    shown = [metric for metric in metrics if metric in logged] or ["loss"]
+    if len(shown) == 1:
+        figure, panels = figure_of_panels(1, columns=1, width=7, row_height=3.4)
+    else:
+        figure, panels = figure_of_panels(len(shown), columns=2, width=10.5, row_height=3.4)
+    for axes, metric in zip(panels, shown, strict=True):
+        draw_metric(axes, runs, metric)
     if len(runs) > 1:
-        figure.axes[0].legend(fontsize=8)
+        panels[0].legend(fontsize=8)
     return figure
 
 
+def draw_metric(axes, runs: dict[str, list[dict]], metric: str) -> None:
+    """Draw one metric of each run over steps."""
+    lowest = math.inf
+    for number, (run, lines) in enumerate(runs.items()):
+        lines = [line for line in lines if metric in line]
+        if not lines:
+            continue
+        colour = COLOURS[number % len(COLOURS)]
+        steps = [line["step"] for line in lines]
+        values = [line[metric] for line in lines]
+        lowest = min(lowest, *values)
+        marker = "o" if len(lines) < 40 else None
+        axes.plot(steps, values, color=colour, label=run, linewidth=1.4, marker=marker, markersize=3)
+        if metric == "eval_success_rate":
+            low = [line["eval_success_low"] for line in lines]
+            high = [line["eval_success_high"] for line in lines]
+            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    if metric in ("loss", "val_loss") and 0 < lowest < math.inf:
+        axes.set_yscale("log")
+    if metric == "eval_success_rate":
+        axes.set_ylim(-0.03, 1.03)
+    axes.set(xlabel="step", ylabel=AXIS_LABELS[metric])
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25, which="both")
+
+
 def joints_figure(predicted: np.ndarray, recorded: np.ndarray, names: list[str], fps: float):
-    """(N, A) predicted and recorded actions of one episode, a panel for each joint, over seconds."""
-    columns = 2 if len(names) > 1 else 1
-    rows = -(-len(names) // columns)
-    figure = new_figure(10, 1.7 * rows + 0.4)
+    """(N, A) predicted and recorded actions of one episode over seconds, with a panel for each joint."""
+    columns = min(2, len(names))
+    figure, panels = figure_of_panels(len(names), columns, width=10, row_height=1.7, extra_height=0.4, sharex=True)
     seconds = np.arange(len(recorded)) / fps
-    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
-    for joint, (axes, name) in enumerate(zip(panels, names, strict=False)):
+    for joint, axes in enumerate(panels):
         axes.plot(seconds, recorded[:, joint], color=INK, linewidth=1.6, label="recorded")
         axes.plot(seconds, predicted[:, joint], color=ORANGE, linewidth=1.1, label="predicted")
-        axes.set_title(name, fontsize=9, loc="left", pad=2)
+        axes.set_title(names[joint], fontsize=9, loc="left", pad=2)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.25)
         low, high = axes.get_ylim()
-        if high - low < 0.05 * max(abs(low), abs(high)):  # a joint that does not move: do not blow up its noise
+        if high - low < 0.05 * max(abs(low), abs(high)):  # a joint that does not move: do not magnify its noise
             axes.set_ylim(low - 0.1 * abs(low), high + 0.1 * abs(high))
-    for axes in panels[len(names) :]:
-        axes.axis("off")
     panels[0].legend(fontsize=7, loc="best", framealpha=0.7)
-    for axes in panels[max(0, len(names) - columns) : len(names)]:
+    for axes in panels[-columns:]:
         axes.set_xlabel("seconds", fontsize=8)
     return figure
 
 
-def horizon_figure(grid: np.ndarray, spread: np.ndarray, names: list[str], fps: float):
-    """(T, A) mean absolute errors by step of the chunk, each joint in its own standard deviations."""
+def horizon_figure(error: np.ndarray, std: np.ndarray, names: list[str], fps: float):
+    """How the action error grows along a chunk.
+
+    Args:
+        error: (T, A) mean absolute error of each step and joint.
+        std: (A,) standard deviations of the recorded actions, the unit that errors are drawn in; 0 for a joint that is still.
+    """
     figure = new_figure(8, 3.3)
     axes = figure.add_subplot()
-    ahead = np.arange(len(grid)) / fps
-    moving = [joint for joint in range(len(names)) if spread[joint] > 0]
-    for joint in moving:
-        axes.plot(
-            ahead,
-            grid[:, joint] / spread[joint],
-            color=COLOURS[joint % len(COLOURS)],
-            label=names[joint],
-            linewidth=1.2,
-        )
-    if moving:
-        axes.plot(ahead, (grid[:, moving] / spread[moving]).mean(1), color=INK, linewidth=2.4, label="mean")
+    seconds = np.arange(len(error)) / fps
+    moving = np.flatnonzero(std > 0)
+    relative = error[:, moving] / std[moving]  # (T, moving joints)
+    for column, joint in enumerate(moving):
+        colour = COLOURS[joint % len(COLOURS)]
+        axes.plot(seconds, relative[:, column], color=colour, label=names[joint], linewidth=1.2)
+    if len(moving):
+        axes.plot(seconds, relative.mean(1), color=INK, linewidth=2.4, label="mean")
         axes.legend(fontsize=7, ncols=2)
-    axes.set(xlabel="seconds ahead of the observation", ylabel="error / standard deviation")
+    axes.set(xlabel="seconds after the observation", ylabel="error / standard deviation")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     return figure
 
 
-def moments_figure(moments: list[dict], names: list[str]):
-    """The worst moments: what the cameras saw, and recorded against predicted actions.
+def moments_figure(moments: list, names: list[str]):
+    """Moments of recorded episodes, one a row: what the cameras saw, and recorded against predicted actions.
 
     Args:
-        moments: dicts of title, pictures ((H, W, 3) uint8 each), recorded (A,) and predicted (A,), spread (A,).
+        moments: objects with title, images ((H, W, 3) uint8 each), recorded and predicted (A,) in standard deviations.
     """
-    cameras = max((len(moment["pictures"]) for moment in moments), default=0)
+    cameras = len(moments[0].images)
     figure = new_figure(3.1 * (cameras + 1), 2.5 * len(moments))
-    panels = figure.subplots(len(moments), cameras + 1, squeeze=False)
-    for row, moment in zip(panels, moments, strict=True):
-        for axes, picture in zip(row, moment["pictures"], strict=False):
-            axes.imshow(picture)
+    rows = figure.subplots(len(moments), cameras + 1, squeeze=False)
+    joints = np.arange(len(names))
+    for row, moment in zip(rows, moments, strict=True):
+        for axes, image in zip(row[:cameras], moment.images, strict=True):
+            axes.imshow(image)
             axes.axis("off")
-        row[0].set_title(moment["title"], fontsize=8, loc="left")
-        axes, places = row[-1], np.arange(len(names))
-        scale = np.where(moment["spread"] > 0, moment["spread"], 1)
-        axes.barh(places - 0.2, moment["recorded"] / scale, 0.36, color=INK, label="recorded")
-        axes.barh(places + 0.2, moment["predicted"] / scale, 0.36, color=ORANGE, label="predicted")
-        axes.set_yticks(places, names, fontsize=7)
+        row[0].set_title(moment.title, fontsize=8, loc="left")
+        axes = row[-1]
+        axes.barh(joints - 0.2, moment.recorded, 0.36, color=INK, label="recorded")
+        axes.barh(joints + 0.2, moment.predicted, 0.36, color=ORANGE, label="predicted")
+        axes.set_yticks(joints, names, fontsize=7)
         axes.invert_yaxis()
         axes.axvline(0, color=GREY, linewidth=0.6)
         axes.tick_params(labelsize=7)
         axes.set_xlabel("standard deviations", fontsize=7)
-    panels[0, -1].legend(fontsize=6)
+    rows[0, -1].legend(fontsize=6)
     return figure
 
 
-def contact_sheet(episodes: list[Episode], title: str):
-    """The last picture of every episode as a figure, framed green where it succeeded and red where not."""
+def contact_sheet(episodes: list, title: str):
+    """The last image of every simulated episode, framed green where it succeeded and red where it failed.
+
+    Args:
+        episodes: objects with seed, success, steps and frames ((H, W, 3) uint8 each).
+    """
     columns = min(10, len(episodes))
-    rows = math.ceil(len(episodes) / columns)
-    figure = new_figure(1.25 * columns + 0.2, 1.45 * rows + 0.5)
-    for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        axes.set(xticks=[], yticks=[])
-        if i >= len(episodes):
-            axes.axis("off")
-            continue
-        episode = episodes[i]
-        axes.imshow(episode.frames[-1])
+    figure, panels = figure_of_panels(
+        len(episodes), columns, width=1.25 * columns + 0.2, row_height=1.45, extra_height=0.5
+    )
+    for axes, episode in zip(panels, episodes, strict=True):
         colour = GREEN if episode.success else RED
+        axes.imshow(episode.frames[-1])
+        axes.set(xticks=[], yticks=[])
         for side in axes.spines.values():
             side.set(color=colour, linewidth=2.5)
         axes.set_title(f"{episode.seed}: {episode.steps}", fontsize=7, color=colour, pad=3)

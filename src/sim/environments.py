@@ -1,63 +1,138 @@
-"""Simulated tasks to try a policy in: LeRobot's environments by name, and Meta-Distributed rendered fast."""
+"""Simulated tasks to evaluate a policy in: LeRobot's environments by name, and Meta-World rendered fast."""
 
-import os
-import subprocess
-import sys
+from dataclasses import dataclass
 
 from command_line import parse_overrides
-from errors import UserError, nearest, one_line
+from errors import UserError, as_user_error, nearest
 
-OURS = {"metaworld": "armature_metaworld"}  # the name people type: the environment type that stands in for LeRobot's
+OURS = {"metaworld": "armature_metaworld"}  # name that users type: our environment type, in place of LeRobot's
 
 
-def pick_renderer() -> str:
-    """Set MUJOCO_GL, which has to happen before mujoco is imported: EGL where it works, else OSMesa.
+@dataclass
+class Simulation:
+    """One simulated task, with what LeRobot puts between it and a policy.
 
-    Raises:
-        UserError: neither is there.
+    Attributes:
+        env: a gymnasium vector environment of one.
+        config: LeRobot's EnvConfig.
+        preprocess, postprocess: the environment type's own pipelines, for observations and for actions.
+        max_steps: steps after which an episode has failed.
+        rename: {the environment's name of an observation: the policy's}.
     """
-    if "MUJOCO_GL" in os.environ or sys.platform != "linux":
-        return os.environ.get("MUJOCO_GL", "the system's own")
-    probe = "import mujoco; mujoco.GLContext(64, 64).make_current()"
-    for backend in ("egl", "osmesa"):  # tried in another process: a failed attempt cannot be undone in this one
-        environment = {**os.environ, "MUJOCO_GL": backend}
-        if subprocess.run([sys.executable, "-c", probe], capture_output=True, env=environment).returncode == 0:
-            os.environ["MUJOCO_GL"] = backend
-            return backend
-    raise UserError("no library for rendering without a screen: apt-get install -y libegl1 libgl1 libosmesa6")
+
+    env: object
+    config: object
+    preprocess: object
+    postprocess: object
+    max_steps: int
+    rename: dict[str, str]
+
+    def batch_of(self, observation: dict) -> dict:
+        """LeRobot's batch, under the policy's names, of an observation as the environment returns it."""
+        from lerobot.envs import preprocess_observation
+
+        batch = preprocess_observation(observation)
+        batch["task"] = task_text(self.env)
+        return {self.rename.get(key, key): value for key, value in self.preprocess(batch).items()}
+
+    def check(self, expected: dict) -> None:
+        """Check the first observation of an episode, see `check_batch`."""
+        observation, _ = self.env.reset(seed=[0])
+        check_batch(self.batch_of(observation), expected)
+
+    def close(self) -> None:
+        self.env.close()
 
 
-def make_env(name: str, task: str | None, overrides: list[str] | None = None):
-    """(environment, its config): one LeRobot vector environment of one task, by the name of its type.
+def open_simulation(
+    name: str,
+    task: str | None = None,
+    overrides: list[str] | None = None,
+    policy_config=None,
+    max_steps: int | None = None,
+    rename: dict[str, str] | None = None,
+    flag: str = "--env_args",
+) -> Simulation:
+    """Make the environment of a task.
 
     Args:
-        name: metaworld (ours), or any type that LeRobot knows: pusht, aloha, libero, ...
-        task: such as drawer-open-v3; None for the type's own default.
-        overrides: settings of the type's own, such as ["look=lerobot"].
+        name: metaworld (ours), or any environment type that LeRobot knows: pusht, aloha, libero, ...
+        task: such as drawer-open-v3; None for the type's default.
+        overrides: the type's own settings, such as ["look=lerobot"], which the user passed with `flag`.
+        policy_config: LeRobot's config of the policy, which some types adapt to.
+        max_steps: None for the type's own limit.
 
     Raises:
         UserError: there is no such type, task or setting, or its package is not installed.
     """
     import gymnasium
     from lerobot.envs import EnvConfig
-    from lerobot.envs.factory import make_env as lerobot_make_env
+    from lerobot.envs.factory import make_env, make_env_pre_post_processors
 
-    import sim.metaworld  # noqa: F401  registers our type
+    import sim.metaworld  # noqa: F401  registers our type; here, because it imports LeRobot, which takes seconds
 
-    kind, known = OURS.get(name, name), EnvConfig.get_known_choices()
+    known = EnvConfig.get_known_choices()
+    kind = OURS.get(name, name)
     if kind not in known:
-        raise UserError(f"--env {name}: there is no such environment{nearest(name, known)}: {', '.join(sorted(known))}")
-    values = {**parse_overrides("--env_args", known[kind], overrides), **({"task": task} if task else {})}
-    try:
-        config = known[kind](**values)
-        suites = lerobot_make_env(config, n_envs=1)
-    except ImportError as error:
-        raise UserError(f"--env {name} needs a package that is not installed: {one_line(error)[:200]}") from None
-    except UserError:
-        raise
-    except (gymnasium.error.Error, ValueError, TypeError, LookupError) as error:
-        raise UserError(f"--env {name} cannot be made of these settings: {one_line(error)[:200]}") from error
-    tasks = [(suite, place) for suite, places in suites.items() for place in places]
-    if len(tasks) != 1:
-        raise UserError(f"--task {task} of {name} is {len(tasks)} tasks, expected one: {tasks[:5]}")
-    return suites[tasks[0][0]][tasks[0][1]], config
+        raise UserError(
+            f"unknown environment {name}{nearest(name, known) or '.'} Pass one of {', '.join(sorted(known))}"
+        )
+    overrides = list(overrides or [])
+    if max_steps and name in OURS:
+        overrides.append(f"episode_length={max_steps}")
+    settings = parse_overrides(flag, known[kind], overrides)
+    if task:
+        settings["task"] = task
+    with as_user_error(f"environment {name}", (gymnasium.error.Error, ValueError, LookupError)):
+        config = known[kind](**settings)
+        suites = make_env(config, n_envs=1)  # {suite: {number: vector environment}}
+    envs = [env for suite in suites.values() for env in suite.values()]
+    if len(envs) != 1:
+        raise UserError(f"task {task} of environment {name}: expected one task, got {len(envs)}. Pass one of them")
+
+    preprocess, postprocess = make_env_pre_post_processors(config, policy_config)
+    limit = envs[0].call("_max_episode_steps")[0]
+    return Simulation(
+        env=envs[0],
+        config=config,
+        preprocess=preprocess,
+        postprocess=postprocess,
+        max_steps=min(limit, max_steps or limit),
+        rename=rename or {},
+    )
+
+
+def check_batch(batch: dict, expected: dict) -> None:
+    """Check that a batch of a simulation has what the policy takes.
+
+    Args:
+        expected: {observation: (kind, shape)}, as LoadedPolicy.expected.
+
+    Raises:
+        UserError: an observation is missing, or has another shape.
+    """
+    for key, (kind, shape) in expected.items():
+        if key not in batch:
+            given = ", ".join(sorted(name for name in batch if name.startswith("observation")))
+            raise UserError(
+                f"the simulation has no {key}, which the policy takes: got {given}. "
+                f"If one of these is it, pass evaluate.py --rename THEIRS={key} (train.py renames none)"
+            )
+        got = tuple(batch[key].shape[1:])
+        remedy = "Evaluate in the task that the policy was trained for"
+        if kind == "uint8":
+            got = (*got[1:], got[0])  # (C, H, W) to (H, W, C)
+            remedy = "Set the environment's size, with metaworld image_size=..., or train with --image_size"
+        fits = len(got) == len(shape) and all(want in (None, size) for want, size in zip(shape, got, strict=True))
+        if not fits:
+            raise UserError(f"{key} of the simulation does not fit the policy: expected {shape}, got {got}. {remedy}")
+
+
+def task_text(env) -> list[str]:
+    """The task in words, where the environment has any."""
+    for name in ("task_description", "task"):
+        try:
+            return list(env.call(name))
+        except (AttributeError, NotImplementedError):
+            continue
+    return [""]

@@ -1,0 +1,274 @@
+"""Open loop: what a policy predicts from recorded observations, compared with the actions that were recorded.
+
+`compare` asks for an action at every frame, as the arm does. `measure` and `permutation_importance` predict chunks in batches.
+N frames or samples, B samples of a batch, T steps of a chunk from now on, A joints.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from data.frames import Frames
+from data.loader import Loader
+from data.source import Source
+from errors import UserError
+from policy.chunk import predict_chunk
+from policy.losses import is_training_quantizer, loss_averages_over_actions, set_vqbet_phase
+from processors.pipelines import to_float_batch
+from processors.statistics import is_still
+from runtime import EVAL, VALIDATE, seed_all
+
+BATCH_SIZE = 8  # part of the noise's address: another batch size draws other noise
+
+
+@dataclass
+class EpisodeComparison:
+    """A recorded episode and what a policy does at each of its frames.
+
+    Attributes:
+        episode: its index in the dataset.
+        names: (A,) joints.
+        predicted, recorded: (N, A) float32 actions in robot units.
+        milliseconds: (N,) that each act() took.
+    """
+
+    episode: int
+    names: list[str]
+    predicted: np.ndarray
+    recorded: np.ndarray
+    milliseconds: np.ndarray
+
+    @property
+    def error(self) -> np.ndarray:
+        """(A,) mean absolute error of each joint."""
+        return np.abs(self.predicted - self.recorded).mean(0)
+
+
+@dataclass
+class OpenLoopErrors:
+    """Loss and errors of the chunks that a policy predicts for a set of samples.
+
+    Attributes:
+        loss: mean of the policy's own loss; None while VQ-BeT trains its quantizer, whose loss is another one.
+        error: (T, A) mean absolute error in robot units, as far as the recording goes; None for a policy without chunks.
+        std: (A,) standard deviations of the recorded actions; 0 for a joint that is still.
+        names: (A,) joints.
+        fps: steps of a chunk per second.
+    """
+
+    loss: float | None
+    error: np.ndarray | None
+    std: np.ndarray
+    names: list[str]
+    fps: float
+
+    def error_by_step(self) -> np.ndarray:
+        """(T,) mean over joints, each in its standard deviations; in robot units where no joint moves."""
+        moving = self.std > 0
+        if not moving.any():
+            return self.error.mean(1)
+        return (self.error[:, moving] / self.std[moving]).mean(1)
+
+    def metrics(self) -> dict:
+        """A line of metrics.jsonl."""
+        metrics = {}
+        if self.loss is not None:
+            metrics["val_loss"] = self.loss
+        if self.error is not None:
+            by_step = self.error_by_step()
+            metrics["val_action_error"] = float(by_step.mean())
+            metrics["val_error_by_joint"] = dict(zip(self.names, self.error.mean(0).tolist(), strict=True))
+            metrics["val_error_by_step"] = by_step.tolist()
+        return metrics
+
+
+def action_names(meta) -> list[str]:
+    """(A,) names of the joints, numbered where the dataset does not give each its own."""
+    size = meta.features["action"]["shape"][0]
+    names = meta.features["action"].get("names")
+    if isinstance(names, list):
+        names = [str(name) for name in names]
+        if len(names) == size == len(set(names)):
+            return names
+    return [f"action {i}" for i in range(size)]
+
+
+def evenly_spaced_rows(starts: Tensor, ends: Tensor, count: int) -> Tensor:
+    """(at most `count`,) rows, evenly spaced over the episodes between `starts` and `ends`; all of them for 0."""
+    rows = torch.cat([torch.arange(start, end) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)])
+    if count == 0 or count >= len(rows):
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, count).round().long()]
+
+
+def recorded_observations(source: Source, episode: int, keys) -> Iterator[tuple[dict, np.ndarray]]:
+    """(observation, action) of each frame of an episode in order, as act() takes and returns them."""
+    position = source.episodes.index(episode)
+    frames = Frames(source)
+    try:
+        for row in range(int(source.starts[position]), int(source.ends[position])):
+            observation = {}
+            if source.tasks:
+                observation["task"] = source.tasks[int(source.columns["task_index"][row])]
+            for key in keys:
+                if key in frames.keys:
+                    pixels = frames.read(key, torch.tensor([row]))[0]  # (C, H, W)
+                    observation[key] = pixels.permute(1, 2, 0).numpy()  # (H, W, C)
+                else:
+                    observation[key] = np.atleast_1d(source.columns[key][row].numpy())
+            yield observation, np.atleast_1d(source.columns["action"][row].numpy())
+    finally:
+        frames.close()
+
+
+def compare(policy, source: Source, episode: int, fps: float | None = None) -> EpisodeComparison:
+    """Run a policy over a recorded episode as the arm would, asking for an action at every frame.
+
+    Args:
+        policy: a LoadedPolicy or AsyncPolicy.
+        source: an open dataset that holds the episode.
+        fps: how often to ask per second; None for as often as the policy answers.
+
+    Raises:
+        UserError: the dataset has other observations or actions than the policy.
+    """
+    remedy = "Pass the dataset that the policy was trained on"
+    features = source.meta.features
+    for key in policy.expected:
+        if key not in features:
+            given = ", ".join(name for name in features if name.startswith("observation"))
+            raise UserError(f"dataset {source.name} has no {key}, which the policy takes: got {given}. {remedy}")
+    joints = features["action"]["shape"][0]
+    expected = policy.policy.config.action_feature.shape[0]
+    if joints != expected:
+        raise UserError(f"dataset {source.name} has other actions: expected {expected}, got {joints}. {remedy}")
+
+    policy.reset()  # before seeding: an AsyncPolicy waits here for a thread that may still draw noise
+    seed_all(EVAL, episode)  # for policies that draw noise: the same numbers each time
+    predicted = []
+    recorded = []
+    milliseconds = []
+    due = 0.0
+    frames = recorded_observations(source, episode, policy.expected)
+    for observation, action in tqdm(frames, desc=f"episode {episode}", disable=not sys.stderr.isatty()):
+        time.sleep(max(0.0, due - time.perf_counter()))
+        begun = time.perf_counter()
+        if fps:
+            due = begun + 1 / fps
+        predicted.append(policy.act(observation))
+        milliseconds.append(1000 * (time.perf_counter() - begun))
+        recorded.append(action)
+    names = action_names(source.meta)
+    return EpisodeComparison(episode, names, np.stack(predicted), np.stack(recorded), np.array(milliseconds))
+
+
+@torch.no_grad()
+def measure(policy, loader: Loader, rows: Tensor, seed: int, batch_size: int = BATCH_SIZE) -> OpenLoopErrors:
+    """Compare the chunks that a policy predicts with the recording, and compute its loss. Leaves it in eval mode.
+
+    Randomness is a function of (seed, batch): the same weights give the same numbers.
+
+    Args:
+        policy: a LoadedPolicy.
+        loader: makes the batches.
+        rows: (N,) rows of the loader's source, a sample each.
+    """
+    model = policy.policy.eval()
+    meta = loader.source.meta
+    # Policies that look back have past actions in their windows too: the chunk starts at this step.
+    now = loader.deltas["action"].tolist().index(0) if "action" in loader.deltas else 0
+
+    has_loss = not is_training_quantizer(model)
+    has_chunks = True
+    loss_sum = torch.zeros((), device=policy.device)
+    loss_weight = 0
+    error_sum = 0.0  # (T, A) from the first batch on, as is the count
+    error_count = 0.0
+    for number, batch_rows in enumerate(rows.split(batch_size)):
+        seed_all(seed, VALIDATE, number)
+        batch = loader.batch_of(batch_rows)
+        inputs = policy.preprocess(to_float_batch(batch, meta, policy.device))
+        padded = batch.get("action_is_pad")  # (B, window)
+
+        if has_loss:
+            set_vqbet_phase(model, -1)  # validation does not count as a step
+            weight = len(batch_rows)
+            if loss_averages_over_actions(model.config) and padded is not None:
+                weight = int((~padded).sum())
+            loss_sum = loss_sum + model.forward(inputs)[0] * weight
+            loss_weight += weight
+
+        if has_chunks:
+            try:
+                predicted = policy.postprocess(predict_chunk(model, inputs)).float().cpu()  # (B, T, A)
+            except NotImplementedError:  # a policy without chunks
+                has_chunks = False
+                continue
+            recorded = batch["action"].float().reshape(len(batch_rows), -1, predicted.shape[-1])[:, now:]
+            steps = min(predicted.shape[1], recorded.shape[1])
+            valid = torch.ones(1)
+            if padded is not None:
+                valid = ~padded[:, now : now + steps, None]  # (B, T, 1): steps after the episode's end do not count
+            error = (predicted[:, :steps] - recorded[:, :steps]).abs() * valid
+            error_sum = error_sum + error.double().sum(0)
+            error_count = error_count + valid.double().expand_as(error).sum(0)
+    model.reset()
+
+    actions = loader.source.columns["action"].double()
+    std = torch.where(is_still(actions), 0.0, actions.std(0)).reshape(-1)
+    loss = loss_sum.item() / loss_weight if has_loss else None
+    error = None
+    if has_chunks:
+        error = (error_sum / error_count)[error_count[:, 0] > 0].numpy()
+    return OpenLoopErrors(loss=loss, error=error, std=std.numpy(), names=action_names(meta), fps=meta.fps)
+
+
+@torch.no_grad()
+def permutation_importance(policy, loader: Loader, keys, rows: Tensor, std: np.ndarray, seed: int) -> dict | None:
+    """How far the predicted actions move when one observation is taken from another moment and the others stay.
+
+    Source: one input is permuted over the samples, as in Breiman, "Random Forests" (2001).
+
+    Args:
+        policy: a LoadedPolicy.
+        keys: observations of the dataset.
+        rows: (N,) rows of the loader's source to try it at.
+        std: (A,) standard deviations of the recorded actions, 0 for a joint that is still.
+
+    Returns:
+        {key: mean absolute change in standard deviations}, over samples, steps and joints that move; 0 for an input that the
+        policy ignores. None for a policy without chunks, for a single sample, or where nothing moves.
+    """
+    model = policy.policy.eval()
+    scale = torch.from_numpy(std)
+    moving = scale > 0
+    if len(rows) < 2 or not moving.any():
+        return None
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    importance = dict.fromkeys(keys, 0.0)
+
+    def predict(batch: dict, number: int) -> Tensor:
+        """(B, T, moving joints) in standard deviations, with the same noise for the same number."""
+        seed_all(seed, VALIDATE, number)
+        # To the CPU before it meets `scale`, which is float64: Macs' GPUs have none.
+        actions = policy.postprocess(predict_chunk(model, policy.preprocess(batch))).float().cpu()
+        return actions[..., moving] / scale[moving]
+
+    try:
+        for number, batch_rows in enumerate(rows.tensor_split(-(-len(rows) // BATCH_SIZE))):  # two samples at least
+            batch = to_float_batch(loader.batch_of(batch_rows), loader.source.meta, policy.device)
+            unchanged = predict(dict(batch), number)
+            for key in keys:
+                changed = predict({**batch, key: batch[key].roll(1, 0)}, number)
+                importance[key] += (changed - unchanged).abs().mean().item() * len(batch_rows) / len(rows)
+    except NotImplementedError:  # a policy without chunks
+        return None
+    finally:
+        model.reset()
+    return importance
