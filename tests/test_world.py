@@ -146,7 +146,7 @@ def test_a_killed_process_ends_the_run(team, made, tmp_path):
     assert codes == [1, -signal.SIGKILL]
     log = Path(f"{settings['output_dir']}.log").read_text()
     assert len(re.findall("^error: process 0 of this run has lost process 1: .*gloo.*peer", log, re.MULTILINE)) == 1
-    assert "Checkpoints are complete: launch the run again with --resume_from_checkpoint latest" in log
+    assert "Checkpoints are complete: launch the run again with --resume_from_checkpoint auto" in log
     assert "Traceback" not in log
     for path in find_checkpoints(tmp_path / "run"):
         verify(path)
