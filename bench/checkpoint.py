@@ -60,6 +60,7 @@ def measure(args, work: Path) -> dict:
         built_run(**settings, output_dir=str(work / "async")) as background,
         built_run(**settings, output_dir=str(work / "sync"), save_async="off") as waiting,
     ):
+        # the first steps allocate the optimizer's state
         for _ in range(2):
             step(background)
             step(waiting)
@@ -67,7 +68,7 @@ def measure(args, work: Path) -> dict:
             seconds["step"].append(seconds_of(step, background))
             seconds["async"].append(seconds_of(background.save))
             seconds["meanwhile"].append(seconds_of(step, background))
-            background.writer.wait()
+            background.writer.wait()  # nothing is written while the other two are timed
             step(waiting)
             seconds["sync"].append(seconds_of(waiting.save))
             lerobot_folder = work / "lerobot" / f"{number:06}"
@@ -77,6 +78,7 @@ def measure(args, work: Path) -> dict:
     begun = time.perf_counter()
     with built_run(resume_from_checkpoint=str(checkpoint), output_dir=str(work / "async")):
         resume_seconds = time.perf_counter() - begun
+    # the first of each kind allocates memory and opens caches
     median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     return {
         "lerobot_stall_s": median["lerobot"],

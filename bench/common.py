@@ -32,6 +32,7 @@ def output_of(command: list) -> Iterator[str]:
     with subprocess.Popen(
         [str(word) for word in command],
         cwd=ROOT,
+        # unbuffered, so that lines come when they are printed
         env={**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -54,10 +55,10 @@ def built_run(**settings):
 
 
 def take_step(run, batch: dict) -> None:
-    """One step of train()'s loop, and wait for the device."""
+    """One step of train()'s loop."""
     result = run.learner.step(batch, run.step)
     run.count(result)
-    run.loss_sum.item()
+    run.loss_sum.item()  # waits for the device, as lerobot-train does at every step
 
 
 def seconds_of(call, *arguments) -> float:

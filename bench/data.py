@@ -115,6 +115,7 @@ def lerobot_speed(root: Path, batch_size: int, seconds: float) -> Speed:
     )
     episodes = dataset.meta.episodes
     sampler = EpisodeAwareSampler(episodes["dataset_from_index"], episodes["dataset_to_index"], shuffle=True, seed=1000)
+    # the options of lerobot-train
     with PeakMemory(of_children=True) as peak:
         loader = torch.utils.data.DataLoader(
             dataset,
@@ -171,10 +172,12 @@ def memcpy_speed(frame_bytes: int, batch_size: int, seconds: float) -> float:
 
 def measure(root: Path, batch_size: int, seconds: float) -> dict:
     info = json.loads((root / "meta" / "info.json").read_text())
+    # (H, W, C) of each camera, one byte a value
     shapes = [feature["shape"] for feature in info["features"].values() if feature["dtype"] in ("video", "image")]
     frame_bytes = sum(height * width * channels for height, width, channels in shapes)
     cache = tempfile.mkdtemp(prefix="armature-bench-")
     try:
+        # the store is built in the second call, which times the first epoch with it
         off = armature_speed(root, batch_size, seconds, "off", cache)
         warm = armature_speed(root, batch_size, seconds, "on", cache)
     finally:

@@ -110,6 +110,7 @@ def measured_speed(policy: str, data: Path) -> float:
         run = Path(folder) / "run"
         output = run_to_end(train_command(policy, data, run, SPEED_STEPS, save_freq=10**6, seed=0))
         if is_lerobot(policy):
+            # LeRobot logs the seconds of the update and of the wait for data
             logged = re.findall(r"updt_s:([\d.]+) data_s:([\d.]+)", output)
             seconds = [float(update) + float(wait) for update, wait in logged]
         else:
@@ -134,6 +135,7 @@ def train(
     policy: str, data: Path, run: Path, seconds_per_step: float, minutes: list[int], seed: int
 ) -> dict[int, Path]:
     """Train a policy unless its run is there already. Returns {steps: folder of the policy} for each of `minutes`."""
+    # Checkpoints are evenly spaced: one at least at each of `minutes`.
     between = math.gcd(*minutes)
     save_freq = round(60 * between / seconds_per_step)
     steps = [minute // between * save_freq for minute in minutes]
@@ -207,6 +209,7 @@ def main() -> None:
     work = Path(args.output_dir).absolute()
     work.mkdir(parents=True, exist_ok=True)
     minutes = sorted(args.minutes)
+    # All speeds first, on a machine that does nothing else.
     speeds = measure_speeds(args.policies, demonstrations("drawer-open-v3", work), work)
     points = []
     print(HEADER, flush=True)
@@ -215,6 +218,7 @@ def main() -> None:
         for policy in args.policies:
             for seed in range(args.seeds):
                 run = work / task / f"{policy}_{minutes[-1]}min_{seed}"
+                # Train, then evaluate each checkpoint over the same seeds.
                 trained = train(policy, data, run, speeds[policy], minutes, seed)
                 for minute, (steps, folder) in zip(minutes, trained.items(), strict=True):
                     result = evaluate(folder, task, args.num_episodes, run / f"evaluation_{steps}")

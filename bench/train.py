@@ -64,7 +64,7 @@ def lerobot_times(args, steps: int) -> list[float]:
             "--save_checkpoint=false",
             f"--output_dir={folder}/run",
         ]
-        return step_times(command, r"step:\d+")
+        return step_times(command, r"step:\d+")  # --log_freq=1: a line for each step
 
 
 def settings_of(args, variant: str, steps: int, output_dir: str) -> dict:
@@ -113,6 +113,7 @@ def take_turns(args, variant: str, turns: int, steps: int) -> dict:
         common.built_run(**settings_of(args, variant, 10**6, folder)) as run,
     ):
         device = run.distributed.device
+        # the ceiling: the same step on a batch that is never loaded again
         resident = copy_of(run.stopwatch.wait(run.loader), device.type == "cuda")
         seconds(with_loader=True)  # warm-up
         seconds(with_loader=False)
@@ -178,6 +179,7 @@ def measure(args) -> dict:
         "lerobot_first_step_s": statistics.median(times[0] for times in theirs),
     }
     for variant in args.variants:
+        # lerobot-train has no variants: only the first one was timed beside it
         if variant != first_variant:
             ours[variant].append(armature_times(args, variant, steps))
         result[variant] = {
