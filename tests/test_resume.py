@@ -230,7 +230,7 @@ def test_going_back_to_an_earlier_checkpoint_is_told(made, tmp_path, capsys):
     settings = small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path))
     train(**settings)
     train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    message = f"warning: {tmp_path}/checkpoint-4 is further on: checkpoints after checkpoint-2 are replaced as this run comes to them"
+    message = f"warning: {tmp_path}/checkpoint-4 is further on: checkpoints after checkpoint-2 are replaced as this run reaches their steps"
     assert message in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
 
