@@ -110,10 +110,10 @@ def main(path: str, how: str, *args: str) -> None:
     if how == "operation":
         for operation in args:
             whole_life(settings, int(operation))
+        whole_life(settings, None)
     else:
         name, seed = args
         killed_at_random(settings, getattr(signal, name), int(seed))
-    whole_life(settings, None)
 
 
 if __name__ == "__main__":
