@@ -37,10 +37,7 @@ def pick_renderer() -> str:
         if subprocess.run([sys.executable, "-c", probe], capture_output=True, env=environment).returncode == 0:
             os.environ["MUJOCO_GL"] = backend
             return backend
-    raise UserError(
-        "no library renders without a screen: expected EGL or OSMesa. "
-        "Install one: apt-get install -y libegl1 libgl1 libosmesa6"
-    )
+    raise UserError("no library renders without a screen. Install one: apt-get install -y libegl1 libgl1 libosmesa6")
 
 
 def make_task(task: str, camera: str, image_size: int, look: str):
@@ -56,17 +53,14 @@ def make_task(task: str, camera: str, image_size: int, look: str):
 
     tasks = metaworld.ALL_V3_ENVIRONMENTS
     if task not in tasks:
-        raise UserError(
-            f"Meta-World has no task {task!r}{nearest(task, tasks) or '.'} Pass a task such as drawer-open-v3"
-        )
+        raise UserError(f"Meta-World has no task {task!r}{nearest(task, tasks) or '.'} Pass one like drawer-open-v3")
     benchmark = metaworld.MT1(task, seed=42)
     make = benchmark.train_classes[task]
     env = make(render_mode="rgb_array", camera_name=camera, width=image_size, height=image_size)
     cameras = [env.model.camera(i).name for i in range(env.model.ncam)]
     if camera not in cameras:
-        raise UserError(
-            f"Meta-World has no camera {camera!r}{nearest(camera, cameras) or '.'} Pass one of {', '.join(cameras)}"
-        )
+        close = nearest(camera, cameras) or "."
+        raise UserError(f"Meta-World has no camera {camera!r}{close} Pass one of {', '.join(cameras)}")
     env.set_task(benchmark.train_tasks[0])
     # New object positions at each reset, drawn from the seed.
     env._freeze_rand_vec = False
@@ -194,11 +188,8 @@ class ArmatureMetaworld(EnvConfig):
             "agent_pos": PolicyFeature(FeatureType.STATE, (4,)),
             pixels: PolicyFeature(FeatureType.VISUAL, (self.image_size, self.image_size, 3)),
         }
-        self.features_map = {
-            "action": "action",
-            "agent_pos": "observation.state",
-            pixels: f"observation.images.{self.camera}",
-        }
+        image = f"observation.images.{self.camera}"
+        self.features_map = {"action": "action", "agent_pos": "observation.state", pixels: image}
 
     @property
     def gym_kwargs(self) -> dict:

@@ -13,21 +13,13 @@ from sim.environments import Simulation, check_batch
 
 @dataclass
 class Episode:
-    """One try.
-
-    Attributes:
-        seed: seed that it started from.
-        success: whether it ended in success.
-        steps: how many it took.
-        reward: sum of its rewards.
-        frames: (H, W, 3) uint8 images: all of them, or only the last.
-    """
+    """One try: the seed that it started from, how it ended, its rewards' sum, and its images, all or only the last."""
 
     seed: int
     success: bool
     steps: int
     reward: float
-    frames: list[np.ndarray] = field(repr=False)
+    frames: list[np.ndarray] = field(repr=False)  # (H, W, 3) uint8 each
 
 
 def run_episodes(
