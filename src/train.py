@@ -369,12 +369,12 @@ def build_run(plan: RunPlan) -> Run:
 
 
 def main(given: dict) -> int:
-    """Run the command line; a user's mistake is one line and exit status 2, a signal's stop 128 plus its number."""
+    """Run the command line and return its exit status: 0, 2 for a UserError, or 128 plus the number of a stop signal."""
     rank = int(os.environ.get("RANK", "0"))
     try:
         result = train(**given)
     except UserError as error:
-        if rank:  # most mistakes are met by all processes: the main one says them, and the launcher ends the others
+        if rank:  # every process meets most mistakes: the main one prints them first, and the launcher ends the others
             time.sleep(2)
         print_error(error, prefix=f"process {rank}: " if rank else "")
         return 2
@@ -387,9 +387,15 @@ def main(given: dict) -> int:
         )
         os._exit(1)  # at once: what is left of the connection may wait for ever
     except KeyboardInterrupt:
-        print("interrupted; --resume_from_checkpoint auto goes on from what was saved", file=sys.stderr, flush=True)
+        print(
+            "interrupted. Pass --resume_from_checkpoint auto to continue from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(130)  # at once: a thread may still be writing
-    return 128 + signal.Signals[result.stopped_by] if result.stopped_by else 0
+    if result.stopped_by:
+        return 128 + signal.Signals[result.stopped_by]
+    return 0
 
 
 if __name__ == "__main__":

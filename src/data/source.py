@@ -112,7 +112,7 @@ def read_table(files: list[Path], root: Path, episodes: list[int] | None) -> tup
         raise UserError(f"dataset {root} has no readable table: {reason}")
     table = pa.concat_tables(tables, promote_options="permissive")
     if "episode_index" not in table.column_names:
-        raise UserError(f"dataset {root}: its table has no column episode_index, which tells its episodes apart")
+        raise UserError(f"dataset {root}: its table has no column episode_index, which separates its episodes")
     return table, problems
 
 

@@ -77,7 +77,7 @@ class RunPlan:
         data: what a checkpoint records of the data.
         policy: what the policy and its processors are built from.
         simulation: the simulation of --eval_env, open and checked; None without one.
-        checkpoint_bytes: estimated size of one checkpoint; None where only the built policy tells.
+        checkpoint_bytes: estimated size of one checkpoint; None if only the built policy shows it.
     """
 
     config: TrainConfig
@@ -250,7 +250,7 @@ def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> Cho
 
 
 def take_folder(output_dir: Path, distributed: Distributed, cleanup: ExitStack) -> None:
-    """Make the output folder this run's alone until `cleanup` is closed."""
+    """Make the output folder this run's own until `cleanup` is closed."""
     if distributed.is_main:
         cleanup.enter_context(sole_writer(output_dir))
 
