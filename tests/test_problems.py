@@ -113,7 +113,7 @@ def test_no_episode_index(copy_of):
     root = copy_of("no_camera")
     path = next((root / "data").glob("*/*.parquet"))
     pq.write_table(pq.read_table(path).drop(["episode_index"]), path)
-    assert refusal(root).endswith("its table has no column episode_index, which tells its episodes apart")
+    assert refusal(root).endswith("its table has no column episode_index, which separates its episodes")
     assert "episode_index" in refusal(root, episodes="0:2")
 
 
