@@ -269,7 +269,7 @@ def header(plan, policy, start_step: int) -> str:
 
 
 def features_text(meta, image_size) -> str:
-    """What a dataset records: "cameras top 640x480 -> 64x64; state 6, action 6"."""
+    """What a dataset records: "cameras top 480x640 -> 64x64; state 6, action 6"."""
     features = policy_features(meta, None)[0]
     cameras = []
     for key in meta.camera_keys:
