@@ -142,8 +142,12 @@ def make_processors(config, meta, stats: dict, image_size: list[int] | None, ren
         stats: statistics to normalise by, under the policy's names.
         image_size: (H, W) to resize cameras to; None for no resize.
         rename: {old: new} names of observations.
+
+    Raises:
+        UserError: a package is missing, or a tokenizer cannot be downloaded.
     """
-    preprocessor, postprocessor = make_pre_post_processors(config, dataset_stats=stats)
+    with as_user_error(f"policy {config.type}", offline="Go online once"):
+        preprocessor, postprocessor = make_pre_post_processors(config, dataset_stats=stats)
     set_rename(preprocessor, rename)
     set_resize(preprocessor, image_size)
     if ENVIRONMENT_STATE in config.input_features and ENVIRONMENT_STATE not in meta.features:
