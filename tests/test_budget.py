@@ -40,7 +40,8 @@ def test_minutes_stay_fixed_over_a_resume(made, tmp_path, monkeypatch):
     assert part.steps == whole.steps
     assert_same_run(tmp_path / "whole", tmp_path / "part", whole.steps)
     with pytest.raises(
-        UserError, match=f"--minutes: checkpoint-5 is of a run of {whole.steps} steps, which were fixed"
+        UserError,
+        match=f"--minutes: checkpoint-5 belongs to a run of {whole.steps} steps, fixed when it began. Pass --steps",
     ):
         train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-5"), minutes=3)
 
