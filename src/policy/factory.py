@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from draccus.utils import DraccusException
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies import get_policy_class
 
@@ -67,7 +68,8 @@ def load_policy_config(folder: Path, overrides: list[str] | None, device: str) -
     known = PreTrainedConfig.get_known_choices()
     if name not in known:
         raise UserError(f"{folder} holds a policy {name!r}: expected one of {', '.join(sorted(known))}")
-    with as_user_error(f"policy {name}", invalid=ValueError), quiet_lerobot():
+    # DraccusException: the file has settings that this LeRobot does not know
+    with as_user_error(f"policy {name}", invalid=(ValueError, DraccusException)), quiet_lerobot():
         saved = PreTrainedConfig.from_pretrained(folder)
         settings = parse_overrides("--policy_args", type(saved), overrides)
         settings = shorten_action_steps(settings, getattr(saved, "n_action_steps", None))

@@ -60,5 +60,5 @@ def load_renamed(policy, path: Path) -> None:
 
 
 def misfit(policy, path: Path, difference: str) -> str:
-    difference = " ".join(difference.split())[:200]
+    difference = " ".join(difference.split())[:200].rstrip(".")
     return f"{path} does not fit policy {policy.name}: {difference}. Pass the --policy_args that it was trained with"

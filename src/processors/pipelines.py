@@ -75,8 +75,8 @@ def feature_problems(config, inputs: dict, outputs: dict, holder: str) -> list[s
         inputs, outputs: the dataset's features.
         holder: name of the policy's folder.
     """
-    problems = []
     features = {**inputs, **outputs}
+    problems = []
     for key, wanted in {**config.input_features, **config.output_features}.items():
         if EMPTY_CAMERA in key:
             continue
@@ -156,10 +156,7 @@ def make_processors(config, meta, stats: dict, image_size: list[int] | None, ren
 
 
 def adapt_processors(folder: Path, config, stats: dict, image_size: list[int] | None, rename: dict[str, str]):
-    """The saved (preprocessor, postprocessor) of a policy to fine-tune, with this dataset's statistics.
-
-    Args: as of `make_processors`, and the folder that holds the policy.
-    """
+    """The saved (preprocessor, postprocessor) of a policy to fine-tune, with this dataset's statistics, see make_processors."""
     outputs = config.output_features
     normalization = {"norm_map": config.normalization_mapping, "stats": stats}
     overrides = {
@@ -191,7 +188,7 @@ def load_processors(folder: Path, device: str, overrides: dict | None = None):
         UserError: a file is missing or damaged.
     """
     overrides = overrides or {}
-    invalid = (OSError, ValueError, KeyError, SafetensorError)
+    invalid = (OSError, ValueError, SafetensorError)
     with as_user_error(f"the processors in {folder} cannot be loaded", invalid=invalid):
         before, after = (step_names(folder / name) for name in FILES)
         in_preprocessor = {**overrides, "device_processor": {"device": device}}
@@ -205,7 +202,10 @@ def load_processors(folder: Path, device: str, overrides: dict | None = None):
 
 def step_names(path: Path) -> set[str | None]:
     """Registered names of the steps in a pipeline's file."""
-    return {step.get("registry_name") for step in json.loads(path.read_text())["steps"]}
+    pipeline = json.loads(path.read_text())
+    if "steps" not in pipeline:
+        raise ValueError(f"{path.name} has no steps")
+    return {step.get("registry_name") for step in pipeline["steps"]}
 
 
 def has_processors(folder: Path) -> bool:
@@ -213,14 +213,14 @@ def has_processors(folder: Path) -> bool:
 
 
 def set_rename(preprocessor, rename: dict[str, str]) -> None:
-    """Rename observations {old: new} in a first step, in place of the pipeline's own; keep that if there is nothing to rename."""
+    """Rename observations {old: new} in the first step, instead of the pipeline's own renaming; {} leaves that as it is."""
     if rename:
         kept = [step for step in preprocessor.steps if not isinstance(step, RenameObservationsProcessorStep)]
         preprocessor.steps = [RenameObservationsProcessorStep(rename_map=rename), *kept]
 
 
 def set_resize(preprocessor, image_size: list[int] | None) -> None:
-    """Resize cameras to (H, W), in place of the pipeline's own resize; keep that for None."""
+    """Resize cameras to (H, W), instead of the pipeline's own resize; None leaves that as it is."""
     if image_size is not None:
         preprocessor.steps = [step for step in preprocessor.steps if not isinstance(step, ImageCropResizeProcessorStep)]
         insert_at_normalizer(preprocessor, ImageCropResizeProcessorStep(resize_size=tuple(image_size)))
