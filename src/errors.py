@@ -9,6 +9,13 @@ import urllib.error
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # the errors of a disk that come without a file name
 
 
+# The remedy for missing or wrong statistics of a dataset.
+RECOMPUTE_STATISTICS = (
+    "Recompute them: lerobot-edit-dataset --repo_id local/copy --root FOLDER --new_root COPY "
+    "--operation.type recompute_stats"
+)
+
+
 class UserError(ValueError):
     """A mistake that the user can mend. The message is one line: what is wrong, expected against got, what to do."""
 

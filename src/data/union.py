@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.source import Source
 from data.videos import Videos
-from errors import UserError, one_line
+from errors import RECOMPUTE_STATISTICS, UserError, one_line
 
 
 def unite(sources: list[Source]) -> Source:
@@ -59,7 +59,7 @@ def unite(sources: list[Source]) -> Source:
 def problems_in_union(source: Source) -> list[str]:
     """A dataset's own problems, and that it has no statistics to merge."""
     if source.meta.stats is None:
-        return [*source.problems, "meta/stats.json is missing: lerobot-edit-dataset recomputes it"]
+        return [*source.problems, f"meta/stats.json is missing. {RECOMPUTE_STATISTICS}"]
     return source.problems
 
 
@@ -94,8 +94,9 @@ def merge_metadata(sources: list[Source], name: str, tasks: list[str]):
     try:
         meta.stats = aggregate_stats([{key: source.meta.stats[key] for key in shared} for source in sources])
     except (KeyError, ValueError) as error:
-        remedy = "lerobot-edit-dataset recomputes meta/stats.json"
-        raise UserError(f"the statistics of {name} cannot be merged ({one_line(error)[:160]}): {remedy}") from error
+        raise UserError(
+            f"the statistics of {name} cannot be merged ({one_line(error)[:160]}). {RECOMPUTE_STATISTICS}"
+        ) from error
     meta.tasks = pandas.DataFrame({"task_index": range(len(tasks))}, index=pandas.Index(tasks, name="task"))
     return meta
 

@@ -7,6 +7,8 @@ import torch
 from lerobot.configs import FeatureType
 from lerobot.utils.constants import IMAGENET_STATS
 
+from errors import RECOMPUTE_STATISTICS
+
 STATS_OF_MODE = {
     "MEAN_STD": ("mean", "std"),
     "MIN_MAX": ("min", "max"),
@@ -14,7 +16,6 @@ STATS_OF_MODE = {
     "QUANTILE10": ("q10", "q90"),
 }
 RANGES = (("min", "max"), ("q01", "q99"), ("q10", "q90"))
-RECOMPUTE = "Recompute them: lerobot-edit-dataset --repo_id local/copy --root FOLDER --new_root COPY --operation.type recompute_stats"
 
 
 def usable_stats(meta, imagenet: bool) -> dict:
@@ -89,13 +90,15 @@ def stats_problems(config, stats: dict) -> list[str]:
         needed = STATS_OF_MODE.get(getattr(mode, "value", "IDENTITY"), ())
         missing = [name for name in needed if name not in stats_of_key]
         if missing:
-            remedy = f"{RECOMPUTE} --operation.skip_image_video false" if is_picture else RECOMPUTE
+            remedy = RECOMPUTE_STATISTICS
+            if is_picture:
+                remedy += " --operation.skip_image_video false"
             problems.append(f"meta/stats.json has no {' and '.join(missing)} of {key} to normalise by. {remedy}")
         sizes = {math.prod(stats_of_key[name].shape) for name in ("mean", "std", "min", "max") if name in stats_of_key}
         # of a feature with several axes, LeRobot has statistics of all numbers or of the last axis
         wrong = sizes - {math.prod(feature.shape), feature.shape[-1]}
         if wrong and not is_picture:
             problems.append(
-                f"meta/stats.json: expected {math.prod(feature.shape)} numbers of {key}, got {max(wrong)}. {RECOMPUTE}"
+                f"meta/stats.json: expected {math.prod(feature.shape)} numbers of {key}, got {max(wrong)}. {RECOMPUTE_STATISTICS}"
             )
     return problems
