@@ -316,7 +316,7 @@ def test_datasets_whose_videos_are_encoded_otherwise_are_one(made, copy_of):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda root: (root / "meta" / "stats.json").unlink(), "meta/stats.json is missing: lerobot-edit-dataset"),
+        (lambda root: (root / "meta" / "stats.json").unlink(), "meta/stats.json is missing. Recompute them: lerobot-edit-dataset"),
         (lambda root: drop(root, "observation.state"), "its table has no column observation.state, which info.json lists"),
         (lambda root: edit_json(root / "meta" / "stats.json", lambda stats: stats["action"].pop("count")), "'count'"),
         (lambda root: edit_json(root / "meta" / "stats.json", lambda stats: stats.pop("action")), "no mean and std of action"),
