@@ -27,14 +27,24 @@ def add_adapters(policy, base: str, method: str, r: int, overrides: list[str] | 
     Raises:
         UserError: peft is not installed, or the settings do not fit the method or the policy.
     """
-    settings = {"method_type": method, "r": r, **parse_overrides("--peft_args", PeftConfig, overrides)}
-    check_method(method, settings)
+    settings = adapter_settings(method, r, overrides)
     policy.config.pretrained_path = Path(base)
     try:
         return policy.wrap_with_peft(peft_cli_overrides=settings)
     except ValueError as error:
         remedy = ". Name modules with --peft_args target_modules=all-linear" if "target" in str(error) else ""
         raise UserError(f"--peft {method}: {one_line(error)[:200].rstrip('.')}{remedy}") from error
+
+
+def adapter_settings(method: str, r: int, overrides: list[str] | None) -> dict:
+    """Settings of new adapters, as LeRobot's wrap_with_peft takes them; arguments as for `add_adapters`.
+
+    Raises:
+        UserError: peft is not installed, or the settings do not fit the method.
+    """
+    settings = {"method_type": method, "r": r, **parse_overrides("--peft_args", PeftConfig, overrides)}
+    check_method(method, settings)
+    return settings
 
 
 def check_method(method: str, settings: dict) -> None:

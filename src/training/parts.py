@@ -15,7 +15,7 @@ from data.loader import Loader
 from data.source import Source
 from data.union import unite
 from errors import UserError, nearest
-from policy.adapters import add_adapters, freeze
+from policy.adapters import adapter_settings, add_adapters, freeze
 from policy.factory import build_policy, load_policy_config, policy_config
 from policy.migration import resolve_policy_folder
 from policy.presets import apply_training_flags
@@ -116,6 +116,8 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, de
     if checkpoint is None:
         set_dataset_names(policy, source.meta.features)
     apply_training_flags(policy, config)
+    if config.peft:
+        adapter_settings(config.peft, config.peft_r, config.peft_args)  # refused here, before weights are read
     if base and policy.use_peft and config.peft:
         raise UserError(f"--peft: {folder.name} holds adapters already. Leave the flag out to train those further")
 

@@ -136,6 +136,9 @@ def plan_run(settings: dict) -> RunPlan:
         fresh = chosen.checkpoint is None
         config = merge_training_preset(chosen.config, source.meta, distributed.device, fresh)
         distributed.check(config)
+        distributed.local_batch_size(
+            config.batch_size, config.grad_accumulation_steps
+        )  # raises where it does not divide
         split = split_episodes(source, config, chosen.state)
         data = describe_data(source, split.held_out)
         warnings += compare_data(chosen.state, data)
