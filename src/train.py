@@ -33,7 +33,7 @@ from training.distributed import LostPeerError
 from training.evaluation import Evaluator
 from training.learner import Learner, build_learner
 from training.parts import build_processors, build_training_policy, open_loader, weight_bytes, with_optimizer
-from training.plan import RunPlan, check_room, plan_run
+from training.plan import RunPlan, plan_run, require_room, warn_of_room
 from training.progress import Report, Stopwatch, TrainResult, closing_message, header, scalars, training_info
 
 
@@ -284,8 +284,10 @@ def build_run(plan: RunPlan) -> Run:
         policy = build_training_policy(plan.policy, meta)
         preprocess, postprocess = build_processors(plan.policy, meta)
         warnings = list(plan.warnings)
-        if plan.checkpoint_bytes is None:
-            warnings += check_room(plan.output_dir, with_optimizer(weight_bytes(policy), config), config)
+        if plan.checkpoint_bytes is None:  # only now is the size of a checkpoint known
+            size = with_optimizer(weight_bytes(policy), config)
+            require_room(plan.output_dir, size)
+            warnings += warn_of_room(plan.output_dir, size, config)
         unsharded = distributed.unsharded_copy(policy)
         learner = build_learner(config, distributed, policy, preprocess, meta)
 

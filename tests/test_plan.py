@@ -75,6 +75,13 @@ def test_the_size_of_a_checkpoint_is_estimated_without_building_the_policy(made,
     assert 0.8 < sum(files.values()) / estimate < 1.6  # of a policy of some 100 kB, the JSON files are a part
 
 
+def test_minutes_are_steps_when_the_room_is_compared(made, tmp_path):
+    settings = small(dataset_id=str(made("video")), output_dir=str(tmp_path / "run"), minutes=0.01, save_freq=1)
+    del settings["steps"]  # else 100,000 steps of a checkpoint each
+    with plan_run(settings) as plan:
+        assert not plan.warnings
+
+
 def test_a_plan_is_final(made, tmp_path):
     settings = small("flow", dataset_id=str(made("video")), output_dir=str(tmp_path / "run"), minutes=0.01)
     for name in ("steps", "batch_size"):

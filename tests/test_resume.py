@@ -230,7 +230,10 @@ def test_going_back_to_an_earlier_checkpoint_is_told(made, tmp_path, capsys):
     settings = small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path))
     train(**settings)
     train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    message = f"warning: {tmp_path}/checkpoint-4 is further on: checkpoints after checkpoint-2 are replaced as this run reaches their steps"
+    message = (
+        "warning: checkpoint-4 is newer than checkpoint-2: the run goes back, and replaces the checkpoints of later steps "
+        "as it reaches them"
+    )
     assert message in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
 

@@ -158,7 +158,7 @@ def find_resume(asked: str, output_dir: Path) -> tuple[Path | None, list[str]]:
             raise UserError(f"--resume_from_checkpoint {asked}: there is no such folder{others_than(path)}")
         path = newest_checkpoint(asked, "--resume_from_checkpoint", sort_key)
     elif not (path / MANIFEST).is_file():
-        newest = max(find_checkpoints(path), key=sort_key, default="a checkpoint-<step> folder")
+        newest = max(find_checkpoints(path), key=sort_key, default="another checkpoint-<step> folder, or latest")
         raise UserError(
             f"--resume_from_checkpoint {asked} is not a complete checkpoint (it has no {MANIFEST}). Pass {newest}"
         )
@@ -174,7 +174,7 @@ def others_than(path: Path) -> str:
     names = [other.name for other in find_checkpoints(path.parent)]
     if not names:
         return ". Pass latest or auto to find one in --output_dir"
-    return f"{nearest(path.name, names)}. {path.parent} has {', '.join(names)}"
+    return f"{nearest(path.name, names) or '.'} {path.parent} has {', '.join(names)}"
 
 
 def newest_intact(output_dir: Path, asked: str) -> tuple[Path | None, list[str]]:

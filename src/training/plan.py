@@ -152,13 +152,15 @@ def plan_run(settings: dict) -> RunPlan:
         warnings += compare_learning_rates(chosen.state, policy.config, config)
         size = checkpoint_bytes(policy, source.meta)
         if size is not None:
-            warnings += check_room(chosen.output_dir, size, config)
+            require_room(chosen.output_dir, size)
         warnings += source.warnings
 
         notes = []
         if config.minutes and fresh:
             config, note = fix_steps(config, distributed, source, split.train, policy)
             notes.append(note)
+        if size is not None:
+            warnings += warn_of_room(chosen.output_dir, size, config)
         return RunPlan(
             config=config,
             output_dir=chosen.output_dir,
@@ -292,7 +294,10 @@ def check_branch(output_dir: Path, checkpoint: Path | None, state: TrainState | 
     if newest.resolve() == checkpoint.resolve():
         return []
     state.trainer_state["branch"] = 1 + sort_key(newest)[0]
-    return [f"{newest} is further on: checkpoints after {checkpoint.name} are replaced as this run reaches their steps"]
+    return [
+        f"{newest.name} is newer than {checkpoint.name}: the run goes back, and replaces the checkpoints of later steps "
+        "as it reaches them"
+    ]
 
 
 def with_policy_of_base(given: dict) -> dict:
@@ -323,31 +328,25 @@ def check_services(config: TrainConfig) -> None:
         hub.check_login(config.push_to_hub)
 
 
-def check_room(output_dir: Path, size: int, config: TrainConfig) -> list[str]:
-    """Compare what the checkpoints take with the room on their disk.
-
-    Args:
-        size: bytes of one checkpoint.
-
-    Returns:
-        A warning where all checkpoints that are kept do not fit.
-
-    Raises:
-        UserError: not even one fits.
-    """
-    free = shutil.disk_usage(existing_parent(output_dir)).free
+def require_room(output_dir: Path, size: int) -> None:
+    """Raise a UserError if the disk of `output_dir` has no room for a checkpoint of `size` bytes."""
+    free = free_bytes(output_dir)
     if size > free:
         raise UserError(
             f"--output_dir {output_dir}: a checkpoint takes about {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. "
             "Free some space, or pass another --output_dir"
         )
-    saves = 1
+
+
+def warn_of_room(output_dir: Path, size: int, config: TrainConfig) -> list[str]:
+    """A warning where the disk has no room for all checkpoints that the run keeps, of `size` bytes each."""
+    kept = 1
     if config.save_freq:
-        saves = math.ceil(config.steps / config.save_freq)
-    kept = saves
+        kept = math.ceil(config.steps / config.save_freq)
     if config.keep_last is not None:
         spared = config.steps // config.keep_every if config.keep_every else 0
-        kept = min(saves, config.keep_last + spared + 1)  # one more while the oldest waits to be deleted
+        kept = min(kept, config.keep_last + spared + 1)  # one more while the oldest waits to be deleted
+    free = free_bytes(output_dir)
     if size * kept <= free:
         return []
     return [
@@ -356,12 +355,12 @@ def check_room(output_dir: Path, size: int, config: TrainConfig) -> list[str]:
     ]
 
 
-def existing_parent(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
-    path = path.resolve()
-    while not path.exists():
-        path = path.parent
-    return path
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of a folder that may not exist yet."""
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def fix_steps(config: TrainConfig, distributed: Distributed, source: Source, episodes: Tensor, policy: PolicyPlan):
