@@ -11,7 +11,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def predict_chunk(policy, batch: dict, planned: Tensor | None = None, num_committed: int = 0) -> Tensor:
-    """(B, T, A) normalised actions, of which the first belongs to the moment of the observation.
+    """(B, T, A) normalised actions. The first one belongs to the moment of the observation.
 
     Args:
         policy: a LeRobot policy that predicts chunks; it is reset.

@@ -98,7 +98,7 @@ class FlowConfig(PreTrainedConfig):
 
     @staticmethod
     def training_preset(device: str, pictures: list[tuple[int, int]]) -> dict:
-        """The trainer's settings that suit this policy: many small pictures, of which each camera's (H, W) are given."""
+        """The trainer's settings that suit this policy, large batches of small pictures. `pictures` has each camera's (H, W)."""
         preset = {"batch_size": 64 if device == "cpu" else 256, "ema_decay": 0.995, "augment": True}
         largest = max(pictures, key=min, default=(0, 0))
         if min(largest) > 96:
