@@ -79,7 +79,7 @@ def test_folder_that_is_no_dataset(capsys, tmp_path):
 def test_no_such_checkpoint(capsys, run):
     line = message(capsys, resume_from_checkpoint=str(run / "checkpoint-3"))
     assert "there is no such folder, did you mean 'checkpoint-" in line
-    assert line.endswith(f"?. {run} has checkpoint-2, checkpoint-4")
+    assert line.endswith(f"? {run} has checkpoint-2, checkpoint-4")
 
 
 def test_run_folder_instead_of_a_checkpoint(capsys, run):
