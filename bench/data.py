@@ -32,9 +32,10 @@ from lerobot.datasets import EpisodeAwareSampler
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.utils import cycle
 
-from data import decode, open_dataset
+from data import decode
 from data.frames import Frames
 from data.loader import Loader
+from data.opening import open_source
 
 REAL = Path(os.environ.get("ARMATURE_REAL_DATA", ROOT.parent / "shared" / "datasets")) / "cr5_banana"
 CHUNK = 100  # actions
@@ -138,7 +139,7 @@ def lerobot_speed(root: Path, batch_size: int, seconds: float) -> Speed:
 
 def armature_speed(root: Path, batch_size: int, seconds: float, mode: str, cache: str) -> Speed:
     """Armature's loader, with frames from the store (mode on) or decoded at every use (off)."""
-    source = open_dataset(str(root))
+    source = open_source(str(root))
     source.require()
     with PeakMemory() as peak:
         begun = time.perf_counter()

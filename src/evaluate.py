@@ -61,9 +61,9 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from data import open_dataset
 from data.frames import Frames
 from data.loader import Loader
+from data.opening import open_source
 from data.source import Source
 from policy.async_policy import AsyncPolicy
 from policy.loaded import LoadedPolicy, load_policy
@@ -86,7 +86,7 @@ PERMUTED_SAMPLES = 64
 
 def evaluate_recorded(policy: LoadedPolicy, args: argparse.Namespace, name: str) -> None:
     """Compare a policy with recorded episodes, write the report and print the main numbers."""
-    source = open_dataset(args.dataset_id, episodes=args.episodes)
+    source = open_source(args.dataset_id, episodes=args.episodes)
     source.require()
     folder = report_folder(args.checkpoint, args.output_dir, "open_loop")
 

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from data import open_dataset
+from data.opening import open_source
 from policy.loaded import load_policy
 from training.open_loop import EpisodeComparison, compare, recorded_observations
 
@@ -51,7 +51,7 @@ def print_comparison(result: EpisodeComparison, device) -> None:
 @command
 def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
-    source = open_dataset(args.dataset_id, episodes=str(args.episode), flag="--episode")
+    source = open_source(args.dataset_id, episodes=str(args.episode), flag="--episode")
     source.require()
     policy = load_policy(args.checkpoint, args.device, args.n_action_steps)
     fps = None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import evaluate
-from data import open_dataset
+from data.opening import open_source
 from errors import UserError
 from helpers.flow_policies import tiny_flow
 from helpers.paths import SHIPPED
@@ -152,7 +152,7 @@ def test_real_policies(made, tmp_path, monkeypatch, kind, pairs):
     monkeypatch.setattr(policy, "latency", lambda task: 0.09)
     ahead = policy.ahead(fps=10)
     assert ahead.lead == 1
-    source = open_dataset(str(made("video")), episodes="0")
+    source = open_source(str(made("video")), episodes="0")
     result = compare(ahead, source, 0)
     assert result.predicted.shape == (13, 3)
     assert np.isfinite(result.predicted).all()

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config import TrainConfig
-from data import decode, open_dataset
-from data.dataset import parse_episodes
+from data import decode
 from data.frames import Frames
 from data.loader import Loader
+from data.opening import open_source, parse_episodes
 from data.union import unite
 from data.windows import epoch_order, trainable_rows, weighted_order, window_rows
 from errors import UserError
@@ -38,7 +38,7 @@ def open_both(root, deltas, episodes=None, mode="off"):
     """Our loader and LeRobot's dataset over the same windows."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    source = open_dataset(str(root), episodes=episodes)
+    source = open_source(str(root), episodes=episodes)
     source.require()
     deltas = {key: window for key, window in deltas.items() if key != "camera"} | {
         camera: deltas["camera"] for camera in source.meta.camera_keys if "camera" in deltas
@@ -153,7 +153,7 @@ def test_order_is_lerobots_and_a_function_of_seed_and_epoch():
 
 
 def test_batches_cover_each_epoch_once_and_start_anywhere(made):
-    source = open_dataset(str(made("no_camera")))
+    source = open_source(str(made("no_camera")))
     first = Loader(source, Frames(source), {}, 4, seed=3).start()
     run = [next(first) for _ in range(20)]
     first.close()
@@ -173,7 +173,7 @@ def test_windows_clamp_to_the_episode():
 
 
 def test_an_error_while_reading_reaches_the_loop(made):
-    source = open_dataset(str(made("video")))
+    source = open_source(str(made("video")))
     videos = source.videos["observation.images.top"]
     videos.files = [source.meta.root / "gone" / path.relative_to(source.meta.root) for path in videos.files]
     loader = Loader(source, Frames(source), {}, 4, seed=3).start()
@@ -198,7 +198,7 @@ def test_episodes_out_of_range_or_form(text):
 
 
 def test_the_loops_buffer_is_not_overwritten_while_in_use(made, tmp_path):
-    source = open_dataset(str(made("video")))
+    source = open_source(str(made("video")))
     frames = Frames.open_or_build(source, mode="on", cache_dir=tmp_path)
     loader = Loader(source, frames, {}, 4, seed=3).start()
     for step in range(30):
@@ -226,7 +226,7 @@ def test_v21_is_what_lerobot_makes_of_it(v2, tmp_path):
     subprocess.run(["chmod", "-R", "u+w", tmp_path / "converted"], check=True)
     convert_dataset("x", root=tmp_path / "converted", push_to_hub=False)
     theirs = LeRobotDatasetMetadata("x", root=tmp_path / "converted")
-    old, new = open_dataset(str(v2)), open_dataset(str(tmp_path / "converted"))
+    old, new = open_source(str(v2)), open_source(str(tmp_path / "converted"))
     assert old.meta.stats.keys() == theirs.stats.keys()
     for key, stats in theirs.stats.items():
         assert all((old.meta.stats[key][name] == value).all() for name, value in stats.items())
@@ -258,7 +258,7 @@ def test_v21_video_with_other_frames_than_rows_is_refused_by_name(v2, tmp_path, 
     shutil.copyfile(
         videos / ("episode_000000.mp4" if frames == "fewer" else "episode_000002.mp4"), videos / "episode_000001.mp4"
     )
-    source = open_dataset(str(root))
+    source = open_source(str(root))
     count = 197 if frames == "fewer" else 275
     assert source.problems == [
         f"videos/chunk-000/observation.images.top/episode_000001.mp4 has {count} frames, but its episodes have 215 rows"
@@ -270,11 +270,11 @@ def test_older_formats_are_refused(copy_of):
     info = root / "meta" / "info.json"
     info.write_text(info.read_text().replace('"v3.0"', '"v2.0"'))
     with pytest.raises(UserError, match=r"is in LeRobot's format v2\.0, expected v3\.0 or v2\.1"):
-        open_dataset(str(root))
+        open_source(str(root))
 
 
 def test_several_datasets_are_one(made):
-    sources = [open_dataset(str(made(name))) for name in ("two_cameras", "many_files")]
+    sources = [open_source(str(made(name))) for name in ("two_cameras", "many_files")]
     both = unite(sources)
     loaders = [Loader(source, Frames(source), {"action": [0, 1, 2]}, 4, seed=1) for source in (*sources, both)]
     rows = torch.tensor([0, 12, 13, 32])
@@ -294,11 +294,11 @@ def test_datasets_that_differ_are_refused(made):
     with pytest.raises(
         UserError, match=r"datasets differ in observation\.(state|images\.top): .*\. Train on each by itself"
     ):
-        unite([open_dataset(str(made(name))) for name in ("video", "wide")])
+        unite([open_source(str(made(name))) for name in ("video", "wide")])
 
 
 def test_datasets_whose_videos_are_encoded_otherwise_are_one(made, copy_of):
-    first, root = open_dataset(str(made("video"))), copy_of("video")
+    first, root = open_source(str(made("video"))), copy_of("video")
     give_videos_the_rate(root, Fraction(10))  # as H.264, and the other AV1
 
     def encoded(info):
@@ -307,7 +307,7 @@ def test_datasets_whose_videos_are_encoded_otherwise_are_one(made, copy_of):
         camera["video_info"] = {"video.codec": "h264", "video.fps": 10, "video.is_depth_map": False, "has_audio": False}
 
     edit_json(root / "meta" / "info.json", encoded)
-    both = Frames(unite([first, open_dataset(str(root))]))
+    both = Frames(unite([first, open_source(str(root))]))
     one, other = (both.read("observation.images.top", torch.tensor([row])) for row in (14, 33 + 14))
     assert 0 < (one.float() - other.float()).abs().mean() < 3
     both.close()
@@ -365,7 +365,7 @@ def test_weighted_run_resumes_exactly(made, tmp_path):
 
 def test_several_datasets_are_kept_apart_in_dataset_root(monkeypatch):
     asked = []
-    monkeypatch.setattr(build, "open_dataset", lambda name, root, *rest: asked.append((name, root)))
+    monkeypatch.setattr(build, "open_source", lambda name, root, *rest: asked.append((name, root)))
     monkeypatch.setattr(build, "unite", list)
     for names in (["a/x", "b/y"], ["a/x"]):
         build.build_source(TrainConfig(dataset_id=names, dataset_root="here"))
@@ -388,7 +388,7 @@ def test_a_batch_larger_than_the_dataset_is_told(made, tmp_path, capsys):
 
 def test_rows_may_be_asked_for_by_two_threads(made):
     """A batch of several epochs: the loop measures --minutes while the loader's thread prepares its first batch."""
-    source = open_dataset(str(made("no_camera")))
+    source = open_source(str(made("no_camera")))
     loader = Loader(source, Frames(source), {}, 200, seed=0).start()
     expected = [loader.rows_at(start) for start in range(0, 20_000, 200)]
     seen = [[], []]

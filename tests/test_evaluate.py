@@ -15,7 +15,7 @@ import torch
 import evaluate
 from checkpoints.folder import find_checkpoints
 from config import TrainConfig, merge
-from data import open_dataset
+from data.opening import open_source
 from data.split import split_episodes
 from errors import UserError
 from helpers.paths import ROOT, SHIPPED
@@ -51,7 +51,7 @@ def trained(made, tmp_path_factory):
 
 
 def test_held_out_episodes_are_whole_and_a_function_of_the_seed():
-    source = open_dataset(str(SHIPPED))
+    source = open_source(str(SHIPPED))
 
     def chosen(**settings):
         split = split_episodes(source, merge({"dataset_id": [str(SHIPPED)], **settings}))
@@ -106,7 +106,7 @@ def test_errors_of_a_known_policy(made):
     from data.frames import Frames
     from data.loader import Loader
 
-    source = open_dataset(str(made("no_camera")))
+    source = open_source(str(made("no_camera")))
     loader = Loader(source, Frames(source), {"action": [0, 1, 2, 3]}, batch_size=5, seed=0)
     off = torch.tensor([0.5, -1.0, 2.0])
     errors = measure(without_processors(Offset(off)), loader, torch.arange(source.rows), seed=0, batch_size=5)
@@ -125,7 +125,7 @@ def test_steps_that_no_sample_reaches_are_left_out(made):
     from data.frames import Frames
     from data.loader import Loader
 
-    source = open_dataset(str(made("no_camera")))
+    source = open_source(str(made("no_camera")))
     loader = Loader(
         source, Frames(source), {"action": list(range(20))}, batch_size=5, seed=0
     )  # episodes have 13 at most
@@ -145,7 +145,7 @@ def test_permutation_importance_of_a_policy_that_does_not_look(made):
     from data.frames import Frames
     from data.loader import Loader
 
-    source = open_dataset(str(made("video")))
+    source = open_source(str(made("video")))
     camera, scale = source.meta.camera_keys[0], np.array([0.5, 0.0, 4.0])  # the middle joint is still
     loader = Loader(source, Frames(source), {"action": [0, 1, 2, 3]}, batch_size=5, seed=0)
     policy = without_processors(Doubled(0))
@@ -318,7 +318,7 @@ def test_open_loop_report(trained, tmp_path, capsys):
     assert evaluate.main(command) == 0
     assert "mean |action error| in robot units: dx " in capsys.readouterr().out
     numbers = json.loads((tmp_path / "open_loop" / "numbers.json").read_text())
-    policy, source = load_policy(trained, "cpu"), open_dataset(str(SHIPPED), episodes="1,4")
+    policy, source = load_policy(trained, "cpu"), open_source(str(SHIPPED), episodes="1,4")
     errors = []
     for episode in (1, 4):
         policy.reset()
@@ -459,7 +459,7 @@ def test_policy_sees_what_it_was_trained_on(renderer):
 
     env = MetaworldTask("drawer-open-v3", "corner2", 128, "plain", 300)
     keys = ["observation.state", "observation.images.corner2"]
-    recorded, _ = next(recorded_observations(open_dataset(str(SHIPPED), episodes="0"), 0, keys))
+    recorded, _ = next(recorded_observations(open_source(str(SHIPPED), episodes="0"), 0, keys))
     seen = [env.reset(seed=seed)[0] for seed in range(4)]
     env.close()
     np.testing.assert_allclose(seen[0]["agent_pos"], recorded["observation.state"], atol=1e-6)

@@ -82,7 +82,7 @@ def test_adapters(made, tmp_path, trained):
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies import make_policy
 
-    from data import open_dataset
+    from data.opening import open_source
 
     settings = small(
         "flow", dataset_id=[str(made("video"))], policy_args=None, policy_path=str(trained), peft="lora", peft_r=4
@@ -99,7 +99,7 @@ def test_adapters(made, tmp_path, trained):
 
     config = PreTrainedConfig.from_pretrained(end)
     config.pretrained_path, config.device = end, "cpu"
-    theirs = make_policy(config, ds_meta=open_dataset(str(made("video"))).meta).eval()
+    theirs = make_policy(config, ds_meta=open_source(str(made("video"))).meta).eval()
     ours = load_policy(part.checkpoint, device="cpu").policy
     batch = {key: torch.rand(1, *feature.shape) for key, feature in config.input_features.items()}
     torch.manual_seed(0)

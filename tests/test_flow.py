@@ -103,11 +103,11 @@ def test_resumes_to_the_bit_and_loads(made, tmp_path, settings):
     assert_same_run(tmp_path / "whole", tmp_path / "part", 6)
     from lerobot.policies import get_policy_class
 
-    from data import open_dataset
+    from data.opening import open_source
 
     policy = load_policy(tmp_path / "whole", "cpu")
     get_policy_class("flow").from_pretrained(tmp_path / "whole")  # as LeRobot loads it
-    source = open_dataset(str(made("two_cameras")), episodes="1")
+    source = open_source(str(made("two_cameras")), episodes="1")
     for observation, _ in recorded_observations(source, 1, [*policy.expected]):
         assert policy.act({**observation, "task": source.tasks[1]}).shape == (3,)
 

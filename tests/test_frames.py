@@ -11,9 +11,10 @@ import time
 import pytest
 import torch
 
-from data import decode, open_dataset
+from data import decode
 from data import frames as module
 from data.frames import Frames, FrameStore, store_name
+from data.opening import open_source
 from errors import UserError
 from helpers.dataset_edits import edit_json
 from helpers.paths import ROOT, SHIPPED
@@ -39,7 +40,7 @@ def stores(folder):
 @pytest.mark.parametrize("name", ["many_files", "images"])
 @pytest.mark.parametrize("size", [None, [30, 40]])
 def test_store_holds_what_decoding_on_the_fly_gives(made, tmp_path, name, size):
-    source = open_dataset(str(made(name)))
+    source = open_source(str(made(name)))
     first, second = [], []
     fly = Frames(source, size)
     built = open_or_build(source, tmp_path, size=size, num_threads=2, say=first.append)
@@ -55,7 +56,7 @@ def test_store_holds_what_decoding_on_the_fly_gives(made, tmp_path, name, size):
 def test_resized_as_the_saved_pipeline_does_to_a_rounding(made):
     from lerobot.processor import ImageCropResizeProcessorStep
 
-    source = open_dataset(str(made("video")))
+    source = open_source(str(made("video")))
     full = all_frames(Frames(source)) / 255.0
     step = ImageCropResizeProcessorStep(resize_size=(30, 40))
     theirs = step.observation({TOP: full})[TOP]
@@ -64,7 +65,7 @@ def test_resized_as_the_saved_pipeline_does_to_a_rounding(made):
 
 
 def test_some_episodes_and_several_rows_in_any_order(made, tmp_path):
-    source = open_dataset(str(made("two_cameras")), episodes="0,2")
+    source = open_source(str(made("two_cameras")), episodes="0,2")
     fly = Frames(source)
     built = open_or_build(source, tmp_path)
     rows = torch.tensor([23, 0, 12, 13, 13, 5])
@@ -76,7 +77,7 @@ def test_some_episodes_and_several_rows_in_any_order(made, tmp_path):
 def test_what_changes_the_content_makes_another_store(copy_of, tmp_path, change):
     root = copy_of("video")
     video = next((root / "videos").glob("*/*/*.mp4"))
-    open_or_build(open_dataset(str(root)), tmp_path / "cache")
+    open_or_build(open_source(str(root)), tmp_path / "cache")
     size, episodes = None, None
     if change == "time":
         os.utime(video, ns=(0, video.stat().st_mtime_ns + 1))
@@ -88,14 +89,14 @@ def test_what_changes_the_content_makes_another_store(copy_of, tmp_path, change)
         size = [32, 48]
     if change == "episodes":
         episodes = "1"
-    open_or_build(open_dataset(str(root), episodes=episodes), tmp_path / "cache", size=size)
+    open_or_build(open_source(str(root), episodes=episodes), tmp_path / "cache", size=size)
     assert len(stores(tmp_path / "cache")) == 2
-    open_or_build(open_dataset(str(root), episodes=episodes), tmp_path / "cache", size=size)
+    open_or_build(open_source(str(root), episodes=episodes), tmp_path / "cache", size=size)
     assert len(stores(tmp_path / "cache")) == 2
 
 
 def test_auto_falls_back_with_one_line_and_on_refuses(made, tmp_path, monkeypatch):
-    source = open_dataset(str(made("video")))
+    source = open_source(str(made("video")))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     said = []
@@ -112,13 +113,14 @@ def test_auto_falls_back_with_one_line_and_on_refuses(made, tmp_path, monkeypatc
 
 BUILD = """
 import sys, time
-from data import frames, open_dataset
+from data import frames
+from data.opening import open_source
 decode = frames.Decoder.read
 def slow(self, key, rows):
     time.sleep(float(sys.argv[3]))
     return decode(self, key, rows)
 frames.Decoder.read = slow
-frames.Frames.open_or_build(open_dataset(sys.argv[1]), mode="on", cache_dir=sys.argv[2])
+frames.Frames.open_or_build(open_source(sys.argv[1]), mode="on", cache_dir=sys.argv[2])
 print("built")
 """
 
@@ -152,7 +154,7 @@ def test_killed_while_building_goes_on_where_it_stopped(made, tmp_path, monkeypa
         decode_episode(store, episode, bar)
 
     monkeypatch.setattr(FrameStore, "_decode_episode", counted)
-    source = open_dataset(str(made("video")))
+    source = open_source(str(made("video")))
     built = open_or_build(source, tmp_path)
     assert len(decoded) == 3 - done
     assert torch.equal(all_frames(built), all_frames(Frames(source)))
@@ -191,7 +193,7 @@ def test_full_disk_while_building(made, mount, monkeypatch):
     small_disk = mount("size=300k")
     monkeypatch.setattr(module, "has_room", lambda *args: True)  # it was free when looked at, and is not when written
     with pytest.raises(UserError) as caught:
-        open_or_build(open_dataset(str(made("video"))), small_disk)
+        open_or_build(open_source(str(made("video"))), small_disk)
     assert str(caught.value) == (
         f"the frames of {TOP} cannot be written to {small_disk}: No space left on device. Nothing is left behind. "
         "Free some space, or pass --frame_cache off"
@@ -203,7 +205,7 @@ def test_a_cache_folder_that_cannot_be_written(made, mount, monkeypatch):
     folder = mount("ro,size=10m")
     said = []
     monkeypatch.setattr(module, "SPARE", 0)
-    source = open_dataset(str(made("video")))
+    source = open_source(str(made("video")))
     auto = open_or_build(source, folder, "auto", say=said.append)
     assert auto.stored == {}
     assert [line for line in said if line.startswith("frame cache")] == [  # another line names the decoder
@@ -218,7 +220,7 @@ def test_a_cache_folder_that_cannot_be_written(made, mount, monkeypatch):
 
 
 def test_a_finished_store_is_used_where_nothing_can_be_written(made, mount):
-    folder, source = mount("size=10m"), open_dataset(str(made("video")))
+    folder, source = mount("size=10m"), open_source(str(made("video")))
     open_or_build(source, folder)
     subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
     assert torch.equal(all_frames(open_or_build(source, folder, "auto")), all_frames(Frames(source)))
@@ -228,7 +230,7 @@ def test_a_finished_store_is_used_where_nothing_can_be_written(made, mount):
 @pytest.fixture
 def unfinished(made, tmp_path, monkeypatch):
     """(source, cache folder) of a store whose building was stopped before its last episode."""
-    source = open_dataset(str(made("images")))
+    source = open_source(str(made("images")))
     decode_episode = FrameStore._decode_episode
 
     def stopped(store, episode, bar):
@@ -258,7 +260,7 @@ def test_what_is_written_already_needs_no_room(unfinished, monkeypatch):
 
 def test_video_cut_short_after_it_was_checked(copy_of, tmp_path):
     root = copy_of("video")
-    source = open_dataset(str(root))
+    source = open_source(str(root))
     video = next((root / "videos").glob("*/*/*.mp4"))
     video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
     with pytest.raises(UserError, match=r"file-000\.mp4: frames \d+ to \d+ cannot be decoded"):
@@ -276,7 +278,7 @@ def test_pictures_of_another_size_than_info_says(copy_of, tmp_path, shape, mode)
         rf"{TOP}: the picture of row \d+ does not have the size in info\.json: expected {says}, got 64x96x3 as RGB"
     )
     with pytest.raises(UserError, match=message):
-        all_frames(open_or_build(open_dataset(str(root)), tmp_path / "cache", mode))
+        all_frames(open_or_build(open_source(str(root)), tmp_path / "cache", mode))
 
 
 def test_cache_modes_train_the_same_weights(tmp_path):
@@ -298,7 +300,7 @@ def test_cache_modes_train_the_same_weights(tmp_path):
 def test_a_cache_folder_that_cannot_be_made(made, tmp_path):
     (tmp_path / "file").write_text("")
     said = []
-    source = open_dataset(str(made("video")))
+    source = open_source(str(made("video")))
     assert open_or_build(source, tmp_path / "file" / "cache", "auto", say=said.append).stored == {}
     assert "no room for decoded frames in" in said[-1]
     with pytest.raises(UserError, match="Not a directory"):
@@ -306,7 +308,7 @@ def test_a_cache_folder_that_cannot_be_made(made, tmp_path):
 
 
 def test_a_store_of_another_size_than_it_should_have_is_not_read(made, tmp_path):
-    source = open_dataset(str(made("video")))
+    source = open_source(str(made("video")))
     open_or_build(source, tmp_path)
     with open(next(tmp_path.glob("*/frames.u8")), "r+b") as file:
         file.truncate(1000)
@@ -315,7 +317,7 @@ def test_a_store_of_another_size_than_it_should_have_is_not_read(made, tmp_path)
 
 
 def test_list_and_prune(made, tmp_path, capsys):
-    source = open_dataset(str(made("two_cameras")))
+    source = open_source(str(made("two_cameras")))
     open_or_build(source, tmp_path)
     shown = subprocess.run([sys.executable, "-m", "data.frames", "list", "--cache_dir", str(tmp_path)], cwd=ROOT / "src",
                            capture_output=True, text=True, check=True).stdout  # fmt: skip
@@ -353,7 +355,7 @@ def test_list_and_prune_what_is_left_of_a_store_and_nothing_else(tmp_path, capsy
 
 
 def test_a_store_without_its_frames_is_told(made, tmp_path):
-    source = open_dataset(str(made("video")))
+    source = open_source(str(made("video")))
     open_or_build(source, tmp_path)
     next(tmp_path.glob("*/frames.u8")).unlink()
     with pytest.raises(UserError, match=r"frames\.u8 is damaged: expected 608256 bytes, got 0\. Delete "):
@@ -364,7 +366,7 @@ def test_videos_that_pyav_has_read_are_closed(made, monkeypatch):
     """At once: a run's first part goes without the garbage collector, and a dataset may have thousands of files."""
     monkeypatch.setattr(decode, "load_torchcodec", lambda: (None, None))
     monkeypatch.setattr(decode, "OPEN_READERS", 1)
-    source = open_dataset(str(made("many_files")))
+    source = open_source(str(made("many_files")))
     reader, row = decode.Decoder(source, None), torch.zeros(1, dtype=torch.int64)
     gc.disable()
     before = len(os.listdir("/proc/self/fd"))
@@ -379,7 +381,7 @@ def test_videos_that_pyav_has_read_are_closed(made, monkeypatch):
 
 def test_two_cameras_whose_names_end_alike_have_stores_of_their_own(made):
     """Pictures lie in one table, so that their files do not tell them apart; the dataset's name may be long."""
-    source = open_dataset(str(made("images")))
+    source = open_source(str(made("images")))
     source.meta.repo_id = "+".join(["alice/so101_pick_cube_kitchen"] * 3)
     decoder = decode.Decoder(source, None)
     decoder.shape = lambda key: (3, 64, 96)

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data import open_dataset
 from data.frames import Frames
 from data.loader import Loader
+from data.opening import open_source
 from errors import UserError
 from helpers.dataset_edits import edit_json, rewrite_column
 from helpers.runs import SMALL_POLICY_ARGS, small
@@ -261,7 +261,7 @@ def test_one_joint_and_whole_numbers(tmp_path, policy):
     )
     assert result.final_loss < 100
     assert 0 < last(result.history, "val_action_error") < 10
-    compared = compare(load_policy(result.checkpoint, "cpu"), open_dataset(str(tmp_path / "data")), 0)
+    compared = compare(load_policy(result.checkpoint, "cpu"), open_source(str(tmp_path / "data")), 0)
     assert compared.predicted.shape == (9, 1)
     assert np.isfinite(compared.error).all()
 
@@ -269,7 +269,7 @@ def test_one_joint_and_whole_numbers(tmp_path, policy):
 def test_another_number_of_actions(made, tmp_path):
     settings = small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path), steps=1)
     loaded = load_policy(train(**settings).checkpoint, "cpu")
-    source = open_dataset(str(made("no_camera")))
+    source = open_source(str(made("no_camera")))
     source.meta.features["action"]["shape"] = (1,)
     with pytest.raises(UserError, match=r"no_camera has other actions: expected 3, got 1\. Pass the dataset that"):
         compare(loaded, source, 0)
@@ -360,7 +360,7 @@ def test_loss_not_finite_names_step_and_frames(made, tmp_path, monkeypatch):
     assert "not finite at step 6" in message
     assert f"last good checkpoint: {tmp_path}/checkpoint-4" in message
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
-    source = open_dataset(settings["dataset_id"])
+    source = open_source(settings["dataset_id"])
     loader = Loader(source, Frames(source), {}, 4, seed=1000).start(20)
     batch = next(loader)
     loader.close()

@@ -1,4 +1,4 @@
-"""A LeRobot dataset as batches: `open_dataset` reads and checks it, Frames gives its pixels, Loader its batches."""
+"""A LeRobot dataset as batches. The door for notebooks is `open_dataset`; training goes through the modules beside it."""
 
 from data.dataset import open_dataset
 

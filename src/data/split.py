@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from config import TrainConfig
-from data.dataset import parse_episodes
+from data.opening import parse_episodes
 from data.source import Source
 from errors import UserError
 from runtime import VALIDATE

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from checkpoints.folder import TRAINED_WEIGHTS, TrainState, read_json, read_optimizer, step_of
 from checkpoints.writer import Snapshot, write_checkpoint
 from config import FIELDS, TrainConfig
-from data import open_dataset
+from data.opening import open_source
 from data.split import split_episodes
 from errors import UserError, one_line
 from policy.factory import build_policy, load_policy_config
@@ -269,7 +269,7 @@ def held_out(dataset_id: str, revision: str | None, episodes: str | None, fracti
     """The episodes that lerobot-train's dataset.eval_split holds out: the last ones of each task, rounded up."""
     if not fraction:
         return None
-    source = open_dataset(dataset_id, None, revision, episodes)
+    source = open_source(dataset_id, None, revision, episodes)
     by_task: dict[str, list[int]] = {}
     for episode in source.episodes:
         task = source.meta.episodes["tasks"][episode][0]
@@ -403,7 +403,7 @@ def train_episodes(config: TrainConfig, state: TrainState) -> list[int] | None:
     selected = None
     if config.episodes:
         selected = ",".join(text for text in (config.episodes, config.val_episodes) if text)
-    source = open_dataset(config.dataset_id[0], config.dataset_root, config.revision, selected)
+    source = open_source(config.dataset_id[0], config.dataset_root, config.revision, selected)
     split = split_episodes(source, config, state)
     episodes = [source.episodes[i] for i in split.train]
     return episodes if len(episodes) < source.meta.total_episodes else None

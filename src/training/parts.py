@@ -9,9 +9,9 @@ import torch
 import hub
 from checkpoints.folder import verify_policy
 from config import TrainConfig
-from data import open_dataset
 from data.frames import Frames
 from data.loader import Loader
+from data.opening import open_source
 from data.source import Source
 from data.union import unite
 from errors import UserError, nearest
@@ -51,7 +51,7 @@ def build_source(config: TrainConfig) -> Source:
     sources = []
     for name in config.dataset_id:
         folder = str(Path(root) / name) if root and several else root
-        sources.append(open_dataset(name, folder, config.revision, episodes))
+        sources.append(open_source(name, folder, config.revision, episodes))
     return unite(sources)
 
 
