@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from config import TrainConfig
 from data import decode
+from data.episodes import parse_episodes
 from data.frames import Frames
 from data.loader import Loader
-from data.opening import open_source, parse_episodes
+from data.opening import open_source
 from data.union import unite
 from data.windows import epoch_order, trainable_rows, weighted_order, window_rows
 from errors import UserError
@@ -188,13 +189,13 @@ def test_an_error_while_reading_reaches_the_loop(made):
     ("text", "expected"), [("0:3,5", [0, 1, 2, 5]), ("4", [4]), (" 1 , 0:2", [0, 1]), (None, list(range(6)))]
 )
 def test_episodes(text, expected):
-    assert parse_episodes(text, 6) == expected
+    assert parse_episodes(text, range(6)) == expected
 
 
 @pytest.mark.parametrize("text", ["6", "0:7", "3:3", "a", "", "1-2", "-1"])
 def test_episodes_out_of_range_or_form(text):
     with pytest.raises(UserError, match="--episodes"):
-        parse_episodes(text, 6)
+        parse_episodes(text, range(6))
 
 
 def test_the_loops_buffer_is_not_overwritten_while_in_use(made, tmp_path):

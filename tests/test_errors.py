@@ -192,7 +192,7 @@ def test_output_dir_in_use(capsys, run, made):
 
 def test_episodes_out_of_range(capsys, made):
     line = message(capsys, dataset_id=str(made("video")), episodes="1:9")
-    assert line == "--episodes 1:9: 1:9 is out of range, the dataset has episodes 0 to 2"
+    assert line == "--episodes 1:9: 1:9 is out of range, the dataset has 3 episodes, 0:3"
 
 
 def test_unknown_policy(capsys, made):

@@ -358,7 +358,7 @@ def test_results_lie_beside_the_checkpoint_not_in_it(trained):
         (["--env", "pusht"], "environment pusht: a package is missing. Package 'gym_pusht' required for env 'pusht' not found"),
         (["--dataset_id", "DATA"], "has no observation.images.corner2, which the policy takes: got observation.images.top, "
          "observation.state. Pass the dataset that the policy was trained on"),
-        (["--dataset_id", "DATA", "--episodes", "9"], "--episodes 9: 9 is out of range, the dataset has episodes 0 to 2"),
+        (["--dataset_id", "DATA", "--episodes", "9"], "--episodes 9: 9 is out of range, the dataset has 3 episodes, 0:3"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(trained, made, tmp_path, capsys, renderer, flags, message):

@@ -170,7 +170,7 @@ def test_infer_command(run, made, capsys):
         "Pass the dataset that the policy was trained on" in capsys.readouterr().err
     )
     assert main([str(run.checkpoint), "--dataset_id", str(made("two_cameras")), "--episode", "99"]) == 2
-    assert capsys.readouterr().err == "error: --episode 99: 99 is out of range, the dataset has episodes 0 to 2\n"
+    assert capsys.readouterr().err == "error: --episode 99: 99 is out of range, the dataset has 3 episodes, 0:3\n"
     assert main([str(run.output_dir / "none"), "--dataset_id", str(made("two_cameras"))]) == 2
     assert (
         capsys.readouterr().err

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hub
 from data.checks import clock_warnings, content_problems, table_problems
+from data.episodes import parse_episodes
 from data.source import Source, episode_spans, read_columns, read_table
 from data.v2 import read_v2_metadata
 from data.videos import find_videos
@@ -49,7 +50,7 @@ def open_source(
     else:
         raise UserError(f"no dataset {dataset_id}: there is no such folder, and a Hub id is written user/name")
     set_camera_axes(meta)
-    selected = parse_episodes(episodes, meta.total_episodes, flag)
+    selected = parse_episodes(episodes, range(meta.total_episodes), flag)
     only = selected if episodes else None
 
     # The files of the selected episodes. A v2.1 dataset of the Hub was downloaded whole.
@@ -166,24 +167,3 @@ def download(dataset_id: str, dataset_root: str | None, revision: str | None, ep
 
     with opening(dataset_id):
         LeRobotDataset(dataset_id, root=dataset_root, revision=revision, episodes=episodes, video_backend="pyav")
-
-
-def parse_episodes(text: str | None, total: int, flag: str = "--episodes") -> list[int]:
-    """Episode indices of "0:40,45" (ends exclusive, as in Python), ascending and once each.
-
-    Raises:
-        UserError: not of that form, or not within the dataset's `total` episodes.
-    """
-    if text is None:
-        return list(range(total))
-    chosen = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", part)
-        if match is None:
-            raise UserError(f'{flag} {text}: expected numbers or ranges such as "0:40,45", got {part!r}')
-        first = int(match[1])
-        end = first + 1 if match[2] is None else int(match[2])
-        if end > total or first >= end:
-            raise UserError(f"{flag} {text}: {part.strip()} is out of range, the dataset has episodes 0 to {total - 1}")
-        chosen.update(range(first, end))
-    return sorted(chosen)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from config import TrainConfig
-from data.opening import parse_episodes
+from data.episodes import parse_episodes
 from data.source import Source
 from errors import UserError
 from runtime import VALIDATE
@@ -39,7 +39,7 @@ def split_episodes(source: Source, config: TrainConfig, state=None) -> Split:
     held_out: set[int] = set()
     if config.val_episodes:
         flag = f"--val_episodes {config.val_episodes}"
-        wanted = set(parse_episodes(config.val_episodes, source.meta.total_episodes, "--val_episodes"))
+        wanted = set(parse_episodes(config.val_episodes, source.episodes, "--val_episodes"))
         held_out = {i for i, episode in enumerate(source.episodes) if episode in wanted}
     elif config.val_fraction:
         flag = f"--val_fraction {config.val_fraction}"
