@@ -178,14 +178,6 @@ def test_help_is_quick_grouped_and_names_every_flag():
     assert all(len(line) <= 100 for line in shown.stdout.splitlines())
 
 
-def test_import_touches_no_argv_and_prints_nothing():
-    code = "import sys; before = list(sys.argv); from train import train; assert sys.argv == before"
-    shown = subprocess.run(
-        [sys.executable, "-c", code, "--bogus"], cwd="/", capture_output=True, text=True, check=False
-    )
-    assert (shown.returncode, shown.stdout, shown.stderr) == (0, "", "")
-
-
 def test_shipped_configs_are_valid():
     for path in (ROOT / "configs").glob("*.json"):
         config = merge({"dataset_id": "any", **read_config_file(str(path))})

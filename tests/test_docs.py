@@ -3,8 +3,8 @@
 import ast
 import importlib
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 
 import pytest
@@ -46,14 +46,23 @@ def typed_commands() -> list[str]:
     return sorted(set(commands))
 
 
+def run_script(script: str, arguments: list[str]) -> None:
+    """Run a script as its command line does, in this process, which has imported LeRobot already."""
+    if script.startswith("src/"):
+        module = importlib.import_module(script.removeprefix("src/").removesuffix(".py"))
+        module.main(arguments)
+        return
+    path = ROOT / script
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *arguments])
+        patch.setattr(sys, "path", [*sys.path, str(path.parent)])  # after src/, as bench/common.py sees to
+        runpy.run_path(str(path), run_name="__main__")
+
+
 def help_of(script: str, words: list[str], capsys) -> str:
     """What a script answers to a command line that ends in --help; its parser reads all that comes before."""
-    if not script.startswith("src/"):
-        command = [sys.executable, script, *words, "--help"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    module = importlib.import_module(script.removeprefix("src/").removesuffix(".py"))
     with pytest.raises(SystemExit) as left:
-        module.main([*words, "--help"])
+        run_script(script, [*words, "--help"])
     shown = capsys.readouterr()
     assert left.value.code == 0, shown.err
     return shown.out

@@ -12,6 +12,8 @@ from urllib.error import URLError
 import pytest
 from huggingface_hub.errors import LocalTokenNotFoundError
 
+import export
+from command_line import parse_command_line
 from errors import UserError, as_user_error
 from helpers.paths import ROOT
 from helpers.runs import small
@@ -21,7 +23,7 @@ from train import main, train
 @pytest.fixture(scope="module")
 def run(made, tmp_path_factory):
     folder = tmp_path_factory.mktemp("errors") / "run"
-    train(**small(dataset_id=str(made("video"))), output_dir=str(folder))
+    train(**small("flow", dataset_id=str(made("video"))), output_dir=str(folder))
     return folder
 
 
@@ -126,7 +128,9 @@ def test_other_camera_than_the_checkpoint(capsys, run, made):
 
 def test_other_policy_than_the_checkpoint(capsys, run):
     line = message(capsys, resume_from_checkpoint=str(run / "checkpoint-4"), policy="diffusion")
-    assert line.startswith("--policy: checkpoint-4 was trained with act, got diffusion. A resumed run keeps its policy")
+    assert line.startswith(
+        "--policy: checkpoint-4 was trained with flow, got diffusion. A resumed run keeps its policy"
+    )
 
 
 def test_corrupt_weights(capsys, damaged):
@@ -286,20 +290,17 @@ def test_bugs_stay_bugs(error):
 
 @pytest.mark.parametrize("name", ["train", "export"])
 @pytest.mark.parametrize("how", ["flag", "environment", "no"])
-def test_debug_shows_the_traceback(tmp_path, name, how):
-    words = {"train": ["--dataset_id", "nowhere"], "export": [str(tmp_path / "nowhere"), "x", "--format", "lerobot"]}[
-        name
-    ]
-    env = {name: value for name, value in os.environ.items() if name != "ARMATURE_DEBUG"}
-    if how == "environment":
-        env["ARMATURE_DEBUG"] = "1"
-    if how == "flag":
-        words.append("--debug")
-    command = [sys.executable, f"src/{name}.py", *words]
-    shown = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert shown.returncode == 2
-    assert shown.stderr.splitlines()[-1].startswith("error: ")
-    assert ("Traceback (most recent call last):" in shown.stderr) == (how != "no")
+def test_debug_shows_the_traceback(tmp_path, capsys, monkeypatch, name, how):
+    monkeypatch.setenv("ARMATURE_DEBUG", "1" if how == "environment" else "0")
+    debug = ["--debug"] if how == "flag" else []
+    if name == "train":
+        status = main(parse_command_line(["--dataset_id", "nowhere", *debug]))
+    else:
+        status = export.main([str(tmp_path / "nowhere"), "x", "--format", "lerobot", *debug])
+    assert status == 2
+    shown = capsys.readouterr().err
+    assert shown.splitlines()[-1].startswith("error: ")
+    assert ("Traceback (most recent call last):" in shown) == (how != "no")
 
 
 def test_device_that_is_not_here(capsys, made):

@@ -31,7 +31,7 @@ def whole(request, made, tmp_path_factory):
     """Settings and folder of a run that was never interrupted, with dropout, noise and augmentation; vqbet's first phase has 7 steps."""
     settings = small(
         request.param,
-        dataset_id=str(made("two_cameras" if request.param != "vqbet" else "video")),
+        dataset_id=str(made("two_cameras" if request.param == "act" else "video")),
         augment=True,
         image_size=[48, 64],
         frame_cache="on",
@@ -44,7 +44,9 @@ def whole(request, made, tmp_path_factory):
     return settings, folder
 
 
-@pytest.mark.parametrize(("stopped", "asked"), [(3, "folder"), (9, "latest"), (9, "auto")])
+@pytest.mark.parametrize(
+    ("stopped", "asked"), [(3, "folder"), (9, "latest"), pytest.param(9, "auto", marks=pytest.mark.slow)]
+)
 def test_interrupted_and_resumed(whole, tmp_path, stopped, asked):
     settings, folder = whole
     shutil.copytree(folder / f"checkpoint-{stopped}", tmp_path / f"checkpoint-{stopped}")
@@ -65,7 +67,7 @@ def test_other_log_and_save_frequencies_threads_and_cache_change_no_bit(whole, t
 
 
 def test_settings_come_from_the_checkpoint_and_more_steps_extend_the_run(made, tmp_path):
-    settings = small(dataset_id=str(made("video")))
+    settings = small(dataset_id=str(made("no_camera")))
     train(**{**settings, "steps": 6}, output_dir=str(tmp_path / "whole"))
     train(**settings, output_dir=str(tmp_path / "part"))
     train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-4"), steps=6)
@@ -179,7 +181,7 @@ def test_a_checkpoint_that_was_being_replaced_is_found_by_its_name(made, tmp_pat
 
 
 def test_changed_settings_are_told_and_a_finished_run_is_left_alone(made, tmp_path, capsys):
-    settings = small(dataset_id=str(made("video")), precision="auto")  # which the checkpoint has as what it came to
+    settings = small(dataset_id=str(made("no_camera")), precision="auto")  # which the checkpoint has as what it came to
     train(**settings, output_dir=str(tmp_path))
     before = (tmp_path / "checkpoint-4" / "manifest.json").read_bytes()
     result = train(**settings, output_dir=str(tmp_path), resume_from_checkpoint="auto")
@@ -285,7 +287,7 @@ def test_several_datasets_that_were_moved_hold_out_the_same_episodes(copy_of, tm
 
 def test_videos_that_were_encoded_anew_are_told(copy_of, tmp_path, capsys):
     root, run = copy_of("video"), tmp_path / "run"
-    train(**small(dataset_id=str(root)), output_dir=str(run))
+    train(**small("flow", dataset_id=str(root), lr_schedule="constant"), output_dir=str(run))
     train(resume_from_checkpoint="latest", output_dir=str(run), steps=5)
     assert warnings_of(capsys) == []
     video = next(root.glob("videos/**/*.mp4"))
@@ -308,7 +310,7 @@ def test_a_checkpoint_that_does_not_know_its_data_resumes_as_ever(made, tmp_path
 
 
 def test_renamed_folder_needs_resume_step(made, tmp_path):
-    settings = small(dataset_id=str(made("video")))
+    settings = small(dataset_id=str(made("no_camera")))
     train(**settings, output_dir=str(tmp_path / "run"))
     (tmp_path / "run" / "checkpoint-2").rename(tmp_path / "best")
     result = train(
@@ -320,16 +322,15 @@ def test_renamed_folder_needs_resume_step(made, tmp_path):
 
 @pytest.fixture(scope="module")
 def real(cr5, tmp_path_factory):
-    """Settings and folder of 60 steps on one episode of a real arm: 233 frames in batches of 8, so epochs end inside
-    steps 30 and 59."""
+    """Settings and folder of 36 steps on one episode of a real arm: 233 frames in batches of 8, so an epoch ends inside step 30."""
     settings = small(
         dataset_id=str(cr5),
         episodes="0",
-        image_size=[120, 160],
-        steps=60,
+        image_size=[60, 80],
+        steps=36,
         batch_size=8,
-        log_freq=10,
-        save_freq=20,
+        log_freq=6,
+        save_freq=12,
         lr=1e-4,
     )
     folder = tmp_path_factory.mktemp("real") / "run"
@@ -345,10 +346,10 @@ def test_real_arm_lowers_the_loss(real):
 @pytest.mark.parametrize(
     ("stopped", "asked"),
     [
-        (40, "latest"),
+        (24, "latest"),
         *(
             pytest.param(step, how, marks=pytest.mark.slow)
-            for step, how in ((20, "folder"), (20, "auto"), (40, "auto"))
+            for step, how in ((12, "folder"), (12, "auto"), (24, "auto"))
         ),
     ],
 )
@@ -357,7 +358,7 @@ def test_real_arm_resumes(real, tmp_path, stopped, asked):
     shutil.copytree(folder / f"checkpoint-{stopped}", tmp_path / f"checkpoint-{stopped}")
     asked = str(tmp_path / f"checkpoint-{stopped}") if asked == "folder" else asked
     train(**{**settings, "save_freq": 0}, output_dir=str(tmp_path), resume_from_checkpoint=asked)
-    assert_same_run(folder, tmp_path, 60)
+    assert_same_run(folder, tmp_path, 36)
 
 
 def test_the_newest_is_of_the_course_taken_last(made, tmp_path):
@@ -376,7 +377,7 @@ def test_the_newest_is_of_the_course_taken_last(made, tmp_path):
 
 
 def test_another_dataset_whose_camera_has_another_name(made, tmp_path):
-    first = train(**small(dataset_id=str(made("video")), output_dir=str(tmp_path / "run")))
+    first = train(**small("flow", dataset_id=str(made("video")), output_dir=str(tmp_path / "run")))
     settings = {"resume_from_checkpoint": str(first.checkpoint), "dataset_id": str(made("front")), "steps": 5}
     renamed = train(**settings, rename=["observation.images.front=observation.images.top"], quiet=True)
     policy = load_policy(renamed.checkpoint, device="cpu")
