@@ -168,7 +168,7 @@ def test_real_policies(made, tmp_path, monkeypatch, kind, pairs):
 
 def test_latency_is_measured(made, tmp_path, monkeypatch):
     checkpoint = train(
-        **small("flow", dataset_id=[str(made("video"))], steps=1), output_dir=str(tmp_path / "run")
+        **small("flow", dataset_id=[str(made("no_camera"))], steps=1), output_dir=str(tmp_path / "run")
     ).checkpoint
     policy = load_policy(checkpoint, device="cpu")
     assert 0 < policy.latency(runs=3) < 1
@@ -179,7 +179,7 @@ def test_latency_is_measured(made, tmp_path, monkeypatch):
 
 def test_in_simulation(tmp_path, capsys, renderer):
     """evaluate.py --ahead: the same episodes, on chunks that are asked for three steps before they are needed."""
-    settings = small("act", dataset_id=str(SHIPPED), steps=1, save_freq=0, image_size=[32, 32])
+    settings = small("act", dataset_id=str(SHIPPED), episodes="0", steps=1, save_freq=0, image_size=[32, 32])
     settings["policy_args"] = [*settings["policy_args"], "chunk_size=8", "n_action_steps=4"]
     checkpoint = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
     command = [

@@ -27,6 +27,11 @@ def run(request, made, tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="module")
+def policy(run):
+    return load_policy(run.checkpoint, device="cpu")
+
+
 def an_observation(seed=0):
     rng = np.random.default_rng(seed)
     return {
@@ -96,8 +101,8 @@ def test_policy_in_the_result_is_the_one_saved(run):
     assert all(torch.equal(value, saved[key]) for key, value in run.policy.state_dict().items())
 
 
-def test_reset_starts_a_new_chunk(run):
-    policy = load_policy(run.checkpoint, device="cpu")
+def test_reset_starts_a_new_chunk(policy):
+    policy.reset()
     torch.manual_seed(0)
     first = policy.act(an_observation(0))
     policy.act(an_observation(1))
@@ -106,9 +111,8 @@ def test_reset_starts_a_new_chunk(run):
     assert np.array_equal(policy.act(an_observation(0)), first)
 
 
-def test_constant_joint_comes_back_as_it_was(run):
+def test_constant_joint_comes_back_as_it_was(policy):
     """Action 2 and the last state never move in the data: normalising and undoing it keeps them to the bit."""
-    policy = load_policy(run.checkpoint, device="cpu")
     for value in (0.7, 0.70001, 3.0):
         action = torch.tensor([[0.1, -0.2, value]])
         batch = {
@@ -146,12 +150,12 @@ PICTURE = f"{TOP}: expected uint8 of shape (any, any, 3) (height, width, channel
         ),
     ],
 )
-def test_wrong_observation(run, key, value, message):
+def test_wrong_observation(policy, key, value, message):
     observation = {**an_observation(), key: value}
     if value is None:
         del observation[key]
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        load_policy(run.checkpoint, device="cpu").act(observation)
+        policy.act(observation)
     assert message in str(caught.value)
 
 

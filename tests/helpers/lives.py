@@ -7,6 +7,7 @@
 After every life, each checkpoint-* folder must be complete. The last life is not killed. Prints one JSON line for each life.
 """
 
+import gc
 import json
 import os
 import random
@@ -105,6 +106,8 @@ def killed_at_random(settings: dict, number: int, seed: int) -> None:
 
 def main(path: str, how: str, *args: str) -> None:
     import train  # noqa: F401  imported once, for every life
+
+    gc.freeze()  # no collection in a forked process goes over what the import made
 
     settings = json.loads(Path(path).read_text())
     if how == "operation":

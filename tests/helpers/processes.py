@@ -6,6 +6,7 @@ SLOW_DISK, seconds that each flush takes the main one, and BREAK_RANK_1, an erro
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -78,6 +79,8 @@ def stop(pids: list[int]) -> None:
 
 def main() -> None:
     import train  # noqa: F401  once, for every run
+
+    gc.freeze()  # no collection in a forked process goes over what the import made
 
     for line in sys.stdin:
         job = json.loads(line)
