@@ -209,6 +209,11 @@ def in_notebook() -> bool:
     return {"ipykernel", "IPython"} <= set(sys.modules) and sys.modules["IPython"].get_ipython() is not None
 
 
+def progress_interval() -> float:
+    """Seconds between updates of a progress bar: a log file keeps each of them."""
+    return 1 if sys.stderr.isatty() or in_notebook() else 30
+
+
 def describe_machine(device: torch.device) -> dict:
     """Names and versions that the speed and the bits of a run depend on."""
     name = platform.processor() or platform.machine()

@@ -5,7 +5,6 @@ n frames, C channels, H and W as recorded, h and w at training size.
 
 import contextlib
 import functools
-import io
 import threading
 from pathlib import Path
 
@@ -13,7 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.frame_times import FrameTimes
+from data.pictures import decode_picture
 from data.source import Source
+from data.videos import Videos
 from errors import UserError, one_line
 
 LIBRARIES = ("torchcodec", "pyav")  # they may round a pixel differently
@@ -34,18 +36,29 @@ def load_torchcodec() -> tuple[type | None, str | None]:
 
 
 class TorchcodecReader:
-    """One open video, read by frame number as LeRobot does: approximate seeking, at the stream's average rate."""
+    """One open video, read by frame number."""
 
-    def __init__(self, decoder):
+    def __init__(self, decoder, times: FrameTimes):
         self.decoder = decoder
+        self.times = times
 
     def read(self, numbers: list[int]) -> Tensor:
-        """(n, C, H, W) uint8 frames of ascending numbers."""
+        """(n, C, H, W) uint8 frames of ascending numbers.
+
+        Raises:
+            ValueError: torchcodec gives a frame of another time.
+        """
         first = numbers[0]
         last = numbers[-1]
         if last - first == len(numbers) - 1:  # without a gap: one seek
-            return self.decoder.get_frames_in_range(first, last + 1).data
-        return self.decoder.get_frames_at(indices=numbers).data
+            batch = self.decoder.get_frames_in_range(first, last + 1)
+        else:
+            batch = self.decoder.get_frames_at(indices=numbers)
+        seconds = self.times.seconds[numbers]
+        error = np.abs(batch.pts_seconds.numpy() - seconds)
+        if (error > float(self.times.time_base) / 2).any():
+            raise ValueError(f"asked for the frame at {seconds[error.argmax()]:.4f} s, torchcodec gave another one")
+        return batch.data
 
     def close(self) -> None:
         self.decoder = None
@@ -54,44 +67,66 @@ class TorchcodecReader:
 class PyavReader:
     """One open video, read by frame number: seek to the key frame before it and decode from there."""
 
-    def __init__(self, container):
+    def __init__(self, container, times: FrameTimes):
         self.container = container
-        self.stream = container.streams.video[0]
-        self.rate = self.stream.average_rate
+        self.times = times
+        self.stream = container.streams.best("video")
         self.frames = iter(())  # the decoder's output since the last seek
         self.frame = None  # the newest of them
-        self.number = None  # and its frame number
 
     def read(self, numbers: list[int]) -> Tensor:
-        """(n, C, H, W) uint8 frames of ascending numbers."""
+        """(n, C, H, W) uint8 frames of ascending numbers, turned as the file's rotation flag says.
+
+        Raises:
+            ValueError: a frame that the file lists is not among those that it decodes to.
+        """
         pixels = []
         for number in numbers:
-            if self.number is None or not 0 <= number - self.number <= NEAR:
-                self._seek(number)
-            while self.number is None or self.number < number:
-                self.frame = next(self.frames)
-                self.number = round(self.frame.pts * self.stream.time_base * self.rate)
+            self._go_to(number)
             pixels.append(torch.from_numpy(self.frame.to_ndarray(format="rgb24")))  # (H, W, C), LeRobot's conversion
-        return torch.stack(pixels).permute(0, 3, 1, 2)  # (n, C, H, W)
+        frames = torch.stack(pixels).permute(0, 3, 1, 2)  # (n, C, H, W)
+        if self.times.rotation:
+            frames = frames.rot90(self.times.rotation // 90, dims=(2, 3))
+        return frames
 
-    def _seek(self, number: int) -> None:
-        offset = round(number / self.rate / self.stream.time_base)
-        self.container.seek(offset, stream=self.stream, backward=True)
-        self.frames = self.container.decode(self.stream)
-        self.number = None
+    def _go_to(self, number: int) -> None:
+        """Make `frame` the one of this number."""
+        wanted = int(self.times.pts[number])
+        if self.frame is not None:
+            ahead = number - int(np.searchsorted(self.times.pts, self.frame.pts))
+            if 0 <= ahead <= NEAR and self._decode_until(wanted):
+                return
+        for start in self.times.starts(number):
+            self.container.seek(start, stream=self.stream, backward=True)
+            self.frames = self.container.decode(self.stream)
+            self.frame = None
+            if self._decode_until(wanted):
+                return
+        raise ValueError(f"the frame at {self.times.seconds[number]:.4f} s does not decode")
+
+    def _decode_until(self, pts: int) -> bool:
+        """Decode up to the frame that is shown at `pts`. False if the decoder is past it, or has no more frames."""
+        while self.frame is None or self.frame.pts is None or self.frame.pts < pts:
+            frame = next(self.frames, None)
+            if frame is None:
+                return False
+            self.frame = frame
+        return self.frame.pts == pts
 
     def close(self) -> None:
         # The container and its streams refer to each other: unclosed, it keeps its file open until a garbage collection.
         self.container.close()
 
 
-def open_reader(path: Path, video_decoder: type | None) -> TorchcodecReader | PyavReader:
-    """Open a video with torchcodec's VideoDecoder, or with PyAV if it is None."""
-    if video_decoder is not None:
-        return TorchcodecReader(video_decoder(str(path), seek_mode="approximate", num_ffmpeg_threads=1))
+def open_reader(path: Path, times: FrameTimes, video_decoder: type | None) -> TorchcodecReader | PyavReader:
+    """Open a video with torchcodec's VideoDecoder, or with PyAV if it is None or does not read this file right."""
+    # Some versions of torchcodec apply a rotation flag, others ignore it.
+    if video_decoder is not None and times.suits_torchcodec and not times.rotation:
+        decoder = video_decoder(str(path), custom_frame_mappings=times.mappings(), num_ffmpeg_threads=1)
+        return TorchcodecReader(decoder, times)
     import av
 
-    return PyavReader(av.open(str(path)))
+    return PyavReader(av.open(str(path)), times)
 
 
 class Decoder:
@@ -118,58 +153,62 @@ class Decoder:
         """Which of LIBRARIES decodes video here."""
         return "torchcodec" if self.torchcodec[0] else "pyav"
 
-    def recorded_shape(self, key: str) -> tuple[int, int, int]:
-        """(C, H, W) of a camera by info.json."""
-        height, width, channels = self.source.meta.features[key]["shape"]
-        return channels, height, width
-
     def shape(self, key: str) -> tuple[int, int, int]:
         """(C, h, w) of a camera."""
-        channels, *recorded_size = self.recorded_shape(key)
-        return channels, *(self.image_size or recorded_size)
+        height, width, channels = self.source.meta.features[key]["shape"]
+        if self.image_size is not None:
+            height, width = self.image_size
+        return channels, height, width
 
     def jobs(self, key: str, rows: Tensor, num_threads: int) -> list[Tensor]:
-        """Split (n,) ascending rows into what one thread reads at a time: rows of one file, at most CHUNK."""
-        files = torch.zeros_like(rows)
+        """Split (n,) ascending rows into what one thread reads at a time: of one file or dataset, at most CHUNK rows."""
         if key in self.source.videos:
-            files, _ = self.source.locate(key, rows)
+            groups, _ = self.source.locate(key, rows)
+        else:
+            groups = self.source.dataset_of(rows)
         jobs = []
-        for file in torch.unique(files).tolist():
-            rows_of_file = rows[files == file]
-            for rows_of_thread in rows_of_file.tensor_split(min(num_threads, len(rows_of_file))):
+        for group in torch.unique(groups).tolist():
+            rows_of_group = rows[groups == group]
+            for rows_of_thread in rows_of_group.tensor_split(min(num_threads, len(rows_of_group))):
                 jobs += rows_of_thread.split(CHUNK)
         return jobs
 
     def read(self, key: str, rows: Tensor) -> Tensor:
-        """(n, C, h, w) uint8 frames at (n,) rows of one file, ascending; not contiguous.
+        """(n, C, h, w) uint8 frames at (n,) rows of one file or dataset, ascending; not contiguous.
 
         Raises:
-            UserError: a frame cannot be decoded, or is a picture of another size than info.json says.
+            UserError: a frame cannot be decoded, or does not have the size that info.json says.
         """
         if key in self.source.images:
             frames = torch.stack([self._read_picture(key, row) for row in rows.tolist()])
         else:
             files, numbers = self.source.locate(key, rows)
             assert (files == files[0]).all()
-            frames = self._read_video(self.source.videos[key].files[int(files[0])], numbers.tolist())
+            frames = self._read_video(self.source.videos[key], int(files[0]), numbers.tolist())
         return resize(frames, self.image_size)
 
-    def _read_video(self, path: Path, numbers: list[int]) -> Tensor:
+    def _read_video(self, videos: Videos, file: int, numbers: list[int]) -> Tensor:
+        path = videos.files[file]
+        times = videos.times[file]
+        name = f"{path}: frames {numbers[0]} to {numbers[-1]}"
         try:
-            with self._reader(path) as reader:
-                return reader.read(numbers)
-        except (RuntimeError, OSError, ValueError, IndexError, StopIteration) as error:  # FFmpeg's, by either library
-            message = f"{path}: frames {numbers[0]} to {numbers[-1]} cannot be decoded: {one_line(error)[:200]}"
-            raise UserError(message) from error
+            with self._reader(path, times) as reader:
+                frames = reader.read(numbers)
+        except (RuntimeError, OSError, ValueError, IndexError) as error:  # FFmpeg's, by either library
+            raise UserError(f"{name} cannot be decoded: {one_line(error)[:200]}") from error
+        expected = (len(numbers), 3, times.height, times.width)
+        if frames.shape != expected:  # a video may change its size on the way
+            raise UserError(f"{name} decode to another size: expected {expected}, got {tuple(frames.shape)}")
+        return frames
 
     @contextlib.contextmanager
-    def _reader(self, path: Path):
+    def _reader(self, path: Path, times: FrameTimes):
         """Lend an open reader of a file to one thread. A reader that failed is not used again."""
         with self.lock:
             idle = next((entry for entry in reversed(self.idle) if entry[0] == path), None)
             if idle is not None:
                 self.idle.remove(idle)
-        reader = idle[1] if idle is not None else open_reader(path, self.torchcodec[0])
+        reader = idle[1] if idle is not None else open_reader(path, times, self.torchcodec[0])
         try:
             yield reader
         except BaseException:
@@ -189,17 +228,14 @@ class Decoder:
 
     def _read_picture(self, key: str, row: int) -> Tensor:
         """(C, H, W) uint8 picture of an `image` feature."""
-        from PIL import Image
-
-        stored = self.source.images[key][row].as_py()
-        file = io.BytesIO(stored["bytes"]) if stored["bytes"] else self.source.meta.root / stored["path"]
         try:
-            with Image.open(file) as image:
-                pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            picture = decode_picture(self.source.images[key], self.source.meta.root, row)  # (H, W, C)
+            pixels = torch.from_numpy(picture).permute(2, 0, 1)
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{key}: the picture of row {row} cannot be read: {one_line(error)}") from error
-        if pixels.shape != self.recorded_shape(key):
-            expected = "{1}x{2}x{0}".format(*self.recorded_shape(key))
+        recorded_shape = (3, *self.source.recorded_size(key, row))
+        if pixels.shape != recorded_shape:
+            expected = "{1}x{2}x{0}".format(*recorded_shape)
             got = "{1}x{2}x{0}".format(*pixels.shape)
             raise UserError(
                 f"{key}: the picture of row {row} does not have the size in info.json: expected {expected}, got {got} as "

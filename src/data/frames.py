@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from data.decode import CHUNK, LIBRARIES, Decoder
+from data.frame_times import file_identity
 from data.source import Source
 from errors import UserError, one_line
-from runtime import in_notebook, is_out_of_memory, to_device, user_cache_dir
+from runtime import is_out_of_memory, progress_interval, to_device, user_cache_dir
 
-LAYOUT = 1  # part of the hash: a file with another layout is another store
+LAYOUT = 2  # part of the hash. Stores of layout 1 may hold wrong frames: theirs were found by the video's rate
 SPARE = 2 * 2**30  # bytes that `auto` leaves free on the disk, or a tenth of the disk if that is more
 
 
@@ -260,8 +261,13 @@ class FrameStore:
         done = set(journal.read_text().split()) if journal.exists() else set()
 
         lengths = (source.ends - source.starts).tolist()
-        seconds = 1 if sys.stderr.isatty() or in_notebook() else 30  # between updates; a log file keeps each of them
-        bar = tqdm(desc=f"decoding {self.key}", total=source.rows, unit="frame", disable=quiet, mininterval=seconds)
+        bar = tqdm(
+            desc=f"decoding {self.key}",
+            total=source.rows,
+            unit="frame",
+            disable=quiet,
+            mininterval=progress_interval(),
+        )
         bar.update(sum(lengths[int(episode)] for episode in done))
         with bar, open(journal, "a") as log, ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
             jobs = {}
@@ -298,19 +304,17 @@ def store_name(decoder: Decoder, key: str, library: str) -> str:
     """Name of a camera's store whose video `library` decodes, with a hash of all that decides the content."""
     source = decoder.source
     spans = [source.episodes, source.starts.tolist(), source.ends.tolist()]
+    facts = [LAYOUT, decoder.shape(key), *spans]
     if key in source.videos:
         videos = source.videos[key]
-        files = videos.files
-        facts = [LAYOUT, library, decoder.shape(key), *spans, videos.file_index.tolist(), videos.first_frame.tolist()]
+        facts += [library, videos.file_index.tolist(), videos.first_frame.tolist()]
+        facts += [file_identity(path) for path in videos.files]
     else:
-        files = source.tables
-        pictures = f"pillow, {key}, sizes checked"  # stores from before sizes were checked may hold garbage
-        facts = [LAYOUT, pictures, decoder.shape(key), *spans]
-    for path in files:
-        stat = path.stat()
-        facts.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+        facts += [f"pillow, {key}"]
+        facts += [file_identity(path) for path in [*source.tables, *source.picture_files(key)]]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return f"{source.meta.repo_id.replace('/', '--')[:50]}-{key.split('.')[-1][:30]}-{digest[:16]}"
+    readable = f"{source.meta.repo_id[:50]}-{key.split('.')[-1][:30]}".replace("/", "--")
+    return f"{readable}-{digest[:16]}"
 
 
 def has_room(stores: list[FrameStore], folder: Path, mode: str, say) -> bool:

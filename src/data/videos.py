@@ -3,11 +3,14 @@
 E selected episodes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from data.files import video_paths
+from data.frame_times import FrameTimes
 
 
 @dataclass
@@ -19,12 +22,14 @@ class Videos:
         rows_per_file: how many rows of the dataset each file holds, selected or not.
         file_index: (E,) position in `files` of each selected episode's video.
         first_frame: (E,) number of each selected episode's first frame in that video.
+        times: when the frames of each of `files` are shown, or why it cannot be read; empty until they are read.
     """
 
     files: list[Path]
     rows_per_file: list[int]
     file_index: Tensor
     first_frame: Tensor
+    times: list[FrameTimes | str] = field(default_factory=list)
 
 
 def find_videos(meta, key: str, episodes: list[int]) -> Videos:
@@ -34,10 +39,11 @@ def find_videos(meta, key: str, episodes: list[int]) -> Videos:
     """
     names = [f"videos/{key}/{name}" for name in ("from_timestamp", "chunk_index", "file_index")]
     described = [meta.episodes[name] for name in (*names, "episode_index", "length")]
+    path_of = video_paths(meta, key)
     rows: dict[Path, int] = {}  # of each file, counted so far
     positions: dict[int, tuple[Path, int]] = {}  # each episode's file and first frame
-    for _, chunk, file, episode, length in sorted(zip(*described, strict=True)):
-        path = meta.root / meta.video_path.format(video_key=key, chunk_index=chunk, file_index=file)
+    for _, _, _, episode, length in sorted(zip(*described, strict=True)):
+        path = path_of[episode]
         first_frame = rows.get(path, 0)
         positions[episode] = (path, first_frame)
         rows[path] = first_frame + length

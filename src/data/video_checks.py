@@ -1,0 +1,94 @@
+"""What is wrong with a dataset's videos, and what is doubtful: by each file's own list of frame times."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from data.frame_times import FrameTimes
+from data.source import Source
+from data.videos import Videos
+
+MAX_RATE_ERROR = 0.25  # of fps, for the typical time between a video's frames: clocks jitter, frames are dropped
+MAX_CLOCK_ERROR = 1e-3  # seconds by which a video's clock may differ from the table's without a warning
+
+
+def video_faults(source: Source) -> dict[str, dict[Path, str]]:
+    """{camera: {file: what is wrong with it}}, of videos that are not there, not whole, or do not fit the table and info.json."""
+    faults = {}
+    for key, videos in source.videos.items():
+        problems = {path: video_problem(source, key, file) for file, path in enumerate(videos.files)}
+        faults[key] = {path: problem for path, problem in problems.items() if problem is not None}
+    return faults
+
+
+def video_problem(source: Source, key: str, file: int) -> str | None:
+    """What is wrong with one video file of a camera; None if nothing is."""
+    videos = source.videos[key]
+    times = videos.times[file]
+    rows = videos.rows_per_file[file]
+    height, width, _ = source.meta.features[key]["shape"]
+    fps = source.meta.fps
+    if isinstance(times, str):
+        return times
+    frames = len(times.pts)
+    if frames < rows and times.unreadable:
+        return f"is cut short: {frames} of its {frames + times.unreadable} frames can be read, its episodes have {rows} rows"
+    if frames != rows:
+        return f"has {frames} frames, but its episodes have {rows} rows"
+    if (times.height, times.width) != (height, width):
+        turned = f", turned by {times.rotation} degrees by its rotation flag" if times.rotation else ""
+        return (
+            f"is shown at {times.height}x{times.width}{turned}, but info.json says {height}x{width}: correct info.json"
+        )
+    if frames > 1:
+        rate = 1 / float(np.median(np.diff(times.seconds)))
+        if abs(rate - fps) > MAX_RATE_ERROR * fps:
+            return f"runs at {rate:.4g} fps, but info.json says {fps}"
+    return None
+
+
+def video_warnings(source: Source) -> list[str]:
+    """Rotation flags, and how far each camera's clock is off the table's; both do no harm."""
+    warnings = []
+    for key, videos in source.videos.items():
+        rotations = Counter(times.rotation for times in videos.times if times.rotation)
+        for rotation, files in rotations.items():
+            warnings.append(
+                f"{key}: {files} videos have a rotation flag, their frames are turned by {rotation} degrees"
+            )
+        warnings += clock_warnings_of(source, key, videos)
+    return warnings
+
+
+def clock_warnings_of(source: Source, key: str, videos: Videos) -> list[str]:
+    """A line where a camera's frames are not shown at the table's timestamps, both counted from an episode's first frame."""
+    largest = 0.0
+    frames = 0
+    first = ""
+    for position, episode in enumerate(source.episodes):
+        error = clock_error(source, videos, position)  # (n,) seconds
+        doubtful = np.flatnonzero(error > MAX_CLOCK_ERROR)
+        largest = max(largest, float(error.max()))
+        frames += len(doubtful)
+        if len(doubtful) and not first:
+            first = f"episode {episode} frame {doubtful[0]}"
+    if not first:
+        return []
+    return [
+        f"{key}: the clock of its videos is up to {largest:.3g} s off the table's timestamps in {frames} of {source.rows} "
+        f"frames, first in {first}: frames are read in their order, not by time"
+    ]
+
+
+def clock_error(source: Source, videos: Videos, position: int) -> np.ndarray:
+    """(n,) seconds between the file's and the table's time of each frame of an episode, given by its position."""
+    start = int(source.starts[position])
+    end = int(source.ends[position])
+    first_frame = int(videos.first_frame[position])
+    times: FrameTimes = videos.times[int(videos.file_index[position])]
+    in_video = times.seconds[first_frame : first_frame + end - start]
+    in_table = np.arange(end - start) / source.meta.fps
+    if "timestamp" in source.columns:
+        in_table = source.columns["timestamp"][start:end].double().numpy()
+    return np.abs((in_video - in_video[0]) - (in_table - in_table[0]))
