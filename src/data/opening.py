@@ -1,18 +1,38 @@
 """Open a LeRobot dataset from a folder or the Hub, and check it."""
 
-import json
+import glob
 import re
+import shlex
 from pathlib import Path
 
 import hub
-from data.checks import clock_warnings, content_problems, table_problems
-from data.episodes import parse_episodes
-from data.source import Source, episode_spans, read_columns, read_table
-from data.v2 import read_v2_metadata
+from data.checks import content_problems, content_warnings, info_problems, table_problems
+from data.episodes import counted, parse_episodes, ranges
+from data.files import data_paths, episodes_by_file, examples, file_lines, is_v2, read_json, stray_files, video_paths
+from data.frame_times import frame_times_of
+from data.names import joint_names
+from data.observations import choose_observations, observation_names
+from data.pictures import read_pictures
+from data.source import Source, read_columns
+from data.statistics import complete_statistics, statistics_problems, statistics_warnings
+from data.tables import read_tables
+from data.tasks import complete_task_index, set_tasks
+from data.v2 import fill_v2_metadata
+from data.v3 import fill_v3_metadata
+from data.video_checks import video_faults, video_warnings
 from data.videos import find_videos
-from errors import UserError, as_user_error, one_line
+from errors import UserError, as_user_error
 
 REQUIRED = ("codebase_version", "fps", "features")  # in meta/info.json
+VERSIONS = ("v3.0", "v2.1", "v2.0")  # of the format, the best first
+# What other kinds of datasets have in their folder.
+FOREIGN = {
+    "HDF5": ("*.hdf5", "*.h5", "*/*.hdf5", "*/*.h5"),
+    "RLDS": ("*.tfrecord*", "*/*.tfrecord*", "*/*/*.tfrecord*"),
+    "Zarr": (".zgroup", "*.zarr", "*.zarr.zip", "*/.zgroup"),
+    "rosbag": ("*.bag", "*.mcap", "*.db3", "*/*.bag", "*/*.mcap", "*/*.db3"),
+    "LeRobot v1": ("meta_data/info.json",),
+}
 
 
 def open_source(
@@ -23,124 +43,320 @@ def open_source(
     observations: list[str] | None = None,
     cache_dir: str | None = None,
     flag: str = "--episodes",
+    quiet: bool = False,
+    val_episodes: str | None = None,
 ) -> Source:
     """Open a folder or a Hub dataset (downloaded first) and check it.
 
     Args:
-        dataset_id: a folder, or a Hub id; LeRobot v3.0 or v2.1.
+        dataset_id: a folder, or a Hub id; LeRobot v3.0, v2.1 or v2.0.
         dataset_root: folder that a Hub dataset is downloaded into.
         revision: branch, tag or commit of a Hub dataset.
         episodes: which episodes, such as "0:40,45"; None for all.
         observations: names or patterns of the cameras and states to read; None for all.
         cache_dir: where the times of the videos' frames are remembered; None for the user's cache.
         flag: the flag that `episodes` comes from, for messages.
+        quiet: no progress bar.
+        val_episodes: more episodes to open, by the flag --val_episodes.
 
     Returns:
         The open dataset. `Source.problems` lists what is wrong with it, and `Source.require` raises if anything is.
 
     Raises:
-        UserError: there is no such dataset, it is in another format, or an episode is out of range.
+        UserError: there is no such dataset, it is in another format, or an episode is not there.
     """
     # The metadata: features, fps, tasks, and which episodes there are.
-    folder = Path(dataset_id).expanduser()
-    if folder.is_dir():
-        meta = open_folder(dataset_id, folder)
-    elif re.fullmatch(hub.HUB_ID, dataset_id):
-        meta = open_hub(dataset_id, dataset_root, revision)
-    else:
-        raise UserError(f"no dataset {dataset_id}: there is no such folder, and a Hub id is written user/name")
-    set_camera_axes(meta)
-    selected = parse_episodes(episodes, range(meta.total_episodes), flag)
-    only = selected if episodes else None
+    meta = open_metadata(dataset_id, dataset_root, revision)
+    left_out = []
+    if observations is not None:
+        left_out = choose_observations(meta, observations)
+    lengths = episode_lengths(meta)
+    selected = parse_episodes(episodes, lengths, flag)
+    if val_episodes:
+        selected = sorted({*selected, *parse_episodes(val_episodes, lengths, "--val_episodes")})
 
-    # The files of the selected episodes. A v2.1 dataset of the Hub was downloaded whole.
-    if not folder.is_dir() and meta.revision != "v2.1":
-        download(dataset_id, dataset_root, revision, only)
+    # The files of the selected episodes.
+    if not Path(dataset_id).expanduser().is_dir():
+        download(meta, dataset_id, dataset_root, revision, selected)
 
-    # The table, one row a frame.
-    tables = sorted((meta.root / "data").glob("*/*.parquet"))
-    table, problems = read_table(tables, meta.root, only)
-    found, starts, ends = episode_spans(table)
-    problems += table_problems(meta, table, selected, found)
-    source = Source(dataset_id, meta, found, starts, ends, tables, problems=problems)
+    # The table, one row a frame, of the episodes that are whole.
+    problems = set_tasks(meta)
+    table = read_tables(meta, selected, lengths)
+    source = Source(dataset_id, meta, table.episodes, table.starts, table.ends, table.files, left_out=left_out)
+    source.warnings = episode_warnings(meta) + table.warnings
+    source.problems = problems + table.problems
+    if not table.episodes:
+        return source
+    rows = complete_task_index(meta, table.rows)
+    problems += table_problems(meta, rows)
     if problems:  # the stages below rely on what was checked
+        source.problems = problems + table.problems
         return source
 
     # Columns in memory, and where the pixels are: pictures in the table, frames in videos.
-    source.columns = read_columns(meta, table)
-    source.images = {key: table[key] for key in meta.image_keys}
-    source.videos = {key: find_videos(meta, key, found) for key in meta.video_keys}
+    source.columns = read_columns(meta, rows)
+    source.images = {key: read_pictures(rows[key]) for key in meta.image_keys}
+    for key in meta.video_keys:
+        videos = find_videos(meta, key, source.episodes)
+        videos.times = frame_times_of(videos.files, meta.root, key, cache_dir, quiet)
+        source.videos[key] = videos
 
-    source.problems = content_problems(source)
-    source.warnings = clock_warnings(source)
+    problems = content_problems(source) + statistics_problems(source)
+    if not problems:
+        source.warnings += complete_statistics(source)
+    faults = video_faults(source)
+    lines = table.problems + video_lines(source, faults)
+    source.problems = problems + lines
+    if lines and not problems:
+        flags = {flag: episodes}
+        if val_episodes:
+            flags["--val_episodes"] = val_episodes
+        source.remedy = remedy_of(flags, lengths, whole_episodes(source, faults))
+    if not source.problems:
+        source.warnings += content_warnings(source) + statistics_warnings(source) + video_warnings(source)
     return source
 
 
-def open_folder(dataset_id: str, folder: Path):
-    """Read the metadata of a folder, v3.0 or v2.1."""
+def open_metadata(dataset_id: str, dataset_root: str | None = None, revision: str | None = None):
+    """LeRobot's metadata of a dataset, with cameras' shapes and axes as LeRobot's decoders give them.
+
+    Raises:
+        UserError: there is no such dataset, or it is in another format.
+    """
+    folder = Path(dataset_id).expanduser()
+    if folder.is_dir():
+        meta = read_metadata(dataset_id, folder, folder.resolve().name)
+    elif re.fullmatch(hub.HUB_ID, dataset_id) and not folder.exists():
+        meta = open_hub(dataset_id, dataset_root, revision)
+    elif folder.exists():
+        raise UserError(f"dataset {dataset_id} is a file: expected the folder of a LeRobot dataset, or a Hub id")
+    else:
+        raise UserError(f"no dataset {dataset_id}: there is no such folder, and a Hub id is written user/name")
+    set_camera_axes(meta)
+    for key, feature in meta.features.items():
+        if key not in meta.camera_keys:
+            feature["names"] = joint_names(feature)  # LeRobot's policies take them for a flat list
+    return meta
+
+
+def read_metadata(dataset_id: str, folder: Path, repo_id: str):
+    """LeRobot's metadata of a folder in any of VERSIONS.
+
+    Raises:
+        UserError: it is no LeRobot dataset, is in another format, or a file of the metadata is damaged.
+    """
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
-    path = folder / "meta" / "info.json"
-    if not path.is_file():
-        raise UserError(f"{dataset_id} is a folder without meta/info.json: not a LeRobot dataset")
-    name = folder.resolve().name
+    if not (folder / "meta" / "info.json").exists():
+        raise UserError(not_a_dataset(dataset_id, folder))
+    info = read_info(folder / "meta" / "info.json")
+    meta = LeRobotDatasetMetadata.__new__(LeRobotDatasetMetadata)  # its constructor reads whole v3.0 folders only
+    meta.repo_id = repo_id
+    meta.repo_type = "dataset"
+    meta.root = folder
+    meta.revision = info["codebase_version"]
     with opening(dataset_id):
-        info = read_info(path)
-        version = info["codebase_version"]
-        if version == "v2.1":
-            return read_v2_metadata(folder, name, info)
-        if version != "v3.0":
-            raise UserError(
-                f"dataset {dataset_id} is in LeRobot's format {version}, expected v3.0 or v2.1: convert it with LeRobot"
-            )
-        for file in ("tasks.parquet", "episodes/*/*.parquet"):
-            if not any((folder / "meta").glob(file)):  # LeRobot would look for it on the Hub
-                raise UserError(f"dataset {dataset_id} has no meta/{file}: copy or download the whole of it again")
-        return LeRobotDatasetMetadata(name, root=folder)
+        if info["codebase_version"] == "v3.0":
+            fill_v3_metadata(meta, info)
+        else:
+            fill_v2_metadata(meta, info)
+    if meta.episodes is None:
+        raise UserError(f"dataset {dataset_id} has no episodes: its metadata describes none")
+    return meta
 
 
 def read_info(path: Path) -> dict:
-    """The content of meta/info.json.
+    """The fields of meta/info.json that LeRobot knows.
 
     Raises:
-        UserError: it is not JSON, or lacks what every dataset has.
+        UserError: it is damaged, lacks what every dataset has, or is in a format that is not read.
     """
-    try:
-        info = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {one_line(error)}") from error
-    missing = [name for name in REQUIRED if name not in info]
+    from dataclasses import fields
+
+    from lerobot.datasets.utils import DatasetInfo
+
+    info = read_json(path)
+    missing = [name for name in REQUIRED if info.get(name) is None]
     if missing:
         raise UserError(f"{path} has no {', '.join(missing)}. Copy or download the dataset again")
-    return info
+    version = info["codebase_version"]
+    if version not in VERSIONS:
+        raise UserError(
+            f"{path}: expected codebase_version {', '.join(VERSIONS[:-1])} or {VERSIONS[-1]}, got {version!r}. "
+            "Use a copy of the dataset in one of these formats"
+        )
+    if info.get("storage_format", "parquet") != "parquet":
+        raise UserError(
+            f"{path}: expected storage_format parquet or none, got {info['storage_format']!r}, which is not read. "
+            "Use a copy of the dataset that is stored as Parquet"
+        )
+    chunks_size = info.get("chunks_size", 1)
+    if not isinstance(chunks_size, int) or chunks_size < 1:
+        raise UserError(f"{path}: expected chunks_size of 1 or more, got {chunks_size!r}. Correct it")
+    problems = info_problems(info)
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}")
+    known = {field.name for field in fields(DatasetInfo)}  # others would be warned of
+    return {name: value for name, value in info.items() if name in known and value is not None}
+
+
+def not_a_dataset(dataset_id: str, folder: Path) -> str:
+    """What a folder without meta/info.json is, as far as its files say."""
+    inside = sorted(path.parent.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/meta/info.json"))
+    if inside:
+        names = ", ".join(str(path) for path in inside[:5]) + (", ..." if len(inside) > 5 else "")
+        return f"{dataset_id} is a folder of {len(inside)} LeRobot datasets, not one itself: pass {names}"
+    if (folder.parent / "meta" / "info.json").exists():
+        return f"{dataset_id} is a part of a LeRobot dataset: pass {folder.parent}"
+    for kind, patterns in FOREIGN.items():
+        files = [path for pattern in patterns for path in folder.glob(pattern)]
+        if files:
+            return (
+                f"{dataset_id} is not a LeRobot dataset: expected meta/info.json, got {kind} data such as "
+                f"{files[0].relative_to(folder)}. Convert it to LeRobot's format first"
+            )
+    return f"{dataset_id} is not a LeRobot dataset: it has no meta/info.json. Pass the folder that holds meta, data and videos"
+
+
+def episode_lengths(meta) -> dict[int, int]:
+    """{episode: number of rows} of the described episodes that have any."""
+    described = zip(meta.episodes["episode_index"], meta.episodes["length"], strict=True)
+    return {episode: length for episode, length in described if length > 0}
+
+
+def episode_warnings(meta) -> list[str]:
+    """What the metadata counts otherwise than it describes, episodes without rows, and files that are left over."""
+    warnings = []
+    count = len(meta.episodes)
+    if meta.info.total_episodes != count:
+        warnings.append(
+            f"info.json counts {meta.info.total_episodes} episodes, its metadata describes {count}: these are read"
+        )
+    empty = set(meta.episodes["episode_index"]) - set(episode_lengths(meta))
+    if empty:
+        warnings.append(f"left out, since their length is 0: {counted(empty)}")
+    if is_v2(meta):
+        stray = stray_files(meta)
+        if stray:
+            warnings.append(f"not read, since they belong to no episode: {examples(meta.root, stray)}")
+    return warnings
+
+
+def video_lines(source: Source, faults: dict[str, dict[Path, str]]) -> list[str]:
+    """What is wrong with videos, and which episodes they hold."""
+    meta = source.meta
+    holds = {key: episodes_by_file(video_paths(meta, key)) for key in faults}
+    absent = [key for key in faults if not any(path.is_file() for path in holds[key])]
+    lines = []
+    for key, of_camera in faults.items():
+        if key in absent:
+            path = next(iter(holds[key])).relative_to(meta.root)
+            lines.append(f"camera {key} has no videos: expected files such as {path}{leave_out(meta, absent)}")
+        else:
+            lines += file_lines(meta.root, of_camera, holds[key])
+    return lines
+
+
+def leave_out(meta, cameras: list[str]) -> str:
+    """How to train without some cameras; empty if nothing else is observed."""
+    others = [name for name in observation_names(meta) if name not in cameras]
+    return f". Copy them, or train without: --observations {shlex.join(others)}" if others else ""
+
+
+def whole_episodes(source: Source, faults: dict[str, dict[Path, str]]) -> set[int]:
+    """The opened episodes whose videos are all right too."""
+    broken: set[int] = set()
+    for key, of_camera in faults.items():
+        paths = video_paths(source.meta, key)
+        broken |= {episode for episode in source.episodes if paths[episode] in of_camera}
+    return set(source.episodes) - broken
+
+
+def remedy_of(flags: dict[str, str | None], lengths: dict[int, int], whole: set[int]) -> str:
+    """How to leave out the episodes that are not whole; empty if a flag would have none left.
+
+    Args:
+        flags: the flags that choose episodes, with their values.
+        lengths: as for `read_tables`.
+        whole: the episodes to keep.
+    """
+    values = []
+    for flag, text in flags.items():
+        kept = ranges(whole.intersection(parse_episodes(text, lengths, flag)))
+        if not kept:
+            return ""
+        values.append(f"{flag} {kept}")
+    return f"To leave those episodes out, pass {' '.join(values)}"
 
 
 def open_hub(dataset_id: str, dataset_root: str | None, revision: str | None):
-    """Read the metadata of a Hub dataset, v3.0 or v2.1. A v2.1 dataset is downloaded whole."""
-    from huggingface_hub import snapshot_download
-    from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-    from lerobot.datasets.utils import BackwardCompatibilityError
+    """Read the metadata of a Hub dataset: a folder's that LeRobot keeps it in, else downloaded."""
+    from lerobot.datasets.utils import has_legacy_hub_download_metadata
     from lerobot.utils.constants import HF_LEROBOT_HOME
 
+    kept = Path(dataset_root).expanduser() if dataset_root else HF_LEROBOT_HOME / dataset_id
+    if (kept / "meta" / "info.json").is_file() and (dataset_root or not has_legacy_hub_download_metadata(kept)):
+        meta = read_metadata(dataset_id, kept, dataset_id)
+        # A folder of an older LeRobot may hold a part of the dataset, of another revision.
+        if dataset_root or not is_v2(meta) or (revision is None and has_all_files(meta)):
+            return meta
+    return read_metadata(dataset_id, fetch(dataset_id, dataset_root, revision, ["meta/*"]), dataset_id)
+
+
+def fetch(dataset_id: str, dataset_root: str | None, revision: str | None, patterns: list[str]) -> Path:
+    """Download the files of a Hub dataset that match any of some patterns, to where LeRobot keeps them."""
+    from huggingface_hub import snapshot_download
+    from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
+
     with opening(dataset_id):
-        try:
-            return LeRobotDatasetMetadata(dataset_id, root=dataset_root, revision=revision)
-        except BackwardCompatibilityError:  # older than v3.0
-            kept = HF_LEROBOT_HOME / dataset_id  # where an older LeRobot recorded it, or downloaded some of it
-            if dataset_root is None and revision is None and (kept / "meta" / "info.json").is_file():
-                meta = open_folder(str(kept), kept)
-                if has_all_files(meta):
-                    return meta
-            tag = revision or "v2.1"
-            folder = snapshot_download(dataset_id, repo_type="dataset", revision=tag, local_dir=dataset_root)
-            return open_folder(dataset_id, Path(folder))
+        folder = snapshot_download(
+            dataset_id,
+            repo_type="dataset",
+            revision=revision or best_revision(dataset_id),
+            cache_dir=HF_LEROBOT_HUB_CACHE,
+            local_dir=dataset_root and Path(dataset_root).expanduser(),
+            allow_patterns=patterns,
+        )
+    return Path(folder)
+
+
+def best_revision(dataset_id: str) -> str:
+    """The branch or tag of a Hub dataset in the best of VERSIONS; where none is called so, main."""
+    from huggingface_hub import HfApi
+
+    refs = HfApi().list_repo_refs(dataset_id, repo_type="dataset")
+    names = {ref.name for ref in [*refs.branches, *refs.tags]}
+    return next((version for version in VERSIONS if version in names), "main")
 
 
 def has_all_files(meta) -> bool:
-    """Whether a v2.1 folder has a table, and a video of each camera, for every episode."""
-    tables = len(list(meta.root.glob("data/*/*")))
-    videos = len(list(meta.root.glob("videos/*/*/*")))
-    return tables == meta.total_episodes and videos == meta.total_episodes * len(meta.video_keys)
+    """Whether every episode has its table, and its video of each camera."""
+    return all(path.is_file() for path in needed_files(meta, meta.episodes["episode_index"]))
+
+
+def needed_files(meta, episodes: list[int]) -> list[Path]:
+    """The tables, where the metadata names them, and the videos of some episodes."""
+    maps = [data_paths(meta) or {}] + [video_paths(meta, key) for key in meta.video_keys]
+    wanted = set(episodes)
+    return list(dict.fromkeys(path for paths in maps for episode, path in paths.items() if episode in wanted))
+
+
+def download(meta, dataset_id: str, dataset_root: str | None, revision: str | None, episodes: list[int]) -> None:
+    """Download the files of `episodes` that are not on disk yet, and set `meta.root` to where they are."""
+    tables_named = data_paths(meta) is not None
+    missing = [path for path in needed_files(meta, episodes) if not path.is_file()]
+    if not missing and (tables_named or any((meta.root / "data").glob("*/*.parquet"))):
+        return
+    # Thousands of names would be matched with thousands of files.
+    patterns = ["data/*", *(f"videos/*{glob.escape(key)}/*" for key in meta.video_keys)]
+    if tables_named and len(missing) < 200:
+        exact = [glob.escape(path.relative_to(meta.root).as_posix()) for path in missing]
+        folder = fetch(dataset_id, dataset_root, revision, ["meta/*", *exact])
+        meta.root = folder
+        if all(path.is_file() for path in needed_files(meta, episodes)):
+            return
+    # Where files are not in the folders that info.json says.
+    meta.root = fetch(dataset_id, dataset_root, revision, ["meta/*", *patterns])
 
 
 def opening(dataset_id: str):
@@ -159,11 +375,3 @@ def set_camera_axes(meta) -> None:
             shape = (*shape[1:], 3)
         feature["shape"] = shape
         feature["names"] = ["height", "width", "channels"]
-
-
-def download(dataset_id: str, dataset_root: str | None, revision: str | None, episodes: list[int] | None) -> None:
-    """Download the files of `episodes` (None for all) that are not on disk yet."""
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    with opening(dataset_id):
-        LeRobotDataset(dataset_id, root=dataset_root, revision=revision, episodes=episodes, video_backend="pyav")

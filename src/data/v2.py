@@ -1,19 +1,24 @@
-"""LeRobot v2.1 datasets as they are: one table and one video an episode, metadata in JSON lines, statistics by episode."""
+"""LeRobot v2.1 and v2.0 datasets as they are: one table and one video an episode, metadata in JSON lines.
+
+Statistics are by episode in v2.1, and of the whole dataset in v2.0.
+"""
 
 import json
 from pathlib import Path
 
+from data.files import check_readable
+from data.statistics import as_arrays, merge_statistics, read_statistics
 from errors import UserError, one_line
 
-PATH_FIELDS = {"episode_chunk:03d": "chunk_index:03d", "episode_index:06d": "file_index:06d"}  # v2.1's: v3.0's
+DATA_PATH = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+VIDEO_PATH = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
 
 
-def read_v2_metadata(folder: Path, repo_id: str, info: dict):
-    """A v2.1 folder's metadata in LeRobot's v3.0 class, with the values that LeRobot's converter would write.
+def fill_v2_metadata(meta, info: dict) -> None:
+    """Read a v2.1 or v2.0 folder's metadata into LeRobot's v3.0 class, with the values that LeRobot's converter would write.
 
     Args:
-        folder: the dataset.
-        repo_id: its name.
+        meta: LeRobot's metadata with its `root`.
         info: content of meta/info.json.
 
     Source: LeRobot 0.6.1 `scripts/convert_dataset_v21_to_v30.py`.
@@ -23,42 +28,42 @@ def read_v2_metadata(folder: Path, repo_id: str, info: dict):
     """
     import pandas
     from datasets import Dataset
-    from lerobot.datasets.compute_stats import aggregate_stats
-    from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-    from lerobot.datasets.io_utils import cast_stats_to_numpy
-
-    episodes = read_json_lines(folder / "meta" / "episodes.jsonl", "episode_index")
-    tasks = read_json_lines(folder / "meta" / "tasks.jsonl", "task_index")
-    stats = read_json_lines(folder / "meta" / "episodes_stats.jsonl", "episode_index")
-
-    meta = LeRobotDatasetMetadata.__new__(LeRobotDatasetMetadata)  # its constructor reads v3.0 files only
-    meta.repo_id = repo_id
-    meta.repo_type = "dataset"
-    meta.root = folder
-    meta.revision = "v2.1"
-    meta.info = convert_info(info)
-    meta.tasks = pandas.DataFrame(tasks).set_index("task")[["task_index"]]
-    meta.stats = aggregate_stats([cast_stats_to_numpy(line["stats"]) for line in stats])
-    meta.episodes = Dataset.from_list(episode_rows(episodes, meta))
-    return meta
-
-
-def convert_info(info: dict):
-    """The content of a v2.1 info.json, which is changed, as LeRobot's v3.0 `DatasetInfo`."""
     from lerobot.datasets.utils import DatasetInfo
 
-    for template in ("data_path", "video_path"):
-        for old_field, new_field in PATH_FIELDS.items():
-            if info[template]:  # a dataset without videos has no video_path
-                info[template] = info[template].replace(old_field, new_field)
+    folder = meta.root / "meta"
+    episodes = read_json_lines(folder / "episodes.jsonl", {"episode_index": int, "length": int})
+    tasks = read_json_lines(folder / "tasks.jsonl", {"task_index": int})
+    meta.info = DatasetInfo(**converted_info(info))
+    meta.tasks = pandas.DataFrame(tasks)
+    meta.stats = read_stats(folder)
+    meta.episodes = Dataset.from_list(episode_rows(episodes, meta)) if episodes else None
+
+
+def converted_info(info: dict) -> dict:
+    """The settings of a v2.1 or v2.0 info.json, with what v3.0 writes into features; its file names stay as they are."""
+    converted = {"data_path": DATA_PATH, "video_path": VIDEO_PATH, **info}
+    if converted["video_path"] is None:  # as of a dataset without videos
+        converted["video_path"] = VIDEO_PATH
     if info["fps"] == int(info["fps"]):  # a rate such as 29.97 stays as it is
-        info["fps"] = int(info["fps"])
+        converted["fps"] = int(info["fps"])
     for feature in info["features"].values():
         if feature["dtype"] != "video":
-            feature["fps"] = info["fps"]
-    for name in ("total_chunks", "total_videos"):  # which v3.0 does not have
-        info.pop(name, None)
-    return DatasetInfo.from_dict(info)
+            feature["fps"] = converted["fps"]
+    return converted
+
+
+def read_stats(folder: Path) -> dict:
+    """Statistics of the whole dataset, by episode or not; empty where there are none."""
+    by_episode = folder / "episodes_stats.jsonl"
+    if by_episode.exists():
+        lines = read_json_lines(by_episode, {"episode_index": int, "stats": dict})
+        try:
+            return merge_statistics([as_arrays(line["stats"]) for line in lines])
+        except ValueError as error:
+            raise UserError(f"{by_episode} holds statistics that do not fit: {one_line(error)[:200]}") from error
+    if (folder / "stats.json").exists():
+        return read_statistics(folder / "stats.json")
+    return {}
 
 
 def episode_rows(episodes: list[dict], meta) -> list[dict]:
@@ -69,7 +74,7 @@ def episode_rows(episodes: list[dict], meta) -> list[dict]:
         index = line["episode_index"]
         start = end
         end = start + line["length"]
-        row = {"episode_index": index, "length": line["length"], "tasks": line["tasks"]}
+        row = {"episode_index": index, "length": line["length"], "tasks": line.get("tasks") or []}
         row |= {"dataset_from_index": start, "dataset_to_index": end}
         for files in ("data", *(f"videos/{key}" for key in meta.video_keys)):
             row |= {f"{files}/chunk_index": index // meta.info.chunks_size, f"{files}/file_index": index}
@@ -80,10 +85,34 @@ def episode_rows(episodes: list[dict], meta) -> list[dict]:
     return rows
 
 
-def read_json_lines(path: Path, order: str) -> list[dict]:
-    """The objects of a JSON lines file, sorted by their field `order`."""
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
-    return sorted(lines, key=lambda line: line[order])
+def read_json_lines(path: Path, fields: dict[str, type]) -> list[dict]:
+    """The objects of a JSON lines file, sorted by the first of `fields`. A line that is there twice is read once.
+
+    Args:
+        fields: what each line must have, with its type. The first is unique.
+
+    Raises:
+        UserError: the file is missing, or a line is damaged, incomplete or contradicts another one.
+    """
+    check_readable(path)
+    key = next(iter(fields))
+    lines: dict[int, dict] = {}
+    first_seen: dict[int, int] = {}  # the number of the line
+    for number, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        if not text.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{where} is not valid JSON: {one_line(error)}. Copy or download the file again") from None
+        for name, kind in fields.items():
+            got = line.get(name) if isinstance(line, dict) else None
+            if not isinstance(got, kind) or isinstance(got, bool) or (kind is int and got < 0):
+                raise UserError(f"{where}: expected {name} of type {kind.__name__}, got {got!r}. Correct that line")
+        index = line[key]
+        if index in lines and lines[index] != line:
+            raise UserError(f"{where} has {key} {index}, as line {first_seen[index]}: remove one of the two")
+        first_seen.setdefault(index, number)
+        lines[index] = line
+    return [lines[index] for index in sorted(lines)]

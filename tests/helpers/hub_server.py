@@ -1,4 +1,5 @@
-"""A Hub on this machine: the part of its HTTP API that huggingface_hub uses to make, fill, list and read model repos.
+"""A Hub on this machine: the part of its HTTP API that huggingface_hub uses to make, fill, list and read model repos, and
+to list and read data sets.
 
 Blobs go by git-lfs; with HF_HUB_DISABLE_XET=1 huggingface_hub uploads that way. `failures` says how many uploads to refuse first.
 """
@@ -12,10 +13,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Hub:
-    """Repos in memory: {name: [files of each commit]}, files being {path: bytes}."""
+    """Repos in memory: {name: [files of each commit]}, files being {path: bytes}.
+
+    `tags` are {repo: {tag: number of the commit}}, and `read` are the paths of all files that were asked for.
+    """
 
     def __init__(self):
         self.repos = {}
+        self.tags = {}
+        self.read = []
         self.blobs = {}
         self.failures = 0
         self.tokens = set()
@@ -67,11 +73,14 @@ class Hub:
         if match := re.fullmatch(r"/(.+?)\.git/info/lfs/objects/batch", path):
             objects = json.loads(body)["objects"]
             return 200, {}, {"transfer": "basic", "objects": [self.upload_of(entry) for entry in objects]}
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|tree|revision)/([^/]+)", path):
+        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/refs", path):
+            return self.refs(match[1])
+        if match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/(preupload|commit|tree|revision)/([^/]+)", path):
             return self.api(*match.groups(), body)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
             return self.api(match[1], "revision", "main", body)
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if match := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self.read.append(match[3])
             return self.file(*match.groups())
         return 404, {"X-Error-Code": "RepoNotFound"}, {"error": path}
 
@@ -81,8 +90,20 @@ class Hub:
             return known
         return {**known, "actions": {"upload": {"href": f"{self.url}/blobs/{entry['oid']}"}}}
 
+    def refs(self, repo: str):
+        if repo not in self.repos:
+            return 404, {"X-Error-Code": "RepoNotFound"}, {"error": "Repository not found"}
+        main = {"name": "main", "ref": "refs/heads/main", "targetCommit": self.commit_of(repo, "main")[0]}
+        tags = [
+            {"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": f"{number:040x}"}
+            for tag, number in self.tags.get(repo, {}).items()
+        ]
+        return 200, {}, {"branches": [main], "tags": tags, "converts": []}
+
     def commit_of(self, repo: str, revision: str):
         commits = self.repos[repo]
+        if revision in self.tags.get(repo, {}):
+            revision = f"{self.tags[repo][revision]:040x}"
         names = {f"{number:040x}": files for number, files in enumerate(commits)}
         name = f"{len(commits) - 1:040x}" if revision == "main" else revision
         return name, names.get(name)

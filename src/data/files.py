@@ -1,0 +1,209 @@
+"""Where the tables and videos of a dataset's episodes are, and what messages say of those that cannot be read."""
+
+import contextlib
+import json
+import os
+import re
+import string
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+
+from data.episodes import counted
+from errors import UserError, one_line
+
+LFS_HEADER = b"version https://git-lfs.github.com/spec/v1"
+LFS_POINTER = "is a Git LFS pointer and not the file itself. Run `git lfs pull` in the dataset's folder"
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is the short text that a clone without Git LFS has in its place."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(LFS_HEADER)) == LFS_HEADER
+    except OSError:
+        return False
+
+
+def check_readable(path: Path) -> None:
+    """Raise a UserError if a metadata file is missing, or a Git LFS pointer."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing. Copy or download the whole dataset again")
+    if is_lfs_pointer(path):
+        raise UserError(f"{path} {LFS_POINTER}")
+
+
+@contextlib.contextmanager
+def reading(path: Path):
+    """Turn what Arrow says of a damaged Parquet file into a UserError."""
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)[:200]}. Copy or download it again") from error
+
+
+def read_json(path: Path) -> dict:
+    """The object that a JSON file of the metadata holds.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    check_readable(path)
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not valid JSON: {one_line(error)}. Copy or download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}. Copy or download it again")
+    return content
+
+
+def is_v2(meta) -> bool:
+    """Whether a dataset has one table, and one video of each camera, for every episode."""
+    return meta.info.codebase_version.startswith("v2")
+
+
+def data_paths(meta) -> dict[int, Path] | None:
+    """{episode: its table}; None where the metadata does not say, as early v3.0 datasets.
+
+    Raises:
+        UserError: as for `video_paths`.
+    """
+    if "data/file_index" not in meta.episodes.column_names:
+        return None
+    return episode_paths(meta, "data_path", "data", {})
+
+
+def video_paths(meta, key: str) -> dict[int, Path]:
+    """{episode: its video of camera `key`}.
+
+    Raises:
+        UserError: the template in info.json cannot be filled in, or leads out of the dataset.
+    """
+    return episode_paths(meta, "video_path", f"videos/{key}", {"video_key": key, "key": key})
+
+
+def episode_paths(meta, setting: str, columns: str, more_fields: dict[str, str]) -> dict[int, Path]:
+    """The template of info.json for every described episode.
+
+    Args:
+        setting: name of the template, `data_path` or `video_path`.
+        columns: how the columns of meta/episodes begin that number the file.
+        more_fields: what else the template may name.
+    """
+    paths = {}
+    numbers = [meta.episodes[f"{columns}/{name}"] for name in ("chunk_index", "file_index")]
+    for episode, chunk, file in zip(meta.episodes["episode_index"], *numbers, strict=True):
+        if chunk is None or file is None or chunk != chunk or file != file:  # null or NaN, as a merge may leave them
+            raise UserError(
+                f"dataset {meta.root}: meta/episodes does not say in which file of {columns} episode {episode} is"
+            )
+        fields = {
+            "episode_index": episode,
+            "episode": episode,
+            "episode_chunk": episode // meta.info.chunks_size,
+            "chunk_index": int(chunk),
+            "chunk": int(chunk),
+            "file_index": int(file),
+            "file": int(file),
+        }
+        paths[episode] = meta.root / filled_in(meta, setting, fields | more_fields)
+    if is_v2(meta):
+        paths = with_misplaced(meta.root / columns.partition("/")[0], paths, more_fields.get("video_key"))
+    return paths
+
+
+def filled_in(meta, setting: str, fields: dict) -> str:
+    """A template of info.json with its placeholders filled in.
+
+    Raises:
+        UserError: it has an unknown placeholder, or leads out of the dataset's folder.
+    """
+    template = getattr(meta.info, setting)
+    where = f"{meta.root / 'meta' / 'info.json'}: {setting} {template!r}"
+    if not isinstance(template, str):
+        raise UserError(f"{where}: expected the name of a file with placeholders such as {{episode_index:06d}}")
+    try:
+        for _, name, _, _ in string.Formatter().parse(template):
+            if name is not None and name not in fields:
+                raise UserError(
+                    f"{where} has the placeholder {{{name}}}: expected one of {', '.join(fields)}. Correct it"
+                )
+        path = template.format(**fields)
+    except (ValueError, KeyError, IndexError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where} cannot be filled in: {one_line(error)}. Correct it") from None
+    normal = os.path.normpath(path)
+    if os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir:
+        raise UserError(f"{where} leads out of the dataset, to {path}. Give a path within its folder")
+    return normal
+
+
+def with_misplaced(folder: Path, paths: dict[int, Path], key: str | None) -> dict[int, Path]:
+    """`paths`, but files that are not there and have one namesake below `folder`, of the same camera, are that one.
+
+    The folders in some published templates are not those of the files.
+    """
+    if all(path.is_file() for path in paths.values()):
+        return paths
+    namesakes: dict[str, list[Path]] = {}
+    for path in folder.rglob("*"):
+        if key is None or key in path.parts:
+            namesakes.setdefault(path.name, []).append(path)
+    found = {}
+    for episode, path in paths.items():
+        candidates = namesakes.get(path.name, [])
+        found[episode] = candidates[0] if len(candidates) == 1 and not path.is_file() else path
+    return found
+
+
+def stray_files(meta) -> list[Path]:
+    """Files of a v2.0 or v2.1 dataset, beside its tables and videos, that belong to no described episode."""
+    stray = []
+    for folder, paths, key in [("data", data_paths(meta), None)] + [
+        ("videos", video_paths(meta, key), key) for key in meta.video_keys
+    ]:
+        own = set(paths.values())
+        for path in sorted((meta.root / folder).rglob("*")):
+            if path not in own and (key is None or key in path.parts) and path.is_file():
+                stray.append(path)
+    return stray
+
+
+def episodes_by_file(paths: dict[int, Path]) -> dict[Path, list[int]]:
+    """The episodes that each file holds."""
+    holds: dict[Path, list[int]] = {}
+    for episode, path in paths.items():
+        holds.setdefault(path, []).append(episode)
+    return holds
+
+
+def file_lines(root: Path, faults: dict[Path, str], holds: dict[Path, list[int]]) -> list[str]:
+    """A line for each kind of fault: the first file that has it, how many more, and the episodes that they hold.
+
+    Args:
+        root: the dataset's folder.
+        faults: what is wrong with each file, such as "is missing".
+        holds: the episodes of each file.
+    """
+    kinds: dict[str, list[Path]] = {}
+    for path in sorted(faults):
+        kind = re.sub(r"[\d.]+", "0", faults[path].partition(":")[0])  # numbers differ from file to file
+        kinds.setdefault(kind, []).append(path)
+    lines = []
+    for files in kinds.values():
+        episodes = [episode for path in files for episode in holds.get(path, [])]
+        line = f"{files[0].relative_to(root)} {faults[files[0]]}"
+        if len(files) > 1:
+            line += f", and {len(files) - 1} more files like it"
+        lines.append(f"{line} ({counted(episodes)})" if episodes else line)
+    return lines
+
+
+def examples(root: Path, files: Iterable[Path]) -> str:
+    """Files for a message: "3 files, such as data/chunk-000/a.parquet", or the only one's name."""
+    files = list(files)
+    name = str(files[0].relative_to(root))
+    return name if len(files) == 1 else f"{len(files)} files, such as {name}"

@@ -1,0 +1,201 @@
+"""The rows of the selected episodes, from the table files that hold them.
+
+N rows, E episodes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import torch
+from torch import Tensor
+
+from data.episodes import counted
+from data.files import LFS_POINTER, data_paths, episodes_by_file, examples, file_lines, is_lfs_pointer
+from errors import UserError, one_line
+
+
+@dataclass
+class EpisodeTable:
+    """Rows of the selected episodes that are whole, episode after episode.
+
+    Attributes:
+        rows: the table, N rows.
+        episodes: indices of the E episodes, ascending.
+        starts: (E,) int64 first row of each.
+        ends: (E,) int64 row after the last of each.
+        files: the files that were read.
+        problems: why selected episodes are not among `episodes`, a line each.
+        warnings: what was left out, a line each.
+    """
+
+    rows: pa.Table
+    episodes: list[int]
+    starts: Tensor
+    ends: Tensor
+    files: list[Path]
+    problems: list[str]
+    warnings: list[str]
+
+
+def read_tables(meta, selected: list[int], lengths: dict[int, int]) -> EpisodeTable:
+    """Read the files that hold the selected episodes.
+
+    Args:
+        meta: LeRobot's metadata.
+        selected: episode indices, ascending.
+        lengths: number of rows of every described episode.
+
+    Raises:
+        UserError: no file can be read, or the rows do not say which episode they belong to.
+    """
+    # The files that the metadata names for these episodes; where it names none, all.
+    present = sorted((meta.root / "data").glob("*/*.parquet"))
+    paths = data_paths(meta)
+    files = present
+    if paths is not None:
+        files = sorted({paths[episode] for episode in selected})
+    pieces, faults = read_files(files, None if len(selected) == len(lengths) else selected)
+    counts = count_rows(pieces)
+
+    # An episode that is not whole in its own file may continue, or be, in another one.
+    lacking = [episode for episode in selected if counts.get(episode, 0) != lengths[episode]]
+    others = [path for path in present if path not in files]
+    if lacking and others:
+        more, _ = read_files(others, lacking)
+        more_counts = count_rows(more)
+        added = [e for e in lacking if counts.get(e, 0) + more_counts.get(e, 0) == lengths[e]]
+        if added:
+            own = pa.dataset.field("episode_index").isin(added)
+            pieces += [(path, table.filter(own)) for path, table in more]
+            counts = count_rows(pieces)
+            files = [path for path, table in pieces if table.num_rows]
+            lacking = [episode for episode in lacking if episode not in added]
+
+    # What is wrong with the others.
+    if not pieces and not selected:
+        raise UserError(f"dataset {meta.root} has no episodes: record some, or download it again")
+    if not pieces and not faults:
+        raise UserError(f"dataset {meta.root} has no readable table: data/*/*.parquet is missing")
+    problems = table_lines(meta, lacking, counts, lengths, faults, paths)
+    warnings = []
+    undescribed = sorted(set(counts) - set(lengths))
+    if undescribed:
+        warnings.append(
+            f"its table also has rows of {counted(undescribed)}, which its metadata does not describe: they are left out"
+        )
+    needless = [path for path in faults if paths is None or not set(lacking) & set(episodes_by_file(paths)[path])]
+    if needless and not lacking:
+        warnings.append(f"{examples(meta.root, needless)} cannot be read. No selected episode is in there")
+
+    whole = [episode for episode in selected if episode not in lacking]
+    table = in_order(meta, [table for _, table in pieces], whole)
+    ends = torch.tensor([lengths[episode] for episode in whole], dtype=torch.int64).cumsum(0)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends])[:-1]
+    return EpisodeTable(table, whole, starts, ends, files, problems, warnings)
+
+
+def read_files(files: list[Path], episodes: list[int] | None) -> tuple[list[tuple[Path, pa.Table]], dict[Path, str]]:
+    """The rows of `episodes` (None for all) in each file, and why files cannot be read.
+
+    Raises:
+        UserError: a file does not say which episode its rows belong to.
+    """
+    selected = None if episodes is None else pa.dataset.field("episode_index").isin(episodes)
+    pieces = []
+    faults = {}
+    for file in files:
+        if not file.is_file():
+            faults[file] = "is missing"
+        elif is_lfs_pointer(file):
+            faults[file] = LFS_POINTER
+        else:
+            try:
+                dataset = pa.dataset.dataset(file, format="parquet")
+                check_episode_index(file, dataset.schema)
+                pieces.append((file, dataset.to_table(filter=selected)))
+            except (pa.ArrowInvalid, OSError) as error:
+                faults[file] = f"cannot be read: {one_line(error)[:200]}"
+    return pieces, faults
+
+
+def check_episode_index(file: Path, schema: pa.Schema) -> None:
+    """Raise a UserError unless a table has a column of numbers that separates its episodes."""
+    if "episode_index" not in schema.names:
+        raise UserError(f"{file}: its table has no column episode_index, which separates its episodes")
+    kind = schema.field("episode_index").type
+    if not pa.types.is_integer(kind):
+        raise UserError(f"{file}: expected whole numbers in the column episode_index, got {kind}")
+
+
+def count_rows(pieces: list[tuple[Path, pa.Table]]) -> dict[int, int]:
+    """Number of rows of each episode in some tables."""
+    counts: dict[int, int] = {}
+    for file, table in pieces:
+        if table["episode_index"].null_count:
+            raise UserError(f"{file}: {table['episode_index'].null_count} rows have no episode_index")
+        episodes, rows = np.unique(table["episode_index"].to_numpy(), return_counts=True)
+        for episode, count in zip(episodes.tolist(), rows.tolist(), strict=True):
+            counts[episode] = counts.get(episode, 0) + count
+    return counts
+
+
+def table_lines(
+    meta,
+    lacking: list[int],
+    counts: dict[int, int],
+    lengths: dict[int, int],
+    faults: dict[Path, str],
+    paths: dict[int, Path] | None,
+) -> list[str]:
+    """Why some episodes do not have their rows: a file, no rows, or another number of rows than the metadata says."""
+    if not lacking:
+        return []
+    explained: set[int] = set()
+    lines = []
+    if paths is None:  # any of the files may hold them
+        lines += file_lines(meta.root, faults, {})
+    else:
+        holds = episodes_by_file(paths)
+        guilty = {path: fault for path, fault in faults.items() if set(holds[path]) & set(lacking)}
+        lines += file_lines(meta.root, guilty, holds)
+        explained = {episode for path in guilty for episode in holds[path]}
+    absent = [episode for episode in lacking if counts.get(episode, 0) == 0 and episode not in explained]
+    differ = [episode for episode in lacking if counts.get(episode, 0) > 0 and episode not in explained]
+    if absent:
+        lines.append(f"its table has no rows of {counted(absent)}")
+    if differ:
+        first = differ[0]
+        line = f"episode {first} has {counts[first]} rows in its table, but {lengths[first]} in its metadata"
+        if len(differ) > 1:
+            line += f", and so on in {counted(differ)}"
+        lines.append(line)
+    return lines
+
+
+def in_order(meta, tables: list[pa.Table], episodes: list[int]) -> pa.Table:
+    """One table of the rows of `episodes`, ascending, those of an episode as they follow each other in `tables`.
+
+    Raises:
+        UserError: the tables' columns differ.
+    """
+    if not tables:
+        return pa.table({})
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise UserError(f"dataset {meta.root}: its tables differ in their columns: {one_line(error)[:200]}") from error
+    if not table.num_rows:
+        return table
+    index = table["episode_index"].to_numpy()  # (N,)
+    firsts = np.flatnonzero(np.diff(index, prepend=index[:1] - 1))  # rows that differ from the row before
+    found = index[firsts].tolist()
+    if found == episodes:
+        return table
+    wanted = set(episodes)
+    spans = zip(found, firsts.tolist(), np.append(firsts[1:], len(index)).tolist(), strict=True)
+    kept = sorted((span for span in spans if span[0] in wanted), key=lambda span: span[0])  # stable
+    # Slices of the table: `take` would copy all pictures.
+    return pa.concat_tables([table.slice(first, end - first) for _, first, end in kept]) if kept else table.slice(0, 0)

@@ -1,0 +1,75 @@
+"""LeRobot v3.0 datasets: many episodes a file, metadata in Parquet."""
+
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from data.episodes import counted
+from data.files import check_readable, reading
+from data.statistics import read_statistics
+from errors import UserError
+
+
+def fill_v3_metadata(meta, info: dict) -> None:
+    """Read a v3.0 folder's metadata into LeRobot's class, as its constructor does, with our messages.
+
+    The constructor would look for missing files on the Hub, and read no episodes where info.json counts none.
+
+    Args:
+        meta: LeRobot's metadata with its `root`.
+        info: content of meta/info.json.
+
+    Raises:
+        UserError: a metadata file is missing or damaged.
+    """
+    from datasets import Dataset
+    from lerobot.datasets.io_utils import load_tasks
+    from lerobot.datasets.utils import DatasetInfo
+
+    folder = meta.root / "meta"
+    meta.info = DatasetInfo(**info)
+    tasks = folder / "tasks.parquet"
+    check_readable(tasks)
+    with reading(tasks):
+        meta.tasks = load_tasks(meta.root)
+    files = sorted(folder.glob("episodes/*/*.parquet"))
+    if not files:
+        raise UserError(f"dataset {meta.root} has no meta/episodes/*/*.parquet: copy or download the whole of it again")
+    episodes = read_episodes(files)
+    meta.episodes = Dataset.from_dict(episodes.to_pydict()) if episodes.num_rows else None
+    meta.stats = {}
+    if (folder / "stats.json").exists():
+        meta.stats = read_statistics(folder / "stats.json")
+
+
+def read_episodes(files: list[Path]) -> pa.Table:
+    """The rows of meta/episodes, without statistics, by ascending episode.
+
+    Raises:
+        UserError: a file is damaged, or an episode is described twice or without what reading it needs.
+    """
+    tables = []
+    for file in files:
+        check_readable(file)
+        with reading(file):
+            names = pa.parquet.read_schema(file).names
+            tables.append(pa.parquet.read_table(file, columns=[n for n in names if not n.startswith("stats/")]))
+        for name in ("episode_index", "length"):
+            if name not in names:
+                raise UserError(f"{file} has no column {name}. Copy or download the dataset again")
+            if tables[-1][name].null_count or not pa.types.is_integer(tables[-1][name].type):
+                raise UserError(
+                    f"{file}: expected whole numbers in the column {name}. Copy or download the dataset again"
+                )
+    with reading(files[0].parent.parent):
+        table = pa.concat_tables(tables, promote_options="permissive")
+    index = table["episode_index"].to_pylist()
+    twice = [episode for episode, count in Counter(index).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"{files[0].parent.parent} describes {counted(twice)} more than once, in {len(files)} files. "
+            "Remove the file that is left over, or download the dataset again"
+        )
+    return table if index == sorted(index) else table.sort_by("episode_index")
