@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -386,4 +388,34 @@ def test_two_cameras_whose_names_end_alike_have_stores_of_their_own(made):
     decoder = decode.Decoder(source, None)
     decoder.shape = lambda key: (3, 64, 96)
     keys = ("observation.images.left.rgb", "observation.images.right.rgb", "observation.images.top")
+    source.images = dict.fromkeys(keys, source.images["observation.images.top"])
     assert len({store_name(decoder, key, "pyav") for key in keys}) == 3
+
+
+def put_pictures_in_files(root: Path) -> list[Path]:
+    """Move the pictures of a dataset from its table into files that the table names."""
+    table_path = next((root / "data").glob("*/*.parquet"))
+    table = pq.read_table(table_path)
+    files = []
+    pictures = []
+    for row, picture in enumerate(table[TOP].to_pylist()):
+        path = root / "images" / f"frame-{row:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(picture["bytes"])
+        files.append(path)
+        pictures.append({"bytes": None, "path": str(path.relative_to(root))})
+    column = pa.array(pictures, table.schema.field(TOP).type)
+    pq.write_table(table.set_column(table.schema.get_field_index(TOP), TOP, column), table_path)
+    return files
+
+
+def test_the_store_notices_that_picture_files_changed(made, copy_of, tmp_path):
+    root = copy_of("images")
+    inside = all_frames(Frames(open_source(str(made("images")))))
+    files = put_pictures_in_files(root)
+    source = open_source(str(root))
+    assert torch.equal(all_frames(open_or_build(source, tmp_path / "cache")), inside)
+    shutil.copy(files[0], files[5])
+    changed = all_frames(open_or_build(open_source(str(root)), tmp_path / "cache"))
+    assert torch.equal(changed[5], inside[0])
+    assert len(stores(tmp_path / "cache")) == 2

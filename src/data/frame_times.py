@@ -146,6 +146,7 @@ def list_packets(container, stream) -> PacketList:
     """List the packets that are shown: not those that an edit list discards, nor those without data."""
     pts = []
     key_dts = {}
+    stream.codec_context.thread_count = 1  # for one frame: starting threads takes longer than decoding it
     packets = 0
     unreadable = 0
     first_packet = None
@@ -285,7 +286,7 @@ def cache_path(root: Path, name: str, cache_dir: str | Path | None) -> Path:
 def read_cache(path: Path) -> dict[tuple, FrameTimes]:
     """{file identity: frame times} that an earlier run wrote; empty if it cannot be read."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             files = json.loads(stored["files"].item())
             ends = np.cumsum([file["frames"] for file in files])[:-1]
             pts = np.split(stored["pts"], ends)

@@ -1,0 +1,53 @@
+"""How long opening a dataset of many short videos takes: the first time, when every file is listed, and the second.
+
+    python bench/open_videos.py [--files 1000] [--frames 150]
+
+Prints the seconds of each, of the same listing in one thread, and the ratios.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder in ("src", "tests")]
+
+from data import frame_times
+from helpers.videos import write_video
+
+
+def seconds_of(call) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--files", type=int, default=1000)
+    parser.add_argument("--frames", type=int, default=150)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        numbers = [number % 512 for number in range(args.frames)]
+        write_video(root / "0.mp4", numbers, [number / 30 for number in range(args.frames)], gop=2)
+        files = [root / f"{number}.mp4" for number in range(args.files)]
+        for path in files[1:]:
+            shutil.copy(files[0], path)
+
+        def open_all():
+            frame_times.frame_times_of(files, root, "bench", root, quiet=True)
+
+        serial = seconds_of(lambda: [frame_times.times_or_problem(path) for path in files])
+        first = seconds_of(open_all)
+        second = seconds_of(open_all)
+    print(f"{args.files} videos of {args.frames} frames")
+    print(f"  one thread  {serial:6.2f} s")
+    print(f"  first time  {first:6.2f} s  ({serial / first:.1f}x)")
+    print(f"  second time {second:6.2f} s  ({serial / second:.0f}x)")
+
+
+if __name__ == "__main__":
+    main()
