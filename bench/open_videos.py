@@ -1,18 +1,17 @@
 """How long opening a dataset of many short videos takes: the first time, when every file is listed, and the second.
 
-    python bench/open_videos.py [--files 1000] [--frames 150]
+    python bench/open_videos.py [--files 1000] [--frames 150] [--json]
 
 Prints the seconds of each, of the same listing in one thread, and the ratios.
 """
 
-import argparse
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 import av
 import numpy as np
+from common import benchmark_parser, print_json, seconds_of
 
 from data import frame_times
 
@@ -32,14 +31,8 @@ def write_video(path: Path, frames: int) -> None:
         container.mux(stream.encode(None))
 
 
-def seconds_of(call) -> float:
-    begun = time.perf_counter()
-    call()
-    return time.perf_counter() - begun
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--files", type=int, default=1000)
     parser.add_argument("--frames", type=int, default=150)
     args = parser.parse_args()
@@ -60,6 +53,8 @@ def main() -> None:
     print(f"  one thread  {serial:6.2f} s")
     print(f"  first time  {first:6.2f} s  ({serial / first:.1f}x)")
     print(f"  second time {second:6.2f} s  ({serial / second:.0f}x)")
+    if args.json:
+        print_json({"files": args.files, "one_thread": serial, "first": first, "second": second})
 
 
 if __name__ == "__main__":
