@@ -1,27 +1,82 @@
 """What is wrong with a dataset: each check returns a line for each problem."""
 
-from pathlib import Path
+import math
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from data.source import Source, flat_values, table_features
-from errors import nearest, one_line
+from data.column_checks import column_problems
+from data.episodes import ranges
+from data.observations import observation_names, observations_flag
+from data.pictures import picture_problems
+from data.source import Source
+from data.tasks import tasks_file
+from errors import nearest
 
 MAX_DRIFT = 1e-3  # seconds that timestamps may differ from frame_index / fps without a warning
 
 
-def table_problems(meta, table: pa.Table, selected: list[int], found: list[int]) -> list[str]:
-    """What reading the columns relies on. Arguments as for `episode_problems`."""
-    return [*metadata_problems(meta), *episode_problems(meta, selected, found), *column_problems(meta, table)]
+def table_problems(meta, table: pa.Table) -> list[str]:
+    """What reading the columns relies on."""
+    return [*metadata_problems(meta), *column_problems(meta, table)]
 
 
 def content_problems(source: Source) -> list[str]:
-    """What is wrong with the values and the videos, once the columns are read."""
-    problems = length_problems(source) + value_problems(source) + task_problems(source)
-    return problems + rate_problems(source) + video_problems(source)
+    """What is wrong with the values, once the columns are read."""
+    problems = value_problems(source) + task_problems(source) + picture_problems(source)
+    return problems + rate_problems(source)
+
+
+def content_warnings(source: Source) -> list[str]:
+    """What is doubtful about the values, and can be trained on."""
+    return text_warnings(source) + clock_warnings(source)
+
+
+def text_warnings(source: Source) -> list[str]:
+    """Rows without a text, which a batch has as None."""
+    warnings = []
+    for key, values in source.columns.items():
+        empty = [] if isinstance(values, Tensor) else [row for row, text in enumerate(values) if text is None]
+        if empty:
+            first = source.name_row(empty[0])
+            warnings.append(f"{key} has no text in {len(empty)} rows, first in {first}: it is None in a batch")
+    return warnings
+
+
+def info_problems(info: dict) -> list[str]:
+    """What is wrong with the content of info.json that all else relies on: fps, and each feature's dtype and shape."""
+    from lerobot.datasets.language import is_language_column
+
+    problems = []
+    fps = info["fps"]
+    if not isinstance(fps, (int, float)) or isinstance(fps, bool) or not 0 < fps < math.inf:
+        problems.append(f"fps: expected a number above 0, got {fps!r}. Write the rate that the frames were recorded at")
+    if not isinstance(info["features"], dict):
+        return [*problems, f"features: expected an object by name, got {info['features']!r:.80}"]
+    for key, feature in info["features"].items():
+        if is_language_column(key):
+            continue
+        feature = feature if isinstance(feature, dict) else {}
+        shape = feature.get("shape")
+        if not is_dtype(feature.get("dtype")):
+            expected = "expected a dtype such as float32, image, video or string"
+            problems.append(f"feature {key}: {expected}, got {feature.get('dtype', 'none')!r}. Write it into info.json")
+        if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) for size in shape):
+            expected = "expected a shape such as [6] or [480, 640, 3]"
+            problems.append(f"feature {key}: {expected}, got {feature.get('shape', 'none')!r}. Write it into info.json")
+    return problems
+
+
+def is_dtype(name) -> bool:
+    """Whether a feature's dtype is one that can be read."""
+    if name in ("image", "video", "string"):
+        return True
+    try:
+        return isinstance(name, str) and np.dtype(name).kind in "fiub"
+    except TypeError:
+        return False
 
 
 def metadata_problems(meta) -> list[str]:
@@ -29,69 +84,20 @@ def metadata_problems(meta) -> list[str]:
     problems = []
     if "action" not in meta.features:
         problems.append(f"it has no feature action{nearest('action', meta.features)}")
-    for key in meta.depth_keys:
-        problems.append(f"{key} is a depth map, which no policy here reads: remove it with lerobot-edit-dataset")
+    reasons = {}  # of each camera that cannot be trained on
     for key in meta.camera_keys:
         shape = meta.features[key]["shape"]
-        if key not in meta.depth_keys and (len(shape) != 3 or shape[2] != 3):
-            problems.append(f"camera {key}: expected shape (height, width, 3) in info.json, got {shape}")
+        if len(shape) != 3 or shape[2] != 3:
+            reasons[key] = f"camera {key}: expected shape (height, width, 3) in info.json, got {shape}"
     for key in meta.video_keys:
-        if meta.episodes is not None and f"videos/{key}/from_timestamp" not in meta.episodes.column_names:
-            problems.append(f"info.json has a camera {key}, but meta/episodes does not say where its videos are")
-    return problems
-
-
-def episode_problems(meta, selected: list[int], found: list[int]) -> list[str]:
-    """The table's episodes against those that were selected, and those that the metadata describes.
-
-    Args:
-        meta: LeRobot's metadata.
-        selected: episode indices that were asked for.
-        found: episode indices in the order of the table.
-    """
-    described = [] if meta.episodes is None else meta.episodes["episode_index"]
-    absent = set(selected) - set(found)
-    uncounted = set(found) - set(selected)
-    undescribed = set(found) - set(described)
-    problems = []
-    if absent:
-        problems.append(f"its table has no rows of episodes {sorted(absent)[:10]}")
-    if uncounted:
-        counted = f"info.json counts {meta.total_episodes} episodes"
-        problems.append(f"{counted}, but its table also has {sorted(uncounted)[:10]}")
-    if undescribed:
-        problems.append(f"its metadata does not describe episodes {sorted(undescribed)[:10]}")
-    if found != sorted(set(found)):
-        problems.append("its episodes are not in order in the table")
-    if not found and not problems:
-        problems.append("it has no episodes")
-    return problems
-
-
-def column_problems(meta, table: pa.Table) -> list[str]:
-    """Every feature has its column, with as many numbers a row as its shape says."""
-    problems = []
-    for key, feature in table_features(meta).items():
-        if key not in table.column_names:
-            problems.append(f"its table has no column {key}, which info.json lists")
-        elif feature["dtype"] not in ("image", "string"):
-            shape = tuple(feature["shape"])
-            count = flat_values(table[key]).size
-            if count != table.num_rows * np.prod(shape):
-                per_row = count / max(table.num_rows, 1)
-                problems.append(f"{key}: expected shape {shape} in each row by info.json, got {per_row:g} numbers")
-    return problems
-
-
-def length_problems(source: Source) -> list[str]:
-    """The table and the metadata agree on the length of every episode."""
-    episodes = source.meta.episodes
-    described = dict(zip(episodes["episode_index"], episodes["length"], strict=True))
-    problems = []
-    for episode, rows in zip(source.episodes, (source.ends - source.starts).tolist(), strict=True):
-        if described[episode] != rows:
-            problems.append(f"episode {episode} has {rows} rows in its table, but {described[episode]} in its metadata")
-    return problems
+        needed = {f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")}
+        if not needed <= set(meta.episodes.column_names):
+            reasons[key] = f"info.json has a camera {key}, but meta/episodes does not say where its videos are"
+    for key in meta.depth_keys:
+        reasons[key] = f"{key} is a depth map, which no policy here reads"
+    others = [name for name in observation_names(meta) if name not in reasons]
+    remedy = f". Leave it out: {observations_flag(others, {})}" if others else ""
+    return problems + [reason + remedy for reason in reasons.values()]
 
 
 def value_problems(source: Source) -> list[str]:
@@ -101,10 +107,8 @@ def value_problems(source: Source) -> list[str]:
         if not isinstance(values, Tensor) or torch.isfinite(values).all():
             continue
         rows = (~torch.isfinite(values)).reshape(len(values), -1).any(dim=1).nonzero()[:, 0]
-        episode = int(source.episode_of(rows[:1]))
-        frame = int(rows[0] - source.starts[episode])
         problems.append(
-            f"{key} is not finite in {len(rows)} rows, first in episode {source.episodes[episode]} frame {frame}: "
+            f"{key} is not finite in {len(rows)} rows, first in {source.name_row(int(rows[0]))}: "
             "remove that episode or correct the value"
         )
     return problems
@@ -112,14 +116,15 @@ def value_problems(source: Source) -> list[str]:
 
 def task_problems(source: Source) -> list[str]:
     """Every row's task_index is that of a task in the metadata."""
-    if "task_index" not in source.columns:
-        return ["info.json has no feature task_index"]
     index = source.columns["task_index"]
-    lowest = int(index.min())
-    highest = int(index.max())
-    if lowest >= 0 and highest < len(source.tasks):
+    known = torch.tensor(list(source.tasks), dtype=index.dtype)
+    rows = (~torch.isin(index, known)).nonzero()[:, 0]
+    if len(rows) == 0:
         return []
-    return [f"task_index is {lowest} to {highest} in its table, but its metadata has {len(source.tasks)} tasks"]
+    return [
+        f"no task in {tasks_file(source.meta)} has task_index {int(index[rows[0]])} of {source.name_row(int(rows[0]))}: "
+        f"expected one of {ranges(list(source.tasks)) or 'none'}. Add that task to the file with its text"
+    ]
 
 
 def rate_problems(source: Source) -> list[str]:
@@ -129,8 +134,8 @@ def rate_problems(source: Source) -> list[str]:
     steps = last - source.starts  # (E,)
     if "timestamp" not in source.columns or not (steps > 0).any():
         return []
-    times = source.columns["timestamp"]  # (N,)
-    seconds_per_frame = ((times[last] - times[source.starts]) / steps.double())[steps > 0]
+    times = source.columns["timestamp"].double()  # (N,)
+    seconds_per_frame = ((times[last] - times[source.starts]) / steps)[steps > 0]
     typical = float(seconds_per_frame.sort().values[len(seconds_per_frame) // 2])
     if 0.75 < typical * fps < 1.25:
         return []
@@ -141,64 +146,13 @@ def rate_problems(source: Source) -> list[str]:
 
 
 def clock_warnings(source: Source) -> list[str]:
-    """How far the timestamps are from the frames' own. It does no harm, since frames are found by row."""
+    """How far the timestamps are from the frames' own, counted from each episode's first. It does no harm: frames go by row."""
     if "timestamp" not in source.columns:
         return []
+    times = source.columns["timestamp"].double()  # (N,)
     rows = torch.arange(source.rows)
-    frame_index = rows - source.starts[source.episode_of(rows)]  # (N,)
-    drift = float((source.columns["timestamp"] - frame_index / source.meta.fps).abs().max())
+    first = source.starts[source.episode_of(rows)]  # (N,) row
+    drift = float((times - times[first] - (rows - first).double() / source.meta.fps).abs().max())
     if drift > MAX_DRIFT:
         return [f"timestamps are up to {drift:.2f} s off frame_index / fps: frames are read by row, not by timestamp"]
     return []
-
-
-def video_problems(source: Source) -> list[str]:
-    """Every video is there, is whole, and has a frame for each row."""
-    problems = []
-    for key, videos in source.videos.items():
-        shape = source.meta.features[key]["shape"]
-        for file, rows in sorted(zip(videos.files, videos.rows_per_file, strict=True)):
-            problem = video_problem(file, rows, shape, source.meta.fps)
-            if problem is not None:
-                problems.append(f"{file.relative_to(source.meta.root)} {problem}")
-    return problems
-
-
-def video_problem(path: Path, rows: int, shape: tuple[int, ...], fps: float) -> str | None:
-    """What is wrong with one video, given its number of rows in the table and its (H, W, C) shape; None if nothing is."""
-    import av
-
-    if not path.is_file():
-        return "is missing"
-    av.logging.set_libav_level(av.logging.PANIC)  # FFmpeg's own messages on a damaged file do not name it
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            # Some containers do not store the number of frames: count packets, which needs no decoding.
-            frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-            if frames != rows:
-                return f"has {frames} frames, but its episodes have {rows} rows"
-            if (stream.height, stream.width) != shape[:2]:
-                return f"is {stream.height}x{stream.width}, but info.json says {shape}"
-            if stream.average_rate and abs(float(stream.average_rate) - fps) > 0.01 * fps:
-                return f"runs at {float(stream.average_rate):g} fps, but info.json says {fps}"
-            if not has_last_frame(container, stream, rows):
-                return "is cut short: its last frames cannot be read"
-    except (av.FFmpegError, IndexError) as error:
-        return f"cannot be read as a video: {one_line(error)[:160]}"
-    return None
-
-
-def has_last_frame(container, stream, rows: int) -> bool:
-    """Whether the last of `rows` frames decodes: a file that was cut short may keep its header."""
-    import av
-
-    seconds = (rows - 1) / stream.average_rate
-    container.seek(max(0, round(seconds / stream.time_base)), stream=stream)
-    last = None
-    try:
-        for frame in container.decode(stream):
-            last = frame
-    except av.FFmpegError:
-        return False
-    return last is not None and round(last.pts * stream.time_base * stream.average_rate) == rows - 1

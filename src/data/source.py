@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from data.videos import Videos
-from errors import UserError, one_line
+from errors import UserError
 
 DTYPES = {"f": np.float32, "b": np.bool_}  # LeRobot's dtypes by NumPy's kind of the stored numbers; else int64
+MAX_ROUNDING = 1e-3  # seconds by which float32 may move a timestamp; it moves Unix seconds by up to 64
 
 
 @dataclass
@@ -35,6 +36,10 @@ class Source:
         videos: where the frames of each `video` feature are.
         problems: what makes the dataset unfit to train on, a line each. Columns and pixels may then be missing.
         warnings: what a user should know but can train with.
+        remedy: how to leave out the episodes that all problems are of; empty if there is no such way.
+        left_out: observations that --observations leaves out.
+        renamed: {name in the files: name here} of features that were renamed since.
+        recorded_sizes: (height, width) of each camera's pictures in each of several datasets; None for a single dataset.
     """
 
     name: str
@@ -49,6 +54,10 @@ class Source:
     videos: dict[str, Videos] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    remedy: str = ""
+    left_out: list[str] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)
+    recorded_sizes: dict[str, list[tuple[int, int]]] | None = None
 
     @property
     def rows(self) -> int:
@@ -70,13 +79,46 @@ class Source:
         return [f"{dataset}#{i}" for dataset, i in zip(self.dataset_of_episode.tolist(), indices, strict=True)]
 
     @property
-    def tasks(self) -> list[str]:
-        """Task texts by task_index."""
-        return [] if self.meta.tasks is None else self.meta.tasks.sort_values("task_index").index.tolist()
+    def tasks(self) -> dict[int, str]:
+        """Text of each task_index, ascending by index; the indices may have gaps."""
+        tasks = self.meta.tasks
+        return dict(zip(tasks["task_index"].tolist(), tasks.index.tolist(), strict=True))
 
     def episode_of(self, rows: Tensor) -> Tensor:
         """(B,) position in `episodes` of each of (B,) rows."""
         return torch.searchsorted(self.ends, rows, right=True)
+
+    def name_row(self, row: int) -> str:
+        """A row for people, such as "episode 3 frame 17"."""
+        episode = int(self.episode_of(torch.tensor([row])))
+        return f"episode {self.episodes[episode]} frame {row - int(self.starts[episode])}"
+
+    def dataset_of(self, rows: Tensor) -> Tensor:
+        """(B,) position of the dataset that each of (B,) rows belongs to."""
+        return self.dataset_of_episode[self.episode_of(rows)]
+
+    @property
+    def picture_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each camera, in each of several datasets."""
+        if self.recorded_sizes is not None:
+            return [size for sizes in self.recorded_sizes.values() for size in sizes]
+        return [tuple(self.meta.features[key]["shape"][:2]) for key in self.meta.camera_keys]
+
+    def recorded_size(self, key: str, row: int) -> tuple[int, int]:
+        """(height, width) of a camera's pictures in the dataset that a row belongs to."""
+        if self.recorded_sizes is not None:
+            return self.recorded_sizes[key][int(self.dataset_of(torch.tensor([row])))]
+        height, width, _ = self.meta.features[key]["shape"]
+        return height, width
+
+    def picture_files(self, key: str) -> list[Path]:
+        """The files of a camera's pictures that are not stored in the table."""
+        files = []
+        for chunk in self.images[key].chunks:
+            if pa.types.is_struct(chunk.type):
+                outside = chunk.field("bytes").is_null()
+                files += [self.meta.root / path for path in chunk.field("path").filter(outside).to_pylist() if path]
+        return files
 
     def locate(self, key: str, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(n,) file and (n,) frame number in that file of camera `key` at (n,) rows: by row order, not by the clock."""
@@ -88,32 +130,11 @@ class Source:
         """Raise one UserError that lists all problems, the dataset's own and `more_problems`, if there are any."""
         problems = [*self.problems, *more_problems]
         if len(problems) == 1:
-            raise UserError(f"dataset {self.name}: {problems[0]}")
+            end = f". {self.remedy}" if self.remedy else ""
+            raise UserError(f"dataset {self.name}: {problems[0]}{end}")
         if problems:
-            raise UserError(f"dataset {self.name} has {len(problems)} problems:\n  - " + "\n  - ".join(problems))
-
-
-def read_table(files: list[Path], root: Path, episodes: list[int] | None) -> tuple[pa.Table, list[str]]:
-    """The rows of `episodes` (None for all) in the order of `files`, and a line for each file that cannot be read.
-
-    Raises:
-        UserError: no file can be read, or the table does not say which episode a row belongs to.
-    """
-    selected = None if episodes is None else pa.dataset.field("episode_index").isin(episodes)
-    tables = []
-    problems = []
-    for file in files:
-        try:
-            tables.append(pa.dataset.dataset(file, format="parquet").to_table(filter=selected))
-        except (pa.ArrowInvalid, OSError) as error:
-            problems.append(f"{file.relative_to(root)} cannot be read: {one_line(error)[:200]}")
-    if not tables:
-        reason = "; ".join(problems) or "data/*/*.parquet is missing"
-        raise UserError(f"dataset {root} has no readable table: {reason}")
-    table = pa.concat_tables(tables, promote_options="permissive")
-    if "episode_index" not in table.column_names:
-        raise UserError(f"dataset {root}: its table has no column episode_index, which separates its episodes")
-    return table, problems
+            end = f"\n{self.remedy}" if self.remedy and not more_problems else ""
+            raise UserError(f"dataset {self.name} has {len(problems)} problems:\n  - " + "\n  - ".join(problems) + end)
 
 
 def episode_spans(table: pa.Table) -> tuple[list[int], Tensor, Tensor]:
@@ -132,11 +153,27 @@ def table_features(meta) -> dict[str, dict]:
     return {key: meta.features[key] for key in keys}
 
 
+def one_piece(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """A column as one array of plain values, however Arrow stores them: in chunks, by dictionary, as an extension type."""
+    values = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(values, pa.ExtensionArray):
+        values = values.storage
+    if isinstance(values, pa.DictionaryArray):
+        values = values.dictionary_decode()
+    return values
+
+
+def is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
 def flat_values(column: pa.ChunkedArray) -> np.ndarray:
     """The numbers of a column, row after row, without its lists."""
-    values = column.combine_chunks()
-    while isinstance(values.type, pa.ListType | pa.LargeListType | pa.FixedSizeListType):
-        values = values.flatten()
+    values = one_piece(column)
+    while is_list(values.type):
+        values = one_piece(values.flatten())
+    if pa.types.is_decimal(values.type):
+        values = values.cast(pa.float64())
     return values.to_numpy(zero_copy_only=False)
 
 
@@ -151,6 +188,16 @@ def read_columns(meta, table: pa.Table) -> dict[str, Tensor | list[str]]:
             if shape == (1,):  # LeRobot reads it as a scalar
                 shape = ()
             values = flat_values(table[key])
-            values = values.astype(DTYPES.get(values.dtype.kind, np.int64))  # a copy, since Arrow's memory is read-only
+            values = values.astype(number_dtype(key, feature, values))  # a copy, since Arrow's memory is read-only
             columns[key] = torch.from_numpy(values.reshape(table.num_rows, *shape))
     return columns
+
+
+def number_dtype(key: str, feature: dict, values: np.ndarray) -> type:
+    """What a column's numbers are in a batch: as in LeRobot's, but a clock that float32 cannot hold stays float64."""
+    if key == "timestamp" and values.dtype == np.float64:
+        lost = np.abs(values - values.astype(np.float32)).max(initial=0)
+        return np.float64 if lost > MAX_ROUNDING else np.float32
+    if np.dtype(feature["dtype"]).kind == "f":
+        return np.float32
+    return DTYPES.get(values.dtype.kind, np.int64)

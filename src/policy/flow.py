@@ -177,7 +177,7 @@ class FlowPolicy(PreTrainedPolicy):
         super().__init__(config)
         config.validate_features()
         if config.task_embedding and not config.tasks and dataset_meta is not None:
-            config.tasks = dataset_meta.tasks.sort_values("task_index").index.tolist()
+            config.tasks = list(dict.fromkeys(dataset_meta.tasks.sort_values("task_index").index))  # each text once
         self.config = config
         self.encoder = Encoder(config)
         self.head = Head(config)

@@ -1,13 +1,13 @@
 """Statistics of a dataset that normalising can use and undo."""
 
-import math
 from copy import deepcopy
 
 import torch
 from lerobot.configs import FeatureType
+from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
 from lerobot.utils.constants import IMAGENET_STATS
 
-from errors import RECOMPUTE_STATISTICS
+from errors import RECOMPUTE_STATISTICS, UserError
 
 STATS_OF_MODE = {
     "MEAN_STD": ("mean", "std"),
@@ -15,6 +15,8 @@ STATS_OF_MODE = {
     "QUANTILES": ("q01", "q99"),
     "QUANTILE10": ("q10", "q90"),
 }
+IMAGENET = {name: torch.tensor(value, dtype=torch.float32) for name, value in IMAGENET_STATS.items()}
+EMPTY_CAMERA = ".empty_camera_"  # part of the names of cameras that LeRobot's VLAs add and fill in themselves
 RANGES = (("min", "max"), ("q01", "q99"), ("q10", "q90"))
 
 
@@ -40,8 +42,7 @@ def usable_stats(meta, imagenet: bool) -> dict:
             stats[key] = widen_constant(stats_of_key)
     if imagenet:
         for key in meta.camera_keys:
-            values = {name: torch.tensor(value, dtype=torch.float32) for name, value in IMAGENET_STATS.items()}
-            stats[key] = stats.get(key, {}) | values
+            stats[key] = stats.get(key, {}) | IMAGENET
     return stats
 
 
@@ -49,7 +50,7 @@ def widen_constant(stats_of_key: dict) -> dict:
     """The statistics of one feature, with unit width where it is constant."""
     widened = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in stats_of_key.items()}
     if len({value.shape for name, value in widened.items() if name != "count"}) > 1:
-        return widened  # stats_problems() reports it
+        return widened  # of a camera, say, whose statistics are not used
     error = rounding_error(widened["mean"])
     if "std" in widened:
         constant = widened["std"] <= error
@@ -75,6 +76,25 @@ def is_still(values: torch.Tensor) -> torch.Tensor:
     return (values.std(0) <= error) | (values.amax(0) - values.amin(0) <= error)
 
 
+def needed_statistics(config) -> dict[str, tuple[str, ...]]:
+    """{feature: names of the statistics} that a policy normalises by, under the policy's names.
+
+    Args:
+        config: the policy's config.
+    """
+    needed = {}
+    for key, feature in {**config.input_features, **config.output_features}.items():
+        names = statistics_of(config.normalization_mapping.get(feature.type.value))
+        if names and EMPTY_CAMERA not in key:
+            needed[key] = names
+    return needed
+
+
+def statistics_of(mode) -> tuple[str, ...]:
+    """Names of the statistics that one of LeRobot's normalization modes, or none, needs."""
+    return STATS_OF_MODE.get(getattr(mode, "value", "IDENTITY"), ())
+
+
 def stats_problems(config, stats: dict) -> list[str]:
     """Features that the policy normalises without having usable statistics, a line each; LeRobot would not normalise them.
 
@@ -83,22 +103,59 @@ def stats_problems(config, stats: dict) -> list[str]:
         stats: statistics under the policy's names.
     """
     problems = []
-    for key, feature in {**config.input_features, **config.output_features}.items():
+    features = {**config.input_features, **config.output_features}
+    for key, needed in needed_statistics(config).items():
         stats_of_key = stats.get(key, {})
-        is_picture = feature.type is FeatureType.VISUAL
-        mode = config.normalization_mapping.get(feature.type.value)
-        needed = STATS_OF_MODE.get(getattr(mode, "value", "IDENTITY"), ())
+        is_picture = features[key].type is FeatureType.VISUAL
+        remedy = RECOMPUTE_STATISTICS
+        if is_picture:
+            remedy += " --operation.skip_image_video false"
         missing = [name for name in needed if name not in stats_of_key]
         if missing:
-            remedy = RECOMPUTE_STATISTICS
-            if is_picture:
-                remedy += " --operation.skip_image_video false"
             problems.append(f"meta/stats.json has no {' and '.join(missing)} of {key} to normalise by. {remedy}")
-        sizes = {math.prod(stats_of_key[name].shape) for name in ("mean", "std", "min", "max") if name in stats_of_key}
-        # of a feature with several axes, LeRobot has statistics of all numbers or of the last axis
-        wrong = sizes - {math.prod(feature.shape), feature.shape[-1]}
-        if wrong and not is_picture:
-            problems.append(
-                f"meta/stats.json: expected {math.prod(feature.shape)} numbers of {key}, got {max(wrong)}. {RECOMPUTE_STATISTICS}"
-            )
+        for name in needed:
+            if is_picture and name in stats_of_key:
+                values = torch.as_tensor(stats_of_key[name], dtype=torch.float64)
+                unusable = not values.isfinite().all() or (name == "std" and not (values > 0).all())
+                if unusable or values.numel() not in (1, features[key].shape[0]):
+                    expected = f"expected {features[key].shape[0]} finite numbers as {name} of {key}, a std above 0"
+                    problems.append(f"meta/stats.json: {expected}, got {values.flatten().tolist()}. {remedy}")
     return problems
+
+
+def require_statistics(preprocessor, postprocessor, inputs: list[str], holder: str) -> None:
+    """Refuse saved pipelines that normalise, or undo, without statistics: LeRobot would pass the numbers on as they are.
+
+    Args:
+        preprocessor, postprocessor: LeRobot's pipelines.
+        inputs: features that the policy gets from the preprocessor.
+        holder: the policy's folder.
+
+    Raises:
+        UserError: a normalised feature has no statistics.
+    """
+    lacking = []
+    for pipeline, file in ((preprocessor, "policy_preprocessor.json"), (postprocessor, "policy_postprocessor.json")):
+        for step in pipeline.steps:
+            for key in features_of_step(step, inputs):
+                kind = step.features[key].type if key in step.features else FeatureType.ACTION
+                held = step.state_dict()
+                missing = [name for name in statistics_of(step.norm_map.get(kind)) if f"{key}.{name}" not in held]
+                if missing:
+                    lacking.append(f"{file} normalises {key} and has no {' and '.join(missing)} of it")
+    if lacking:
+        raise UserError(
+            f"{holder}: {'; '.join(lacking)}. The numbers would not be in the robot's units. Train it on a dataset, whose "
+            "statistics it takes: train.py --policy_path"
+        )
+
+
+def features_of_step(step, inputs: list[str]) -> list[str]:
+    """The features that a step normalises: observations that the policy gets, or the action where it is undone."""
+    if isinstance(step, UnnormalizerProcessorStep):
+        return ["action"]
+    if not isinstance(step, NormalizerProcessorStep):
+        return []
+    chosen = step.normalize_observation_keys
+    keys = [key for key in inputs if key in step.features and EMPTY_CAMERA not in key]
+    return [key for key in keys if chosen is None or key in chosen or key == "action"]

@@ -18,6 +18,7 @@ POLICY_FIELDS = (
     "policy",
     "policy_path",
     "policy_args",
+    "observations",
     "image_size",
     "peft",
     "peft_r",
@@ -83,7 +84,10 @@ def describe_data(source: Source, held_out: Tensor) -> dict:
     Returns:
         Counts of episodes, frames and bytes of pictures, a hash of all values, and the held-out episodes.
     """
-    digest = hashlib.sha256(json.dumps([source.starts.tolist(), source.tasks]).encode())
+    tasks = source.tasks
+    if list(tasks) == list(range(len(tasks))):  # as checkpoints recorded them before
+        tasks = list(tasks.values())
+    digest = hashlib.sha256(json.dumps([source.starts.tolist(), tasks]).encode())
     for _, values in sorted(source.columns.items()):
         digest.update(json.dumps(values).encode() if isinstance(values, list) else values.numpy())
     videos = {path for videos in source.videos.values() for path in videos.files if path.is_file()}

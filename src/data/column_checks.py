@@ -1,0 +1,161 @@
+"""What is wrong with the columns of a table: each check returns a line for each problem.
+
+N rows.
+"""
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data.pictures import read_pictures, rows_without_picture
+from data.source import episode_spans, flat_values, is_list, one_piece, table_features
+from errors import UserError, nearest
+
+NO_VALUE = "no value"
+REMEDY = "Remove that episode (lerobot-edit-dataset) or correct the table"
+
+
+def column_problems(meta, table: pa.Table) -> list[str]:
+    """Every feature has its column, and every row the numbers, the text or the picture that info.json describes."""
+    problems = []
+    if "task_index" not in table.column_names:  # of a single task it was added
+        problems.append(
+            f"its table has no column task_index, which says which of the {len(meta.tasks)} tasks a row belongs to"
+        )
+    for key, feature in table_features(meta).items():
+        problem = None
+        if key not in table.column_names:
+            if key != "task_index":
+                problem = f"its table has no column {key}, which info.json lists{nearest(key, table.column_names)}"
+        elif feature["dtype"] == "image":
+            problem = picture_problem(key, table)
+        elif feature["dtype"] == "string":
+            problem = text_problem(key, table)
+        else:
+            problem = number_problem(key, feature, table)
+        if problem is not None:
+            problems.append(problem)
+    if not problems:
+        problem = order_problem(table)
+        if problem is not None:
+            problems.append(problem)
+    return problems
+
+
+def picture_problem(key: str, table: pa.Table) -> str | None:
+    """Every row has an encoded picture."""
+    try:
+        rows = rows_without_picture(read_pictures(table[key]))
+    except UserError as error:
+        return f"{key}: {error}. Record it again as pictures or video"
+    if len(rows) == 0:
+        return None
+    return f"{key}: expected a picture in each row, got none in {name_rows(table, rows)}. {REMEDY}"
+
+
+def text_problem(key: str, table: pa.Table) -> str | None:
+    """The column holds texts. A row may have none."""
+    kind = one_piece(table[key]).type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
+        return None
+    return f"{key}: expected texts as info.json says, got {kind}. Correct its dtype in info.json"
+
+
+def number_problem(key: str, feature: dict, table: pa.Table) -> str | None:
+    """Every row has as many numbers as the feature's shape says, none of them null."""
+    values = one_piece(table[key])
+    kind = leaf_type(values.type)
+    if not is_number(kind):
+        return f"{key}: expected numbers as info.json says ({feature['dtype']}), got {kind}. Correct the table or info.json"
+    shape = tuple(feature["shape"])
+    rows, got = misfits(values, shape)
+    if len(rows) == 0:
+        return None
+    if got == NO_VALUE:
+        return f"{key}: expected a number everywhere, got null in {name_rows(table, rows)}. {REMEDY}"
+    expected = f"{key}: expected shape {shape} in each row by info.json"
+    if len(rows) == table.num_rows:
+        return f"{expected}, got {got}. Correct the shape in info.json"
+    return f"{expected}, got {got} in {name_rows(table, rows)}. {REMEDY}"
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Whether a type is of numbers; one of nulls only may be, and is told for its nulls."""
+    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_null)
+    return any(test(kind) for test in tests)
+
+
+def leaf_type(kind: pa.DataType) -> pa.DataType:
+    """The type of the numbers within lists."""
+    while True:
+        if isinstance(kind, pa.BaseExtensionType):
+            kind = kind.storage_type
+        elif is_list(kind) or pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        else:
+            return kind
+
+
+def order_problem(table: pa.Table) -> str | None:
+    """frame_index is 0 to n - 1 within each episode. Without that column, rows are frames in the order of the table."""
+    if "frame_index" not in table.column_names:
+        return None
+    frame_index = flat_values(table["frame_index"])  # (N,)
+    _, starts, ends = (np.asarray(part) for part in episode_spans(table))
+    expected = np.arange(len(frame_index)) - np.repeat(starts, ends - starts)
+    wrong = np.flatnonzero(frame_index != expected)
+    if len(wrong) == 0:
+        return None
+    return (
+        f"frame_index: expected 0 to n - 1 in the n rows of each episode, got {frame_index[wrong[0]]} in "
+        f"{name_rows(table, wrong)}. Sort each episode's rows by frame_index, or remove those with gaps"
+    )
+
+
+def misfits(values: pa.Array, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
+    """(n,) rows of a column that hold nulls or are not of `shape`, and what the first of them has.
+
+    Lists of lists may also hold a feature's numbers in fewer axes than its shape has: then only their number counts.
+    """
+    count = len(values)
+    rows = np.arange(count)  # of each value
+    sizes = shape if depth(values.type) == len(shape) else (None,) * depth(values.type)
+    for size in sizes:
+        null = values.is_null().to_numpy(zero_copy_only=False)
+        if null.any():
+            return np.unique(rows[null]), NO_VALUE
+        lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
+        if size is not None and (lengths != size).any():
+            wrong = lengths != size
+            return np.unique(rows[wrong]), numbers(lengths[wrong][0])
+        rows = np.repeat(rows, lengths)
+        values = one_piece(values.flatten())
+    null = values.is_null().to_numpy(zero_copy_only=False)
+    if null.any():
+        return np.unique(rows[null]), NO_VALUE
+    per_row = np.bincount(rows, minlength=count)
+    wrong = np.flatnonzero(per_row != math.prod(shape))
+    return wrong, numbers(per_row[wrong[0]]) if len(wrong) else ""
+
+
+def depth(kind: pa.DataType) -> int:
+    """How many lists are around a column's numbers."""
+    levels = 0
+    while is_list(kind):
+        levels += 1
+        kind = kind.value_type
+    return levels
+
+
+def numbers(count: int) -> str:
+    return "1 number" if count == 1 else f"{count} numbers"
+
+
+def name_rows(table: pa.Table, rows: np.ndarray) -> str:
+    """Rows of a table for people, by the episode and frame of the first."""
+    episodes, starts, _ = episode_spans(table)
+    position = int(np.searchsorted(starts.numpy(), rows[0], side="right")) - 1
+    first = f"episode {episodes[position]} frame {rows[0] - int(starts[position])}"
+    return first if len(rows) == 1 else f"{len(rows)} rows, first in {first}"

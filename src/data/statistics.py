@@ -1,0 +1,291 @@
+"""A dataset's statistics, `meta.stats`: read, completed from the data, and compared with them.
+
+N rows, D numbers a row, C channels.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.files import check_readable, is_v2
+from data.frames import Frames
+from data.names import joint_names
+from data.source import Source
+from errors import RECOMPUTE_STATISTICS, UserError, one_line
+
+BASIC = ("mean", "std", "min", "max")  # what LeRobot has written since its first datasets
+ASCENDING = (("min", "mean", "max"), ("min", "q01", "q10", "q50", "q90", "q99", "max"))
+CHUNK = 16  # frames that are decoded at a time
+
+# Where statistics do not fit the table. What LeRobot's tools write fits to 0.001; these are far wider, so that a line
+# means other units or other data.
+MEAN_OFF = 0.5  # of a standard deviation
+STD_RATIO = 2.0
+OUTSIDE = 0.25  # of the range from min to max
+NARROW = 20.0  # of only some episodes: how many times narrower the data of every joint may be
+
+
+def read_statistics(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """{feature: {statistic: array}} of a stats.json; what is null or missing there is left out, to be computed.
+
+    LeRobot's reader would split the names of features at a slash.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    check_readable(path)
+    try:
+        return as_arrays(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        reason = one_line(error)[:200]
+        raise UserError(f"{path} holds no statistics: {reason}. Delete it: they are computed from the data") from None
+
+
+def as_arrays(stats) -> dict[str, dict[str, np.ndarray]]:
+    """The statistics of a JSON file as arrays, without nulls.
+
+    Raises:
+        ValueError: a list of numbers is ragged.
+    """
+    arrays = {}
+    for key, stats_of_key in (stats if isinstance(stats, dict) else {}).items():
+        if isinstance(stats_of_key, dict):
+            present = {name: value for name, value in stats_of_key.items() if value is not None}
+            arrays[key] = {name: np.atleast_1d(np.array(value)) for name, value in present.items()}
+    return arrays
+
+
+def merge_statistics(parts: list[dict]) -> dict[str, dict[str, np.ndarray]]:
+    """Statistics of the whole from those of its episodes or datasets, for the features of which every part has them.
+
+    Raises:
+        ValueError: a feature's statistics differ in shape between parts.
+    """
+    from lerobot.datasets.compute_stats import aggregate_stats
+
+    needed = {*BASIC, "count"}
+    whole = [key for key in (parts[0] if parts else {}) if all(needed <= set(part.get(key, {})) for part in parts)]
+    return aggregate_stats([{key: part[key] for key in whole} for part in parts])
+
+
+def statistics_file(meta) -> str:
+    """The file of a dataset's statistics, within its folder."""
+    by_episode = "meta/episodes_stats.jsonl"  # of v2.1
+    return by_episode if is_v2(meta) and (meta.root / by_episode).is_file() else "meta/stats.json"
+
+
+def remedy(meta) -> str:
+    """What to do about wrong statistics."""
+    delete = f"delete {meta.root / statistics_file(meta)}: what is missing is computed from the data"
+    if is_v2(meta):  # which lerobot-edit-dataset does not read
+        return delete[0].upper() + delete[1:]
+    return f"{RECOMPUTE_STATISTICS}, or {delete}"
+
+
+def number_features(source: Source) -> list[str]:
+    """The features that a policy may normalise, but for cameras."""
+    return [
+        key
+        for key, feature in source.meta.features.items()
+        if key.startswith(("observation", "action")) and isinstance(source.columns.get(key), Tensor)
+    ]
+
+
+# Completing them.
+
+
+def complete_statistics(source: Source) -> list[str]:
+    """Compute what `meta.stats` lacks of the number features, and say so in one line."""
+    lacking = {}
+    for key in number_features(source):
+        missing = [name for name in BASIC if name not in source.meta.stats.get(key, {})]
+        if missing:
+            lacking[key] = missing
+    lines = fill_statistics(source, lacking)
+    for key in number_features(source):
+        source.meta.stats[key].setdefault("count", np.array([source.rows]))  # which v2.0 did not write
+    return lines
+
+
+def fill_statistics(source: Source, lacking: dict[str, list[str]], num_threads: int = 1) -> list[str]:
+    """Compute statistics and add them to `meta.stats`.
+
+    Args:
+        source: the open dataset.
+        lacking: {feature: names of statistics} to compute; features that the dataset does not have are left out.
+        num_threads: threads that decode pictures.
+
+    Returns:
+        A line for numbers and one for pictures, if any were computed.
+    """
+    stats = dict(source.meta.stats)
+    told = {"columns": [], "pictures": []}
+    for key, names in lacking.items():
+        if isinstance(source.columns.get(key), Tensor):
+            computed = column_statistics(source.columns[key])
+            told["columns"].append(f"{' '.join(names)} of {key}")
+        elif key in source.videos or key in source.images:
+            computed = camera_statistics(source, key, num_threads)
+            told["pictures"].append(f"{' '.join(names)} of {key}")
+        else:
+            continue
+        if not stats.get(key):
+            names = list(computed)
+        stats[key] = {**stats.get(key, {}), **{name: computed[name] for name in names if name in computed}}
+    source.meta.stats = stats
+
+    file = statistics_file(source.meta)
+    lines = []
+    if told["columns"]:
+        lines.append(f"{file} lacks {', '.join(told['columns'])}: computed from the {source.rows} rows of the table")
+    if told["pictures"]:
+        lines.append(f"{file} lacks {', '.join(told['pictures'])}: computed from frames of the {source.rows} rows")
+    return lines
+
+
+def column_statistics(values: Tensor) -> dict[str, np.ndarray]:
+    """LeRobot's statistics of a column (N, ...): of each of its numbers, or of the last axis where there are several."""
+    from lerobot.datasets.compute_stats import get_feature_stats
+
+    numbers = values.double().numpy()
+    return get_feature_stats(numbers, axis=0, keepdims=numbers.ndim == 1)
+
+
+def camera_statistics(source: Source, key: str, num_threads: int = 1) -> dict[str, np.ndarray]:
+    """LeRobot's statistics (C, 1, 1) of a camera in [0, 1], from frames that are evenly spaced over all rows."""
+    from lerobot.datasets.compute_stats import RunningQuantileStats, auto_downsample_height_width, sample_indices
+
+    running = RunningQuantileStats()
+    rows = torch.tensor(sample_indices(source.rows))
+    frames = Frames(source, num_threads=num_threads)
+    try:
+        for some in rows.split(CHUNK):
+            pictures = [auto_downsample_height_width(picture) for picture in frames.read(key, some).numpy()]
+            running.update(np.stack(pictures).transpose(0, 2, 3, 1))  # (n, H, W, C)
+    finally:
+        frames.close()
+    stats = {name: (value / 255.0).reshape(-1, 1, 1) for name, value in running.get_statistics().items()}
+    return {**stats, "count": np.array([len(rows)])}
+
+
+# Looking at them.
+
+
+def statistics_problems(source: Source) -> list[str]:
+    """Statistics that cannot be: not numbers, not finite, of another width, or in no order. A line for each statistic."""
+    problems = []
+    for key in number_features(source):
+        for fault in faults_of(source.meta.stats.get(key, {}), source.meta.features[key]):
+            problems.append(f"{statistics_file(source.meta)}: {key}: {fault}. {remedy(source.meta)}")
+    return problems
+
+
+def faults_of(stats: dict, feature: dict) -> list[str]:
+    """What is wrong with the statistics of one feature, with the joint and the value."""
+    shape = tuple(feature["shape"])
+    widths = {math.prod(shape), *shape[-1:]}  # LeRobot has them of all numbers, or of the last axis
+    names = list(dict.fromkeys(name for names in (("std",), *ASCENDING) for name in names if name in stats))
+    values = {}
+    for name in names:
+        value = stats[name]
+        if value.dtype.kind not in "fiub":
+            return [f"expected numbers as {name}, got {value.tolist()!r:.60}"]
+        if value.size not in widths:
+            return [f"expected {math.prod(shape)} numbers as {name}, got {value.size}"]
+        values[name] = value.astype(np.float64).ravel()
+    if len({value.size for value in values.values()}) > 1:
+        sizes = ", ".join(f"{value.size} as {name}" for name, value in values.items())
+        return [f"expected as many numbers of each kind, got {sizes}"]
+
+    faults = []
+    for name, value in values.items():
+        wrong = ~np.isfinite(value)
+        if name == "std":
+            wrong |= value < 0
+        if wrong.any():
+            expected = "0 or more" if name == "std" else "a finite number"
+            faults.append(
+                f"expected {expected} as {name} of {joint(feature, value.size, wrong)}, got {value[wrong][0]:g}"
+            )
+    if faults or not values:
+        return faults
+    for order in ASCENDING:
+        known = [name for name in order if name in values]
+        for low, high in zip(known[:-1], known[1:], strict=True):
+            wrong = values[low] > values[high] + slack(values)
+            if wrong.any():
+                name = joint(feature, wrong.size, wrong)
+                pair = f"got {values[low][wrong][0]:g} and {values[high][wrong][0]:g}"
+                faults.append(f"expected {low} <= {high} of {name}, {pair}")
+    return faults
+
+
+def slack(values: dict[str, np.ndarray]) -> np.ndarray:
+    """How far rounding and estimates of quantiles may put statistics out of order."""
+    largest = np.max(np.abs(list(values.values())), axis=0)
+    width = values["max"] - values["min"] if "min" in values and "max" in values else 0
+    return 1e-3 * largest + 1e-2 * np.maximum(width, 0) + 1e-6
+
+
+def joint(feature: dict, size: int, wrong: np.ndarray) -> str:
+    """The first joint of a mask, by its name or its number."""
+    index = int(np.flatnonzero(wrong)[0])
+    names = joint_names(feature)
+    if names is not None and len(names) == size:
+        return names[index]
+    return f"number {index}"
+
+
+def statistics_warnings(source: Source) -> list[str]:
+    """Features whose statistics are of other data than the table's, such as from before a change of units: a line each.
+
+    They are compared with all of the dataset's rows. With only some episodes, whose joints may move less, it is only told
+    where the data leave the range of the statistics, or all joints move far less.
+    """
+    lines = []
+    whole = source.rows == source.meta.total_frames
+    for key in number_features(source):
+        stats = source.meta.stats.get(key, {})
+        if not {"mean", "std", "min", "max"} <= set(stats) or source.rows < 2:
+            continue
+        written = {name: stats[name].astype(np.float64).ravel() for name in ("mean", "std", "min", "max")}
+        got = table_statistics(source.columns[key], written["mean"].size)
+        wrong = unlike(written, got, whole)
+        if wrong.any():
+            index = int(np.flatnonzero(wrong)[0])
+            both = [f"mean {s['mean'][index]:.4g}, std {s['std'][index]:.4g}, {s['min'][index]:.4g} to {s['max'][index]:.4g}"
+                    for s in (written, got)]  # fmt: skip
+            lines.append(
+                f"{statistics_file(source.meta)} does not fit the table in {wrong.sum()} of {wrong.size} numbers of {key}: "
+                f"{joint(source.meta.features[key], wrong.size, wrong)} has {both[0]} there, and {both[1]} in the table. "
+                f"{remedy(source.meta)}"
+            )
+    return lines
+
+
+def table_statistics(values: Tensor, size: int) -> dict[str, np.ndarray]:
+    """Mean, std, min and max of (N, ...) by number, or by the last axis if `size` says so."""
+    numbers = values.double().reshape(-1, size).numpy()
+    return {"mean": numbers.mean(0), "std": numbers.std(0), "min": numbers.min(0), "max": numbers.max(0)}
+
+
+def unlike(written: dict, got: dict, whole: bool) -> np.ndarray:
+    """(D,) whether the statistics in the file are of other data than those of the table."""
+    width = written["max"] - written["min"]
+    # LeRobot computes the std of float32 as the root of a small difference, which is off by a few 1e-4 of the values.
+    rounding = 2e-3 * np.maximum(np.abs(written["min"]), np.abs(written["max"])) + 1e-6
+    outside = np.maximum(written["min"] - got["min"], got["max"] - written["max"]) > OUTSIDE * width + rounding
+    if not whole:
+        moves = got["max"] - got["min"] > rounding
+        narrow = NARROW * (got["max"] - got["min"]) < width
+        if moves.sum() > 1 and narrow[moves].all():
+            return outside | (narrow & moves)
+        return outside
+    mean_off = np.abs(got["mean"] - written["mean"]) > MEAN_OFF * np.maximum(got["std"], written["std"]) + rounding
+    wider = got["std"] > STD_RATIO * written["std"] + rounding
+    narrower = written["std"] > STD_RATIO * got["std"] + rounding
+    return outside | mean_off | wider | narrower
