@@ -47,6 +47,12 @@ def print_error(error: UserError, prefix: str = "") -> None:
     print(f"error: {prefix}{error}", file=sys.stderr, flush=True)
 
 
+def print_warnings(warnings: list[str]) -> None:
+    """Print what is doubtful, in a line each."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
 def command(main):
     """Decorate a script's main(argv): a UserError is one line and status 2, Ctrl-C another and status 130."""
 

@@ -52,6 +52,12 @@ class TrainConfig:
     dataset_root: str | None = setting(None, "folder to download a Hub dataset to (unset: LeRobot's cache)")
     revision: str | None = setting(None, "branch, tag or commit of a Hub dataset")
     episodes: str | None = setting(None, 'episodes to train on, such as "0:40,45" (unset: all)')
+    observations: list[str] | None = setting(
+        None,
+        'observations to train on, by name or pattern, such as top state or "observation.images.*" (unset: all); '
+        "others are not read, so their files may be missing",
+        metavar="NAME",
+    )
     imagenet_stats: str = setting(
         "on",
         "normalise cameras with ImageNet's mean and std, as lerobot-train does; off: with the dataset's",
@@ -67,7 +73,8 @@ class TrainConfig:
 
     rename: list[str] | None = setting(
         None,
-        "rename observations to the policy's names, such as observation.image=observation.images.top",
+        "rename observations to the policy's names, such as observation.image=observation.images.top; "
+        "with several datasets also to make them alike",
         metavar="OLD=NEW",
     )
 

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import shlex
 import sys
 import urllib.error
 
@@ -24,6 +25,44 @@ def nearest(name: str, names) -> str:
     """`, did you mean 'x'?` with the known name closest to `name`; an empty string if none is close."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def likeliest_pairs(wanted: dict, candidates: dict) -> dict[str, str]:
+    """Which of the candidates each wanted name probably means: of the same kind, and nearest in name; each once.
+
+    Args:
+        wanted, candidates: {name: kind}, where kinds are compared, such as "camera" or a shape.
+
+    Returns:
+        {candidate: wanted name}, without those that have none of their kind left.
+    """
+    scored = []
+    for name, kind in wanted.items():
+        for candidate, other_kind in candidates.items():
+            if kind == other_kind:
+                alike = difflib.SequenceMatcher(None, last_part(name), last_part(candidate)).ratio()
+                scored.append((alike, name, candidate))
+    pairs = {}
+    for _, name, candidate in sorted(scored, key=lambda entry: -entry[0]):
+        if candidate not in pairs and name not in pairs.values():
+            pairs[candidate] = name
+    return pairs
+
+
+def last_part(name: str) -> str:
+    """An observation's name without what most begin with: observation.images.top is top."""
+    return name.removeprefix("observation.").removeprefix("images.")
+
+
+def rename_flag(pairs: dict[str, str], given: dict[str, str] | None = None) -> str:
+    """The ready-made --rename for {old: new} pairs, with those given already, since the last flag counts.
+
+    An old name that a given pair makes stands for that pair's own old name.
+    """
+    given = given or {}
+    names_before = {new: old for old, new in given.items()}
+    merged = given | {names_before.get(old, old): new for old, new in pairs.items()}
+    return "--rename " + " ".join(shlex.quote(f"{old}={new}") for old, new in merged.items())
 
 
 def one_line(error: BaseException) -> str:

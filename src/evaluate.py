@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import OneLineParser, command
+from command_line import OneLineParser, command, print_warnings
 from errors import UserError
 from sim.environments import OURS, open_simulation
 
@@ -33,7 +33,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     flag("--seed", type=int, default=1000, metavar="N", help="seed of the first episode; the next ones count up [1000]")
     flag("--max_steps", type=int, metavar="N", help="steps after which an episode has failed [the type's default]")
     flag("--env_args", nargs="+", metavar="NAME=VALUE", help="settings of the environment, such as look=lerobot")
-    flag("--rename", nargs="+", default=[], metavar="THEIRS=OURS", help="rename observations to what the policy knows")
+    flag(
+        "--rename",
+        nargs="+",
+        default=[],
+        metavar="OLD=NEW",
+        help="give observations of the dataset or the simulation the names that the policy takes",
+    )
     flag("--num_videos", type=int, default=2, metavar="N", help="videos of successes, and as many of failures [2]")
     flag("--output_dir", metavar="FOLDER", help="where reports are written [evaluation/ beside the checkpoint]")
     flag("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
@@ -51,7 +57,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.error("expert is a simulation's scripted expert: expected --env metaworld and no --dataset_id")
     for pair in args.rename:
         if pair.count("=") != 1:
-            parser.error(f"--rename {pair}: expected THEIRS=OURS, such as observation.image=observation.images.top")
+            parser.error(f"--rename {pair}: expected OLD=NEW, such as observation.image=observation.images.top")
     return args
 
 
@@ -63,7 +69,6 @@ import numpy as np
 
 from data.frames import Frames
 from data.loader import Loader
-from data.opening import open_source
 from data.source import Source
 from policy.async_policy import AsyncPolicy
 from policy.loaded import LoadedPolicy, load_policy
@@ -77,6 +82,7 @@ from training.open_loop import (
     compare,
     evenly_spaced_rows,
     measure,
+    open_for_policy,
     permutation_importance,
 )
 
@@ -86,8 +92,8 @@ PERMUTED_SAMPLES = 64
 
 def evaluate_recorded(policy: LoadedPolicy, args: argparse.Namespace, name: str) -> None:
     """Compare a policy with recorded episodes, write the report and print the main numbers."""
-    source = open_source(args.dataset_id, episodes=args.episodes)
-    source.require()
+    source = open_for_policy(policy, args.dataset_id, args.episodes, args.rename, rename_others=bool(args.env))
+    print_warnings(source.warnings)
     folder = report_folder(args.checkpoint, args.output_dir, "open_loop")
 
     # Frame by frame, as the arm would ask for actions.

@@ -7,7 +7,7 @@ import argparse
 import signal
 import sys
 
-from command_line import OneLineParser, command
+from command_line import OneLineParser, command, print_warnings
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -15,6 +15,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="a checkpoint-<step> folder, a run's folder, or a Hub id")
     parser.add_argument("--dataset_id", required=True, help="a dataset's folder or Hub id")
     parser.add_argument("--episode", type=int, default=0, help="episode to compare with [0]")
+    parser.add_argument(
+        "--rename",
+        nargs="+",
+        metavar="OLD=NEW",
+        help="give observations of the dataset the names that the policy takes",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
     parser.add_argument("--n_action_steps", type=int, help="actions executed of each predicted chunk [as trained]")
     parser.add_argument("--ahead", action="store_true", help="predict chunks ahead, to keep up with the dataset's fps")
@@ -27,9 +33,8 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from data.opening import open_source
 from policy.loaded import load_policy
-from training.open_loop import EpisodeComparison, compare, recorded_observations
+from training.open_loop import EpisodeComparison, compare, open_for_policy, recorded_observations
 
 __all__ = ["compare", "load_policy", "recorded_observations"]
 
@@ -51,13 +56,13 @@ def print_comparison(result: EpisodeComparison, device) -> None:
 @command
 def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
-    source = open_source(args.dataset_id, episodes=str(args.episode), flag="--episode")
-    source.require()
     policy = load_policy(args.checkpoint, args.device, args.n_action_steps)
+    source = open_for_policy(policy, args.dataset_id, str(args.episode), args.rename, flag="--episode")
+    print_warnings(source.warnings)
     fps = None
     if args.ahead:
         fps = source.meta.fps
-        policy = policy.ahead(fps, next(iter(source.tasks), ""))
+        policy = policy.ahead(fps, next(iter(source.tasks.values()), ""))
         print(
             f"each chunk is requested {policy.lead} frames ahead, and {policy.actions_per_chunk} of its actions are executed"
         )

@@ -238,7 +238,12 @@ class Run:
         return TrainState(
             trainer_state=trainer_state,
             train_config=self.config.asdict(),
-            training_info={**info, **position, "train_seconds": train_seconds},
+            training_info={
+                **info,
+                **position,
+                "train_seconds": train_seconds,
+                "joint_names": self.plan.policy.joint_names,
+            },
         )
 
     def finish(self) -> TrainResult:
@@ -268,7 +273,7 @@ class Run:
                 address = hub.push(self.config.push_to_hub, output_dir, result.checkpoint, self.report.warn)
                 if address:
                     print(f"uploaded to {address}")
-        print(closing_message(result, self.config, self.start_step, self.distributed.size), flush=True)
+        print(closing_message(result, self.plan, self.start_step), flush=True)
         return result
 
 

@@ -167,7 +167,8 @@ def test_a_joint_that_is_still_up_to_rounding_is_still():
 
 
 @pytest.mark.parametrize(
-    ("names", "message"), [(["a", "b"], ["a", "b"]), (["a", "a"], ["action 0", "action 1"]), ([1, 2], ["1", "2"])]
+    ("names", "message"),
+    [(["a", "b"], ["a", "b"]), (["a", "a"], ["action 0", "action 1"]), ([1, 2], ["action 0", "action 1"])],
 )
 def test_names_of_joints(names, message):
     meta = SimpleNamespace(features={"action": {"shape": (2,), "names": names}})
@@ -357,11 +358,11 @@ def test_results_lie_beside_the_checkpoint_not_in_it(trained):
         (["--env", "metaworld", "--max_steps", "501"], "episode_length must be 1 to 500, got 501"),
         (["--env", "metaworld", "--env_args", "camera=corner"],
          "the simulation has no observation.images.corner2, which the policy takes: got observation.images.corner, observation.state. "
-         "If one of these is it, pass evaluate.py --rename THEIRS=observation.images.corner2"),
+         "If that is the same, pass evaluate.py --rename observation.images.corner=observation.images.corner2 (train.py renames none)"),
         (["--env", "pusht"], "environment pusht: a package is missing. Package 'gym_pusht' required for env 'pusht' not found"),
         (["--dataset_id", "DATA"], "has no observation.images.corner2, which the policy takes: got observation.images.top, "
          "observation.state. Pass the dataset that the policy was trained on"),
-        (["--dataset_id", "DATA", "--episodes", "9"], "--episodes 9: 9 is out of range, the dataset has 3 episodes, 0:3"),
+        (["--dataset_id", str(SHIPPED), "--episodes", "99"], "--episodes 99: 99 is out of range, the dataset has"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(trained, made, tmp_path, capsys, renderer, flags, message):
@@ -379,7 +380,7 @@ def test_mistakes_are_one_line(trained, made, tmp_path, capsys, renderer, flags,
     ("arguments", "message"),
     [
         ("x", "nothing to evaluate on. Pass --dataset_id with --episodes, or --env with --task"),
-        ("x --env metaworld --rename a", "--rename a: expected THEIRS=OURS"),
+        ("x --env metaworld --rename a", "--rename a: expected OLD=NEW"),
         ("x --env metaworld --num_episodes 0", "--num_episodes must be at least 1, got 0"),
         (
             "expert --env pusht",

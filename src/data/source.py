@@ -195,9 +195,9 @@ def read_columns(meta, table: pa.Table) -> dict[str, Tensor | list[str]]:
 
 def number_dtype(key: str, feature: dict, values: np.ndarray) -> type:
     """What a column's numbers are in a batch: as in LeRobot's, but a clock that float32 cannot hold stays float64."""
-    if key == "timestamp" and values.dtype == np.float64:
-        lost = np.abs(values - values.astype(np.float32)).max(initial=0)
-        return np.float64 if lost > MAX_ROUNDING else np.float32
     if np.dtype(feature["dtype"]).kind == "f":
-        return np.float32
+        lost = 0.0
+        if key == "timestamp":
+            lost = np.abs(values.astype(np.float64) - values.astype(np.float32)).max(initial=0)
+        return np.float64 if lost > MAX_ROUNDING else np.float32
     return DTYPES.get(values.dtype.kind, np.int64)

@@ -8,13 +8,22 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from data.names import joint_names
+from data.observations import observation_names, observations_flag
+from data.pictures import with_full_paths
 from data.source import Source
+from data.statistics import merge_statistics
 from data.videos import Videos
-from errors import RECOMPUTE_STATISTICS, UserError, one_line
+from errors import RECOMPUTE_STATISTICS, UserError, likeliest_pairs, one_line, rename_flag
 
 
-def unite(sources: list[Source]) -> Source:
+def unite(sources: list[Source], rename: dict[str, str] | None = None) -> Source:
     """One source over all of `sources`; a single one is returned as it is.
+
+    Pictures of one camera may differ in size between datasets, see `size_problems`.
+
+    Args:
+        rename: {old: new} names that the user gave, for messages.
 
     Raises:
         UserError: their features or frame rates differ, or something is wrong with one of them.
@@ -23,15 +32,17 @@ def unite(sources: list[Source]) -> Source:
     if len(sources) == 1:
         return first
     for other in sources[1:]:
-        check_alike(first, other)
+        check_alike(first, other, rename or {})
     name = " + ".join(source.name for source in sources)
-    problems = [f"{source.name}: {problem}" for source in sources for problem in problems_in_union(source)]
-    replace(first, name=name, problems=problems).require()  # what follows needs all columns, videos and statistics
+    problems = [f"{source.name}: {problem}" for source in sources for problem in source.problems]
+    # What follows needs all columns, videos and statistics.
+    replace(first, name=name, problems=problems, remedy="").require()
 
     # A task that several datasets have becomes one, so that task_index changes.
-    tasks = list(dict.fromkeys(task for source in sources for task in source.tasks))
+    tasks = list(dict.fromkeys(task for source in sources for task in source.tasks.values()))
+    new_index = {task: index for index, task in enumerate(tasks)}
     columns = {key: join_columns([source.columns[key] for source in sources]) for key in first.columns}
-    columns["task_index"] = torch.cat([renumber_tasks(source, tasks) for source in sources])
+    columns["task_index"] = torch.cat([renumber_tasks(source, new_index) for source in sources])
 
     first_rows = starts_of([source.rows for source in sources])
     episodes = []
@@ -50,50 +61,93 @@ def unite(sources: list[Source]) -> Source:
         tables=[path for source in sources for path in source.tables],
         episodes_per_dataset=[len(source.episodes) for source in sources],
         columns=columns,
-        images={key: join_images([source.images[key] for source in sources]) for key in first.images},
+        images={key: join_images(sources, key) for key in first.images},
         videos={key: join_videos([source.videos[key] for source in sources]) for key in first.videos},
         warnings=[f"{source.name}: {warning}" for source in sources for warning in source.warnings],
+        left_out=[name for source in sources for name in source.left_out],
+        renamed={old: new for source in sources for old, new in source.renamed.items()},
+        recorded_sizes={key: [recorded_size(source, key) for source in sources] for key in first.meta.camera_keys},
     )
 
 
-def problems_in_union(source: Source) -> list[str]:
-    """A dataset's own problems, and that it has no statistics to merge."""
-    if source.meta.stats is None:
-        return [*source.problems, f"meta/stats.json is missing. {RECOMPUTE_STATISTICS}"]
-    return source.problems
+def check_alike(first: Source, other: Source, rename: dict[str, str]) -> None:
+    """Raise a UserError unless both have the same fps, and the same type, width and names of each feature.
 
-
-def check_alike(first: Source, other: Source) -> None:
-    """Raise a UserError unless both have the same fps, and the same type, shape and names of each feature."""
+    Args:
+        rename: {old: new} names that the user gave, which the message repeats.
+    """
     expected = described(first)
     got = described(other)
-    for name in expected | got:
-        if expected.get(name) != got.get(name):
-            raise UserError(
-                f"datasets differ in {name}: {first.name} has {expected.get(name, 'none')}, "
-                f"{other.name} has {got.get(name, 'none')}. Train on each by itself"
-            )
+    differences = [name for name in expected | got if expected.get(name) != got.get(name)]
+    if not differences:
+        return
+    name = differences[0]
+    raise UserError(
+        f"datasets differ in {name}: {first.name} has {expected.get(name, 'none')}, {other.name} has "
+        f"{got.get(name, 'none')}. {remedy_for(first, other, expected, got, rename)}"
+    )
+
+
+def remedy_for(first: Source, other: Source, expected: dict, got: dict, rename: dict[str, str]) -> str:
+    """How to make two datasets alike: with other names, without the observations in which they differ, or both."""
+    missing = {name: text for name, text in expected.items() if name not in got and name.startswith("observation.")}
+    surplus = {name: text for name, text in got.items() if name not in expected}
+    pairs = likeliest_pairs(missing, surplus)
+    differences = {name for name in expected | got if expected.get(name) != got.get(name)}
+    differences -= {*pairs, *pairs.values()}
+    observations = dict.fromkeys([*observation_names(first.meta), *observation_names(other.meta)])
+    kept = [name for name in observations if name not in differences]
+    if not kept or not differences <= observations.keys():
+        return "Train on each by itself"
+
+    flags = []
+    if pairs:
+        flags.append(rename_flag(pairs, rename))
+    if differences:
+        flags.append(observations_flag(kept, first.renamed | other.renamed))
+    return f"Pass {' '.join(flags)}, or train on each by itself"
 
 
 def described(source: Source) -> dict[str, str]:
-    """What datasets must have in common. How their videos are encoded may differ."""
+    """What datasets must have in common. How their videos are encoded may differ, and the size of their pictures."""
     facts = {"fps": f"{source.meta.fps}"}
     for key, feature in source.meta.features.items():
-        facts[key] = f"{feature['dtype']} {tuple(feature['shape'])} {feature.get('names')}"
+        shape = tuple(feature["shape"])
+        if key in source.meta.camera_keys:
+            facts[key] = f"{feature['dtype']} of shape (height, width, {', '.join(map(str, shape[2:]))})"
+        else:
+            facts[key] = f"{feature['dtype']} of shape {shape}, names {joint_names(feature)}"
     return facts
+
+
+def size_problems(source: Source, keys: set[str], image_size: list[int] | None) -> list[str]:
+    """A line for each camera whose pictures differ in size between datasets, while nothing resizes them.
+
+    Args:
+        keys: the cameras that are read.
+        image_size: (h, w) that pictures are resized to; None for as recorded.
+    """
+    problems = []
+    for key, sizes in (source.recorded_sizes or {}).items():
+        if key in keys and image_size is None and len(set(sizes)) > 1:
+            height, width = min(sizes)
+            texts = ", ".join(f"{h}x{w}" for h, w in sizes)
+            problems.append(
+                f"{key} is {texts} in the datasets, in their order: expected one size. "
+                f"Pass --image_size HEIGHT WIDTH, such as --image_size {height} {width}"
+            )
+    return problems
 
 
 def merge_metadata(sources: list[Source], name: str, tasks: list[str]):
     """The first dataset's metadata, with the statistics that all have, merged, and the tasks of all."""
     import pandas
-    from lerobot.datasets.compute_stats import aggregate_stats
 
     meta = copy.copy(sources[0].meta)
     meta.repo_id = "+".join(source.meta.repo_id for source in sources)
-    shared = set.intersection(*(set(source.meta.stats) for source in sources))
     try:
-        meta.stats = aggregate_stats([{key: source.meta.stats[key] for key in shared} for source in sources])
-    except (KeyError, ValueError) as error:
+        meta.stats = merge_statistics([source.meta.stats for source in sources])
+    except ValueError as error:
         raise UserError(
             f"the statistics of {name} cannot be merged ({one_line(error)[:160]}). {RECOMPUTE_STATISTICS}"
         ) from error
@@ -101,15 +155,22 @@ def merge_metadata(sources: list[Source], name: str, tasks: list[str]):
     return meta
 
 
+def recorded_size(source: Source, key: str) -> tuple[int, int]:
+    """(height, width) of a camera's pictures by info.json."""
+    height, width, _ = source.meta.features[key]["shape"]
+    return height, width
+
+
 def starts_of(lengths: list[int]) -> list[int]:
     """Where each of several pieces starts when they follow each other."""
     return list(accumulate(lengths[:-1], initial=0))
 
 
-def renumber_tasks(source: Source, tasks: list[str]) -> Tensor:
-    """(N,) task_index of a source's rows as positions in `tasks`."""
-    positions = torch.tensor([tasks.index(task) for task in source.tasks])
-    return positions[source.columns["task_index"]]
+def renumber_tasks(source: Source, new_index: dict[str, int]) -> Tensor:
+    """(N,) task_index of a source's rows by the {text: index} of all datasets together."""
+    indices = torch.tensor(list(source.tasks))  # ascending
+    renumbered = torch.tensor([new_index[task] for task in source.tasks.values()])
+    return renumbered[torch.searchsorted(indices, source.columns["task_index"])]
 
 
 def join_columns(columns: list):
@@ -118,8 +179,9 @@ def join_columns(columns: list):
     return [value for column in columns for value in column]
 
 
-def join_images(images: list[pa.ChunkedArray]) -> pa.ChunkedArray:
-    return pa.chunked_array([chunk for column in images for chunk in column.chunks])
+def join_images(sources: list[Source], key: str) -> pa.ChunkedArray:
+    columns = [with_full_paths(source.images[key], source.meta.root) for source in sources]
+    return pa.chunked_array([chunk for column in columns for chunk in column.chunks])
 
 
 def join_videos(videos: list[Videos]) -> Videos:
@@ -130,4 +192,5 @@ def join_videos(videos: list[Videos]) -> Videos:
         rows_per_file=[rows for camera in videos for rows in camera.rows_per_file],
         file_index=torch.cat(indices),
         first_frame=torch.cat([camera.first_frame for camera in videos]),
+        times=[times for camera in videos for times in camera.times],
     )

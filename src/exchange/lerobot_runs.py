@@ -271,8 +271,9 @@ def held_out(dataset_id: str, revision: str | None, episodes: str | None, fracti
         return None
     source = open_source(dataset_id, None, revision, episodes)
     by_task: dict[str, list[int]] = {}
+    described = dict(zip(source.meta.episodes["episode_index"], source.meta.episodes["tasks"], strict=True))
     for episode in source.episodes:
-        task = source.meta.episodes["tasks"][episode][0]
+        task = (described[episode] or [""])[0]  # what lerobot-train goes by, not the table's task_index
         by_task.setdefault(task, []).append(episode)
     chosen = []
     for members in by_task.values():
@@ -342,6 +343,9 @@ def refuse(checkpoint: Path, config: TrainConfig, policy_config, preprocessor) -
         "adapters": policy_config.use_peft,
         "resized pictures and a history of them, which LeRobot's resize step does not take": resized_history,
         "frozen weights": config.freeze,
+        "a --rename of names that do not begin with observation.": any(
+            not old.startswith("observation.") for old in parse_rename(config.rename)
+        ),
     }
     for reason, applies in reasons.items():
         if applies:
@@ -400,10 +404,14 @@ def their_config(config: TrainConfig, state: TrainState, policy_config, output: 
 
 def train_episodes(config: TrainConfig, state: TrainState) -> list[int] | None:
     """The episodes that a run trains on, None for all of its dataset; lerobot-train is not to see the held-out ones."""
-    selected = None
-    if config.episodes:
-        selected = ",".join(text for text in (config.episodes, config.val_episodes) if text)
-    source = open_source(config.dataset_id[0], config.dataset_root, config.revision, selected)
+    source = open_source(
+        config.dataset_id[0],
+        config.dataset_root,
+        config.revision,
+        config.episodes,
+        config.observations,
+        val_episodes=config.val_episodes,
+    )
     split = split_episodes(source, config, state)
     episodes = [source.episodes[i] for i in split.train]
-    return episodes if len(episodes) < source.meta.total_episodes else None
+    return episodes if len(episodes) < len(source.meta.episodes) else None

@@ -15,7 +15,7 @@ from command_line import parse_overrides
 from errors import UserError, as_user_error, nearest, one_line
 from policy.adapters import base_model_of, load_adapters
 from policy.quiet import quiet_lerobot
-from policy.settings import check_policy_settings
+from policy.settings import check_no_features, check_policy_settings
 from policy.weights import load_weights
 
 
@@ -43,6 +43,7 @@ def policy_config(name: str, overrides: list[str] | None, device: str) -> PreTra
         UserError: there is no such policy or setting, or the policy refuses a value.
     """
     config_class = policy_config_class(name)
+    check_no_features(overrides)
     settings = parse_overrides("--policy_args", config_class, overrides)
     settings = shorten_action_steps(settings, getattr(config_class, "n_action_steps", None))
     check_policy_settings(config_class, settings)
@@ -70,6 +71,7 @@ def load_policy_config(folder: Path, overrides: list[str] | None, device: str) -
         raise UserError(f"{folder} holds a policy {name!r}: expected one of {', '.join(sorted(known))}")
     # DraccusException: the file has settings that this LeRobot does not know
     with as_user_error(f"policy {name}", invalid=(ValueError, DraccusException)), quiet_lerobot():
+        check_no_features(overrides)
         saved = PreTrainedConfig.from_pretrained(folder)
         settings = parse_overrides("--policy_args", type(saved), overrides)
         settings = shorten_action_steps(settings, getattr(saved, "n_action_steps", None))

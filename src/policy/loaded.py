@@ -13,7 +13,7 @@ import torch
 from lerobot.configs import FeatureType
 
 import hub
-from checkpoints.folder import verify_policy
+from checkpoints.folder import read_json, verify_policy
 from errors import UserError, nearest, one_line
 from policy.async_policy import AsyncPolicy
 from policy.chunk import predict_chunk
@@ -21,6 +21,7 @@ from policy.factory import build_policy, load_policy_config
 from policy.migration import resolve_policy_folder
 from processors.pipelines import EMPTY_CAMERA, load_processors, name_before_rename, resize_of
 from processors.state_only import StateToEnvironmentState
+from processors.statistics import require_statistics
 from runtime import pick_device
 
 
@@ -30,13 +31,19 @@ class LoadedPolicy:
     Args:
         policy, preprocess, postprocess: LeRobot's, on their device.
         task: task text for observations without one.
+        joint_names: {feature: names} that it was trained with, see `trained_joint_names`.
+        trained_rename: OLD=NEW names of --rename in its training.
 
     Attributes:
         expected: {key: (kind, shape)} of an observation, see `expected_observation`.
         relative: whether it predicts actions relative to the robot's state (a setting of pi0's family).
     """
 
-    def __init__(self, policy, preprocess, postprocess, task: str = ""):
+    def __init__(
+        self, policy, preprocess, postprocess, task: str = "", *, joint_names: dict | None = None, trained_rename=()
+    ):
+        self.joint_names = joint_names or {}
+        self.trained_rename = list(trained_rename)
         self.policy = policy
         self.preprocess = preprocess
         self.postprocess = postprocess
@@ -143,7 +150,7 @@ def load_policy(
         task: task text for observations without one.
 
     Raises:
-        UserError: there is no policy, or it does not load.
+        UserError: there is no policy, it does not load, or it lacks the statistics that it normalises by.
     """
     overrides = None
     if n_action_steps is not None:
@@ -155,7 +162,43 @@ def load_policy(
     config = load_policy_config(folder, overrides, str(pick_device(device)))
     policy = build_policy(config, None, folder).eval()
     preprocess, postprocess = load_processors(folder, config.device)
-    return LoadedPolicy(policy, preprocess, postprocess, task)
+    require_statistics(preprocess, postprocess, list(config.input_features), str(folder))
+    return LoadedPolicy(
+        policy,
+        preprocess,
+        postprocess,
+        task,
+        joint_names=trained_joint_names(folder, config),
+        trained_rename=trained_rename(folder),
+    )
+
+
+def trained_joint_names(folder: Path, config) -> dict[str, list[str]]:
+    """{feature: names} of the joints that a saved policy was trained with, as far as its folder says.
+
+    Args:
+        folder: of the policy.
+        config: LeRobot's config in it; some policies keep the action's names there.
+    """
+    names = {"action": getattr(config, "action_feature_names", None)}
+    names |= getattr(config, "dataset_feature_names", None) or {}
+    if (folder / "training_info.json").is_file():
+        recorded = read_json(folder / "training_info.json").get("joint_names")
+        names |= recorded if isinstance(recorded, dict) else {}
+    return {key: list(names_of_key) for key, names_of_key in names.items() if is_list_of_text(names_of_key)}
+
+
+def trained_rename(folder: Path) -> list[str]:
+    """The --rename of the run that wrote a policy's folder, as far as it says."""
+    path = folder / "train_config.json"
+    if not path.is_file():
+        return []
+    rename = read_json(path).get("rename")
+    return rename if is_list_of_text(rename) else []
+
+
+def is_list_of_text(value) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
 
 
 def expected_observation(config, preprocess) -> dict[str, tuple[str, tuple]]:

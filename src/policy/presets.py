@@ -2,20 +2,17 @@
 
 from dataclasses import replace
 
-from lerobot.configs import FeatureType
-
 from config import TrainConfig
 from errors import UserError
 from policy.factory import policy_config_class
-from processors.pipelines import policy_features
 
 
-def merge_training_preset(config: TrainConfig, meta, device, fresh: bool) -> TrainConfig:
+def merge_training_preset(config: TrainConfig, picture_sizes: list, device, fresh: bool) -> TrainConfig:
     """The settings with those that are None filled in: from the preset of a new policy, else as in lerobot-train.
 
     Args:
         config: the run's settings.
-        meta: LeRobot's metadata of the dataset, whose pictures a preset may shrink.
+        picture_sizes: (H, W) of each camera, whose pictures a preset may shrink.
         device: torch.device to train on.
         fresh: whether the run starts at step 0.
     """
@@ -23,9 +20,7 @@ def merge_training_preset(config: TrainConfig, meta, device, fresh: bool) -> Tra
     if fresh and config.policy_path is None:
         policy = policy_config_class(config.policy)
         if hasattr(policy, "training_preset"):
-            inputs, _ = policy_features(meta, None)
-            pictures = [f.shape[1:] for f in inputs.values() if f.type is FeatureType.VISUAL]  # (H, W) each
-            preset |= policy.training_preset(device.type, pictures)
+            preset |= policy.training_preset(device.type, picture_sizes)
     unset = {name: value for name, value in preset.items() if getattr(config, name) is None}
     return replace(config, **unset)
 

@@ -15,6 +15,21 @@ CHOICES = {
 }
 
 
+def check_no_features(overrides: list[str] | None) -> None:
+    """Refuse --policy_args that would replace a policy's features, which are the dataset's.
+
+    Raises:
+        UserError: one of them does.
+    """
+    for override in overrides or []:
+        name = override.partition("=")[0]
+        if name in ("input_features", "output_features"):
+            raise UserError(
+                f"--policy_args {name}: a policy's features are those of the dataset. Pass --observations NAME ... to "
+                "choose what it sees, and --rename OLD=NEW to give that other names"
+            )
+
+
 def check_policy_settings(base, overrides: dict) -> None:
     """Refuse values that break one of these policies while it is built.
 

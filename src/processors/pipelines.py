@@ -13,12 +13,12 @@ from lerobot.processor import ImageCropResizeProcessorStep, NormalizerProcessorS
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError
 
-from errors import UserError, as_user_error
+from errors import UserError, as_user_error, likeliest_pairs, rename_flag
 from processors.state_only import StateToEnvironmentState
+from processors.statistics import EMPTY_CAMERA
 from runtime import to_device
 
 FILES = ("policy_preprocessor.json", "policy_postprocessor.json")  # LeRobot's names
-EMPTY_CAMERA = ".empty_camera_"  # part of the names of cameras that LeRobot's VLAs add and fill in themselves
 NEED_STATE = ("act", "diffusion", "vqbet", "multi_task_dit")
 ENVIRONMENT_STATE = "observation.environment_state"
 
@@ -67,23 +67,32 @@ def window_deltas(config, meta) -> dict[str, list[int]]:
     return deltas
 
 
-def feature_problems(config, inputs: dict, outputs: dict, holder: str) -> list[str]:
+def feature_problems(
+    config, inputs: dict, outputs: dict, holder: str, rename: dict[str, str], left_out=()
+) -> list[str]:
     """How a dataset's features differ from those that a saved policy was trained on, a line each.
 
     Args:
         config: the policy's config.
-        inputs, outputs: the dataset's features.
+        inputs, outputs: the dataset's features, under the policy's names.
         holder: name of the policy's folder.
+        rename: {old: new} names that the user gave.
+        left_out: the dataset's observations that --observations leaves out.
     """
+    names_of_left_out = {rename.get(old, old): old for old in left_out}
     features = {**inputs, **outputs}
+    wanted_inputs = {key: feature for key, feature in config.input_features.items() if EMPTY_CAMERA not in key}
+    missing = {key: kind_of(feature) for key, feature in wanted_inputs.items() if key not in features}
+    unused = {key: kind_of(feature) for key, feature in inputs.items() if key not in config.input_features}
+    pairs = likeliest_pairs(missing, unused)
     problems = []
-    for key, wanted in {**config.input_features, **config.output_features}.items():
-        if EMPTY_CAMERA in key:
-            continue
+    for key, wanted in {**wanted_inputs, **config.output_features}.items():
         if key not in features:
-            remedy = "Train a new policy"
-            if key in config.input_features:
-                remedy = f"Pass --rename OLD={key} if it has another name here, or train a new policy"
+            remedy = "Pass a dataset that has it, or train a new policy"
+            if key in names_of_left_out:
+                remedy = f"Add {names_of_left_out[key]} to --observations"
+            elif key in pairs.values():
+                remedy = f"Pass {rename_flag(pairs, rename)} if it has another name here, or train a new policy"
             problems.append(f"it has no {key}, which {holder} was trained on. {remedy}")
         elif wanted.type is not FeatureType.VISUAL and tuple(wanted.shape) != tuple(features[key].shape):
             problems.append(
@@ -93,22 +102,92 @@ def feature_problems(config, inputs: dict, outputs: dict, holder: str) -> list[s
     return problems
 
 
-def policy_problems(config, image_size: list[int] | None) -> list[str]:
-    """What a new policy, or LeRobot's resize step, cannot use about the observations, a line each."""
+def kind_of(feature: PolicyFeature) -> str | tuple:
+    """What two features must have in common for one to stand for the other: pictures of any size, or the same shape."""
+    return "picture" if feature.type is FeatureType.VISUAL else tuple(feature.shape)
+
+
+def ignored_states(config) -> list[str]:
+    """States among a policy's inputs that its network does not look at: some of LeRobot's know only one by its name."""
+    if config.type not in NEED_STATE:
+        return []
+    states = [key for key, feature in config.input_features.items() if feature.type is FeatureType.STATE]
+    return [key for key in states if key != "observation.state"]
+
+
+def rename_problems(inputs: dict, rename: dict[str, str], left_out=()) -> list[str]:
+    """A line for each name of --rename that the dataset does not have.
+
+    Args:
+        inputs: the dataset's features, under its own names.
+        rename: {old: new} names that the user gave.
+        left_out: the dataset's observations that --observations leaves out.
+    """
+    known = {old: new for old, new in rename.items() if old in inputs}
+    unknown = {old: "image" in new for old, new in rename.items() if old not in inputs}  # and whether it is a picture
+    taken = {*known, *rename.values()}
+    free = {key: feature.type is FeatureType.VISUAL for key, feature in inputs.items() if key not in taken}
+    meant = {old: likeliest for likeliest, old in likeliest_pairs(unknown, free).items()}
+    flag = rename_flag({likeliest: rename[old] for old, likeliest in meant.items()}, known)
     problems = []
-    if config.type in NEED_STATE and config.robot_state_feature is None:
-        problems.append(f"it has no observation.state, which policy {config.type} needs. Pass --policy flow")
+    for old in unknown:
+        remedy = f"It has {', '.join(inputs) or 'none'}"
+        if old in left_out:
+            remedy = f"Add {old} to --observations"
+        elif old in meant:
+            remedy = f"Did you mean {meant[old]}? Pass {flag}"
+        problems.append(f"--rename {old}: it has no such observation. {remedy}")
+    return problems
+
+
+def twice_named(inputs: dict, rename: dict[str, str]) -> list[str]:
+    """A line for each new name of --rename that another observation of the dataset has too. Arguments as above."""
+    names = [rename.get(key, key) for key in inputs]
+    return [
+        f"--rename {old}={new}: two of its observations would be {new}. Pass another new name, or leave one of them out "
+        "with --observations"
+        for old, new in rename.items()
+        if names.count(new) > 1
+    ]
+
+
+def policy_problems(config, image_size: list[int] | None, rename: dict[str, str], left_out=()) -> list[str]:
+    """What a new policy, or LeRobot's resize step, cannot use about the observations, a line each.
+
+    Args:
+        config: the policy's config.
+        image_size: (H, W) to which cameras are resized; None for no resize.
+        rename: {old: new} names that the user gave.
+        left_out: the dataset's observations that --observations leaves out.
+    """
+    lacks_state = config.type in NEED_STATE and config.robot_state_feature is None
+    pairs = {}
+    if lacks_state:
+        states = [key for key, feature in config.input_features.items() if feature.type is FeatureType.STATE]
+        pairs = dict.fromkeys(
+            likeliest_pairs({"observation.state": ""}, dict.fromkeys(states, "")), "observation.state"
+        )
+    is_state_offered = bool(pairs)
     for key in config.image_features:
-        name = f"observation.images.{key.removeprefix('observation.')}"
+        if not key.startswith("observation.") or (image_size is not None and "image" not in key):
+            pairs[key] = f"observation.images.{key.removeprefix('observation.')}"
+    flag = rename_flag(pairs, rename)
+
+    problems = []
+    if lacks_state:
+        remedy = "Pass --policy flow"
+        if "observation.state" in left_out:
+            remedy = "Add observation.state to --observations, or pass --policy flow"
+        elif is_state_offered:
+            remedy = f"Pass {flag} if that is the state, or --policy flow"
+        problems.append(f"it has no observation.state, which policy {config.type} needs. {remedy}")
+    for key in config.image_features:
         if not key.startswith("observation."):
-            problems.append(
-                f"camera {key}: expected a name that begins with observation., got {key}. Rename it to {name} in meta/ "
-                "(info.json, stats, episodes), in data/ and as a folder of videos/"
-            )
-        elif image_size is not None and "image" not in key:
+            problems.append(f"camera {key}: expected a name that begins with observation., got {key}. Pass {flag}")
+        elif key in pairs:
             problems.append(
                 f"camera {key}: expected a name with image in it, without which LeRobot does not resize, got {key}. "
-                f"Pass --rename {key}={name}"
+                f"Pass {flag}"
             )
     return problems
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from command_line import parse_overrides
-from errors import UserError, as_user_error, nearest
+from errors import UserError, as_user_error, likeliest_pairs, nearest, rename_flag
 
 OURS = {"metaworld": "armature_metaworld"}  # name that users type: our environment type, in place of LeRobot's
 
@@ -113,11 +113,14 @@ def check_batch(batch: dict, expected: dict) -> None:
     """
     for key, (kind, shape) in expected.items():
         if key not in batch:
-            given = ", ".join(sorted(name for name in batch if name.startswith("observation")))
-            raise UserError(
-                f"the simulation has no {key}, which the policy takes: got {given}. "
-                f"If one of these is it, pass evaluate.py --rename THEIRS={key} (train.py renames none)"
-            )
+            given = sorted(name for name in batch if name.startswith("observation"))
+            free = {name: batch[name].ndim for name in given if name not in expected}
+            missing = {name: 1 + len(shape) for name, (_, shape) in expected.items() if name not in batch}
+            pairs = likeliest_pairs(missing, free)
+            remedy = "Evaluate in the task that the policy was trained for"
+            if pairs:
+                remedy = f"If that is the same, pass evaluate.py {rename_flag(pairs)} (train.py renames none)"
+            raise UserError(f"the simulation has no {key}, which the policy takes: got {', '.join(given)}. {remedy}")
         got = tuple(batch[key].shape[1:])
         remedy = "Evaluate in the task that the policy was trained for"
         if kind == "uint8":

@@ -4,6 +4,7 @@
 N frames or samples, B samples of a batch, T steps of a chunk from now on, A joints.
 """
 
+import glob
 import sys
 import time
 from collections.abc import Iterator
@@ -16,11 +17,14 @@ from tqdm.auto import tqdm
 
 from data.frames import Frames
 from data.loader import Loader
+from data.names import joint_names, order_warnings
+from data.observations import observation_names, rename_source, renamed
+from data.opening import open_metadata, open_source
 from data.source import Source
-from errors import UserError
+from errors import UserError, likeliest_pairs, nearest, rename_flag
 from policy.chunk import predict_chunk
 from policy.losses import is_training_quantizer, loss_averages_over_actions, set_vqbet_phase
-from processors.pipelines import to_float_batch
+from processors.pipelines import name_before_rename, parse_rename, to_float_batch
 from processors.statistics import is_still
 from runtime import EVAL, VALIDATE, seed_all
 
@@ -90,13 +94,128 @@ class OpenLoopErrors:
 
 def action_names(meta) -> list[str]:
     """(A,) names of the joints, numbered where the dataset does not give each its own."""
-    size = meta.features["action"]["shape"][0]
-    names = meta.features["action"].get("names")
-    if isinstance(names, list):
-        names = [str(name) for name in names]
-        if len(names) == size == len(set(names)):
-            return names
-    return [f"action {i}" for i in range(size)]
+    feature = meta.features["action"]
+    names = joint_names(feature)
+    if names is None or len(set(names)) < len(names):
+        return [f"action {i}" for i in range(feature["shape"][0])]
+    return names
+
+
+def open_for_policy(
+    policy,
+    dataset_id: str,
+    episodes: str | None,
+    rename: list[str] | None = None,
+    *,
+    flag: str = "--episodes",
+    rename_others: bool = False,
+) -> Source:
+    """Open a dataset with the observations that a policy takes and no others, whose files may be missing.
+
+    Args:
+        policy: a LoadedPolicy.
+        dataset_id: a folder, or a Hub id.
+        episodes: which episodes, such as "0:5,9"; None for all.
+        rename: OLD=NEW, from names in the dataset to those that the policy takes. Names of --rename in its training are
+            renamed too, where the dataset has only the old one.
+        flag: the flag that `episodes` comes from, for messages.
+        rename_others: whether `rename` may have names that the dataset does not have, such as a simulation's.
+
+    Returns:
+        The open dataset, under the policy's names. Its warnings say where its joints have another order than in training.
+
+    Raises:
+        UserError: there is no such dataset, something is wrong with it, or it lacks what the policy takes.
+    """
+    meta = open_metadata(dataset_id)
+    given = parse_rename(rename)
+    if rename_others:
+        given = {old: new for old, new in given.items() if old in meta.features}
+    names = dict(given)
+    for old, new in parse_rename(policy.trained_rename).items():
+        has_only_the_old = old in meta.features and new not in meta.features
+        takes_only_the_new = new in policy.expected and old not in policy.expected
+        if has_only_the_old and takes_only_the_new and not {old, new} & {*given, *given.values()}:
+            names[old] = new
+    check_rename(policy, meta, dataset_id, given)
+    check_observations(policy, renamed(meta.features, names), dataset_id, given)
+
+    old_names = {new: old for old, new in names.items()}
+    wanted = [glob.escape(old_names.get(key, key)) for key in policy.expected]
+    source = open_source(dataset_id, episodes=episodes, observations=wanted, flag=flag)
+    source.require()
+    rename_source(source, names)
+
+    names_here = {}
+    for key in ("action", *policy.policy.config.input_features):
+        feature = source.meta.features.get(name_before_rename(policy.preprocess, key))
+        if feature is not None and joint_names(feature) is not None:
+            names_here[key] = joint_names(feature)
+    source.warnings += order_warnings(policy.joint_names, names_here, "the policy", dataset_id)
+    return source
+
+
+def check_rename(policy, meta, dataset: str, given: dict[str, str]) -> None:
+    """Raise a UserError for a --rename from what a dataset does not have, or to what a policy does not take."""
+    kinds = expected_kinds(policy)
+    for old, new in given.items():
+        if new not in policy.expected:
+            names = ", ".join(policy.expected)
+            raise UserError(
+                f"--rename {old}={new}: the policy takes no {new}{nearest(new, kinds) or '.'} It takes {names}"
+            )
+        if old not in meta.features:
+            taken = {*policy.expected, *given}
+            candidates = {key: kind for key, kind in feature_kinds(policy, meta.features).items() if key not in taken}
+            remedy = f"It has {', '.join(observation_names(meta))}"
+            for likeliest in likeliest_pairs({old: kinds[new]}, candidates):
+                others = {name: to for name, to in given.items() if name != old}
+                remedy = f"Did you mean {likeliest}? Pass {rename_flag({likeliest: new}, others)}"
+            raise UserError(f"--rename {old}: dataset {dataset} has no such observation. {remedy}")
+
+
+def check_observations(policy, features: dict, dataset: str, given: dict[str, str]) -> None:
+    """Raise a UserError unless a dataset has what a policy takes. Names that it lacks come with the likeliest --rename.
+
+    Args:
+        policy: a LoadedPolicy or AsyncPolicy.
+        features: the dataset's, as info.json has them.
+        dataset: its name.
+        given: {old: new} names that were renamed already.
+    """
+    expected = expected_kinds(policy)
+    missing = {key: kind for key, kind in expected.items() if key not in features}
+    got = feature_kinds(policy, features)
+    wrong = [key for key, kind in expected.items() if key in got and got[key] != kind]
+    remedy = "Pass the dataset that the policy was trained on"
+    if missing:
+        pairs = likeliest_pairs(missing, {key: kind for key, kind in got.items() if key not in expected})
+        if len(pairs) == len(missing) and not wrong:
+            remedy = f"Pass {rename_flag(pairs, given)} if that is the same, or the dataset that it was trained on"
+        names = ", ".join(name for name in features if name.startswith("observation"))
+        raise UserError(f"dataset {dataset} has no {', '.join(missing)}, which the policy takes: got {names}. {remedy}")
+    for key in wrong:
+        if policy.expected[key][0] == "uint8":
+            remedy += ", or train with --image_size, which takes pictures of any size"
+        raise UserError(
+            f"dataset {dataset}: {key}: expected shape {expected[key]}, which the policy takes, got {got[key]}. {remedy}"
+        )
+
+
+def expected_kinds(policy) -> dict[str, object]:
+    """What a dataset's feature must have in common with each observation of a policy: its shape, or that it is a picture."""
+    return {key: "picture" if None in shape else shape for key, (_, shape) in policy.expected.items()}
+
+
+def feature_kinds(policy, features: dict) -> dict[str, object]:
+    """The same of a dataset's observations."""
+    takes_any_size = "picture" in expected_kinds(policy).values()
+    kinds = {}
+    for key, feature in features.items():
+        is_picture = feature["dtype"] in ("video", "image")
+        if is_picture or key.startswith("observation."):
+            kinds[key] = "picture" if is_picture and takes_any_size else tuple(feature["shape"])
+    return kinds
 
 
 def evenly_spaced_rows(starts: Tensor, ends: Tensor, count: int) -> Tensor:
@@ -140,10 +259,7 @@ def compare(policy, source: Source, episode: int, fps: float | None = None) -> E
     """
     remedy = "Pass the dataset that the policy was trained on"
     features = source.meta.features
-    for key in policy.expected:
-        if key not in features:
-            given = ", ".join(name for name in features if name.startswith("observation"))
-            raise UserError(f"dataset {source.name} has no {key}, which the policy takes: got {given}. {remedy}")
+    check_observations(policy, features, source.name, source.renamed)
     joints = features["action"]["shape"][0]
     expected = policy.policy.config.action_feature.shape[0]
     if joints != expected:

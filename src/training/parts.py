@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -11,15 +12,20 @@ from checkpoints.folder import verify_policy
 from config import TrainConfig
 from data.frames import Frames
 from data.loader import Loader
-from data.opening import open_source
+from data.names import joint_names, order_warnings
+from data.observations import check_patterns, matches, observation_names, rename_source
+from data.opening import open_metadata, open_source
 from data.source import Source
-from data.union import unite
-from errors import UserError, nearest
+from data.statistics import fill_statistics
+from data.union import size_problems, unite
+from errors import UserError
 from policy.adapters import adapter_settings, add_adapters, freeze
 from policy.factory import build_policy, load_policy_config, policy_config
+from policy.loaded import trained_joint_names
 from policy.migration import resolve_policy_folder
 from policy.presets import apply_training_flags
 from processors.pipelines import (
+    ENVIRONMENT_STATE,
     adapt_processors,
     feature_problems,
     has_processors,
@@ -28,12 +34,16 @@ from processors.pipelines import (
     parse_rename,
     policy_features,
     policy_problems,
+    rename_problems,
     resize_of,
     set_rename,
+    twice_named,
     window_deltas,
 )
-from processors.statistics import stats_problems, usable_stats
+from processors.statistics import IMAGENET, needed_statistics, stats_problems, usable_stats
 from runtime import thread_count
+
+PICTURES = ("video", "image")  # dtypes of cameras
 
 
 def build_source(config: TrainConfig) -> Source:
@@ -45,14 +55,54 @@ def build_source(config: TrainConfig) -> Source:
             f"--dataset_root {root} is a folder to download Hub datasets to, and {config.dataset_id[0]} is a local folder. "
             "Leave --dataset_root out, or pass the folder you mean as --dataset_id"
         )
-    episodes = None
-    if config.episodes:
-        episodes = ",".join(text for text in (config.episodes, config.val_episodes) if text)
+    folders = [str(Path(root) / name) if root and several else root for name in config.dataset_id]
     sources = []
-    for name in config.dataset_id:
-        folder = str(Path(root) / name) if root and several else root
-        sources.append(open_source(name, folder, config.revision, episodes))
-    return unite(sources)
+    for name, folder, observations in zip(config.dataset_id, folders, observations_of(config, folders), strict=True):
+        source = open_source(
+            name,
+            folder,
+            config.revision,
+            config.episodes,
+            observations,
+            cache_dir=config.cache_dir,
+            quiet=config.quiet,
+            val_episodes=config.val_episodes,
+        )
+        sources.append(source)
+    rename = parse_rename(config.rename)
+    rename_apart(sources, rename)
+    return unite(sources, rename)
+
+
+def observations_of(config: TrainConfig, folders: list) -> list[list[str] | None]:
+    """The patterns of --observations for each dataset. Of several, each gets those that match something in it.
+
+    Args:
+        folders: where each dataset is downloaded to.
+
+    Raises:
+        UserError: a pattern matches nothing in any of several datasets.
+    """
+    patterns = config.observations
+    if patterns is None or len(config.dataset_id) == 1:
+        return [patterns for _ in config.dataset_id]
+    names = []
+    for dataset_id, folder in zip(config.dataset_id, folders, strict=True):
+        names.append(observation_names(open_metadata(dataset_id, folder, config.revision)))
+    check_patterns(patterns, list(dict.fromkeys(chain.from_iterable(names))), "the datasets together")
+    return [[pattern for pattern in patterns if any(matches(name, pattern) for name in of_one)] for of_one in names]
+
+
+def rename_apart(sources: list[Source], rename: dict[str, str]) -> None:
+    """Rename in the sources what the first step of the policy's processors cannot.
+
+    That is a name that only some of the datasets have, which renaming makes alike, and one that does not begin with
+    `observation.`, which LeRobot's step does not see.
+    """
+    holders = {old: sum(old in source.meta.features for source in sources) for old in rename}
+    apart = {old for old in rename if holders[old] < len(sources) or not old.startswith("observation.")}
+    for source in sources:
+        rename_source(source, {old: rename[old] for old in apart if old in source.meta.features})
 
 
 @dataclass
@@ -65,8 +115,11 @@ class PolicyPlan:
         resumed: whether that folder is a checkpoint of this run, whose processors stay as they are.
         base: what a new adapter's config names as its base: folder or Hub id.
         stats: statistics to normalise by, under the policy's names; None when resumed.
-        rename: {name in the dataset: name that the policy knows}.
+        rename: {name in the source: name that the policy knows}.
         settings: the run's settings.
+        unused: observations of the source that the policy does not take.
+        joint_names: names of the state's and the action's numbers in the dataset, under the policy's names.
+        warnings: how these differ from the names that the policy was trained with, a line each.
     """
 
     config: object
@@ -76,6 +129,9 @@ class PolicyPlan:
     stats: dict | None
     rename: dict[str, str]
     settings: TrainConfig
+    unused: list[str]
+    joint_names: dict[str, list[str]]
+    warnings: list[str]
 
 
 def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, device: torch.device) -> PolicyPlan:
@@ -92,15 +148,18 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, de
         base = str(folder.resolve()) if Path(config.policy_path).expanduser().exists() else config.policy_path
 
     # What the dataset gives, under the names and in the sizes that the policy gets.
-    rename = parse_rename(config.rename)
+    given = parse_rename(config.rename)
+    rename = {old: new for old, new in given.items() if old not in source.renamed}
     image_size = config.image_size
-    if image_size is None and base and has_processors(folder):
+    if image_size is None and folder and (base or source.recorded_sizes) and has_processors(folder):
         image_size = resize_of(load_processors(folder, "cpu")[0])
-    inputs, outputs = policy_features(source.meta, image_size)
-    unknown = [old for old in rename if old not in inputs]
-    if unknown:  # else the dataset's own problems are reported below, together with those of its statistics
-        source.require(f"--rename {old}: it has no such observation{nearest(old, inputs)}" for old in unknown)
-    inputs = {rename.get(key, key): feature for key, feature in inputs.items()}
+    own_inputs, outputs = policy_features(source.meta, image_size)
+    wrong_names = rename_problems(own_inputs, rename, source.left_out)
+    if checkpoint is None:
+        wrong_names += twice_named(own_inputs, rename)
+    if wrong_names:  # else the dataset's own problems are reported below, together with those of its statistics
+        source.require(wrong_names)
+    inputs = {rename.get(key, key): feature for key, feature in own_inputs.items()}
 
     # The policy's own config.
     if folder is None:
@@ -109,12 +168,18 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, de
         policy.output_features = outputs
     else:
         policy = load_policy_config(folder, config.policy_args if base else None, str(device))
-        source.require(feature_problems(policy, inputs, outputs, folder.name))
+        source.require(feature_problems(policy, inputs, outputs, folder.name, given, source.left_out))
         source.require(task_problems(policy, source, folder.name))
     if base:  # pictures may have another size than those that the base was trained on
         policy.input_features = {key: inputs.get(key, feature) for key, feature in policy.input_features.items()}
+    features = {rename.get(key, key): feature for key, feature in source.meta.features.items()}
+    names = names_of(policy, features)
+    warnings = []
+    if folder is not None:
+        warnings = order_warnings(trained_joint_names(folder, policy), names, folder.name, source.name)
     if checkpoint is None:
-        set_dataset_names(policy, source.meta.features)
+        set_dataset_names(policy, features)
+    unused = unused_observations(policy, own_inputs, rename)
     apply_training_flags(policy, config)
     if config.peft:
         adapter_settings(config.peft, config.peft_r, config.peft_args)  # refused here, before weights are read
@@ -124,11 +189,12 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, de
     # Statistics to normalise by; a checkpoint's processors hold their own.
     stats = None
     if checkpoint is None:
+        lacking = lacking_statistics(policy, source, rename, config.imagenet_stats == "on")
+        source.warnings += fill_statistics(source, lacking, thread_count(config.num_threads))
         stats = usable_stats(source.meta, config.imagenet_stats == "on")
         stats = {rename.get(key, key): value for key, value in stats.items()}
-        source.require(stats_problems(policy, stats) + policy_problems(policy, image_size))
-    else:
-        source.require()
+        source.require(stats_problems(policy, stats) + policy_problems(policy, image_size, given, source.left_out))
+    source.require(size_problems(source, own_inputs.keys() - set(unused), image_size))
     return PolicyPlan(
         config=policy,
         folder=folder,
@@ -137,7 +203,58 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, de
         stats=stats,
         rename=rename,
         settings=config,
+        unused=unused,
+        joint_names=names,
+        warnings=warnings,
     )
+
+
+def lacking_statistics(policy_config, source: Source, rename: dict[str, str], imagenet: bool) -> dict[str, list[str]]:
+    """{feature of the dataset: statistics} that a policy normalises by and the dataset does not have.
+
+    Args:
+        rename: {name in the source: name that the policy knows}.
+        imagenet: whether cameras get ImageNet's mean and std.
+    """
+    if source.problems:  # some columns may be missing, and the run is refused anyway
+        return {}
+    needed = needed_statistics(policy_config)
+    lacking = {}
+    for key in source.meta.features:
+        names = needed.get(rename.get(key, key), ())
+        if key == "observation.state":
+            names = dict.fromkeys([*names, *needed.get(ENVIRONMENT_STATE, ())])  # which may be a copy of it
+        known = set(source.meta.stats.get(key, {}))
+        if imagenet and key in source.meta.camera_keys:
+            known |= set(IMAGENET)
+        missing = [name for name in names if name not in known]
+        if missing:
+            lacking[key] = missing
+    return lacking
+
+
+def names_of(policy_config, features: dict) -> dict[str, list[str]]:
+    """The joint names of what a policy takes and gives, as far as the dataset has any. Features under the policy's names."""
+    names = {}
+    for key in (*policy_config.input_features, *policy_config.output_features):
+        if key in features and features[key]["dtype"] not in PICTURES:
+            names[key] = joint_names(features[key])
+    return {key: names_of_key for key, names_of_key in names.items() if names_of_key is not None}
+
+
+def unused_observations(policy_config, inputs: dict, rename: dict[str, str]) -> list[str]:
+    """Observations of the dataset that a policy does not take, by the dataset's names.
+
+    Args:
+        inputs: the dataset's features, under its own names.
+        rename: {name in the dataset: name that the policy knows}.
+    """
+    taken = set(policy_config.input_features)
+    if not taken:
+        return []  # a base may leave it to its processors
+    if ENVIRONMENT_STATE in taken and ENVIRONMENT_STATE not in rename.values():
+        taken.add("observation.state")  # which the preprocessor copies
+    return [key for key in inputs if rename.get(key, key) not in taken and key != ENVIRONMENT_STATE]
 
 
 def task_problems(policy_config, source: Source, holder: str) -> list[str]:
@@ -157,9 +274,9 @@ def task_problems(policy_config, source: Source, holder: str) -> list[str]:
 
 def set_dataset_names(policy_config, features: dict) -> None:
     """Write the names of the dataset's features into a policy's config, as LeRobot's make_policy does."""
-    names = features.get("action", {}).get("names")
+    names = joint_names(features["action"]) if "action" in features else None
     if hasattr(policy_config, "action_feature_names") and names is not None:
-        policy_config.action_feature_names = list(names)
+        policy_config.action_feature_names = names
     if hasattr(policy_config, "set_dataset_feature_metadata"):
         policy_config.set_dataset_feature_metadata(features)
 

@@ -33,12 +33,15 @@ from checkpoints.folder import (
 )
 from checkpoints.writer import sole_writer
 from config import TrainConfig, check_names, merge, read_config_file
+from data.observations import leave_out, observation_names, observations_flag
 from data.source import Source
 from data.split import split_episodes
 from errors import UserError
 from exchange.lerobot_runs import from_lerobot, lerobot_checkpoint
 from policy.migration import resolve_policy_folder
 from policy.presets import merge_training_preset
+from processors.pipelines import ignored_states
+from processors.statistics import require_statistics
 from sim.environments import Simulation
 from training.changes import compare_data, compare_learning_rates, compare_settings, describe_data
 from training.distributed import Distributed
@@ -134,7 +137,7 @@ def plan_run(settings: dict) -> RunPlan:
         with distributed.main_first():
             source = build_source(chosen.config)
         fresh = chosen.checkpoint is None
-        config = merge_training_preset(chosen.config, source.meta, distributed.device, fresh)
+        config = merge_training_preset(chosen.config, source.picture_sizes, distributed.device, fresh)
         distributed.check(config)
         distributed.local_batch_size(
             config.batch_size, config.grad_accumulation_steps
@@ -145,17 +148,23 @@ def plan_run(settings: dict) -> RunPlan:
 
         # The policy: its settings and processors, without weights.
         policy = plan_policy(config, chosen.checkpoint, source, distributed.device)
-        preprocess, _ = build_processors(copy.deepcopy(policy), source.meta)  # as a trial: tokenizers are fetched here
+        # As a trial: tokenizers are fetched here.
+        preprocess, postprocess = build_processors(copy.deepcopy(policy), source.meta)
+        normalised = [*policy.config.input_features, "action"]
+        require_statistics(preprocess, postprocess, normalised, str(policy.folder or policy.config.type))
+        if policy.unused:
+            leave_out(source, policy.unused)  # after `describe_data`, whose hash is of all that was opened
         simulation = open_simulation(config, policy.config, preprocess)
         if simulation is not None:
             cleanup.callback(simulation.close)
+        warnings += policy.warnings
         warnings += compare_learning_rates(chosen.state, policy.config, config)
         size = checkpoint_bytes(policy, source.meta)
         if size is not None:
             require_room(chosen.output_dir, size)
         warnings += source.warnings
 
-        notes = []
+        notes = unused_notes(policy, source)
         if config.minutes and fresh:
             config, note = fix_steps(config, distributed, source, split.train, policy)
             notes.append(note)
@@ -178,6 +187,20 @@ def plan_run(settings: dict) -> RunPlan:
             checkpoint_bytes=size,
             cleanup=cleanup.pop_all(),
         )
+
+
+def unused_notes(policy: PolicyPlan, source: Source) -> list[str]:
+    """What the policy does not look at, in a line each."""
+    notes = []
+    if policy.unused:
+        notes.append(
+            f"not decoded, since the policy does not take it: {', '.join(policy.unused)}. "
+            f"To leave its files unchecked too, pass {observations_flag(observation_names(source.meta), source.renamed)}"
+        )
+    ignored = ignored_states(policy.config)
+    if ignored:
+        notes.append(f"policy {policy.config.type} looks at observation.state and cameras, not at {', '.join(ignored)}")
+    return notes
 
 
 def gather_settings(settings: dict) -> dict:
