@@ -243,7 +243,7 @@ def header(plan, policy, start_step: int) -> str:
     if source.tasks:
         others = len(source.tasks) - 1
         more = f" and {others} more" if others else ""
-        lines.append(f"          task {source.tasks[0]!r}{more}")
+        lines.append(f"          task {next(iter(source.tasks.values()))!r}{more}")
     lines.append(f"          {features_text(source.meta, config.image_size)}")
 
     # The policy, and what of it is trained on which devices.
@@ -294,12 +294,13 @@ def episodes_text(source, positions, most: int = 8) -> str:
     return f"{len(positions)} {noun} ({', '.join(names)})"
 
 
-def closing_message(result: TrainResult, config, start_step: int, processes: int) -> str:
+def closing_message(result: TrainResult, plan, start_step: int) -> str:
     """How the run ended, and the command to run next."""
+    config = plan.config
     checkpoint = shlex.quote(str(result.checkpoint))
     if result.stopped_by:
         # How several processes were launched is not known here.
-        launcher = "python" if processes == 1 else "accelerate launch ..."
+        launcher = "python" if plan.distributed.size == 1 else "accelerate launch ..."
         return (
             f"stopped by {result.stopped_by} at step {result.steps} of {config.steps}. To resume:\n"
             f"{launcher} src/train.py --resume_from_checkpoint {checkpoint}"
@@ -308,7 +309,8 @@ def closing_message(result: TrainResult, config, start_step: int, processes: int
     if result.steps > start_step:
         end = f"done: {checkpoint}, loss {result.final_loss:.4g}"
     dataset = shlex.quote(config.dataset_id[0])
-    return f"{end}\nnext: python src/infer.py {checkpoint} --dataset_id {dataset} --episode 0"
+    episode = str(plan.source.episodes[0]).rpartition("#")[2]  # of several datasets, the first one's
+    return f"{end}\nnext: python src/infer.py {checkpoint} --dataset_id {dataset} --episode {episode}"
 
 
 def scalars(sub_losses: dict | None) -> dict[str, float]:
