@@ -326,7 +326,7 @@ def real(cr5, tmp_path_factory):
     settings = small(
         dataset_id=str(cr5),
         episodes="0",
-        image_size=[60, 80],
+        image_size=[48, 64],  # as in test_policies.py, so that the frames are decoded once a session
         steps=36,
         batch_size=8,
         log_freq=6,
