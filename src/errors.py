@@ -27,6 +27,12 @@ def nearest(name: str, names) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+def first_of(names: list[str], most: int = 10) -> str:
+    """A list of names for a message; of many, the first and how many more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{list(names[:most])}{more}"
+
+
 def likeliest_pairs(wanted: dict, candidates: dict) -> dict[str, str]:
     """Which of the candidates each wanted name probably means: of the same kind, and nearest in name; each once.
 

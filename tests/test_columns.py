@@ -15,6 +15,7 @@ from data.frames import Frames
 from data.loader import Loader
 from data.opening import open_source
 from data.source import flat_values, one_piece
+from data.union import unite
 from errors import UserError
 from helpers.dataset_edits import edit_json, rewrite_column
 from helpers.runs import small
@@ -431,3 +432,22 @@ def test_a_name_with_a_slash_trains_saves_and_loads(copy_of, rename):
         settings["rename"] = [f"{name}={rename}"]
     loaded = load_policy(train(**settings).checkpoint, "cpu")
     assert compare(loaded, open_source(str(root)), 0).predicted.shape == (13, 3)
+
+
+def test_a_clock_in_whole_nanoseconds_is_told_with_its_rate(copy_of):
+    root = copy_of("no_camera")
+    nanoseconds = np.concatenate([10**18 + 10**8 * np.arange(length) for length in (13, 9, 11)])
+    set_column(root, "timestamp", pa.array(nanoseconds))
+    assert "timestamps advance by 1e+08 s a frame: expected 0.1 s at fps 10" in problem_of(root)
+
+
+def test_picture_files_of_several_datasets_are_found(made, copy_of, tmp_path):
+    """Their paths are within their own dataset."""
+    root = copy_of("images")
+    (root / "pictures").mkdir()
+    for row, data in enumerate(stored(root)):
+        (root / "pictures" / f"{row}.png").write_bytes(data)
+    set_column(root, TOP, pa.array([{"bytes": None, "path": f"pictures/{row}.png"} for row in range(33)]))
+    both = unite([open_source(str(made("images"))), open_source(str(root))])
+    assert torch.equal(pictures_of(both, [20]), pictures_of(both, [33 + 20]))
+    assert [path.is_file() for path in both.picture_files(TOP)] == [True] * 33

@@ -8,7 +8,7 @@ from lerobot.configs import NormalizationMode
 from safetensors.torch import load_file, save_file
 
 from data.opening import open_source
-from data.statistics import BASIC, camera_statistics, statistics_warnings
+from data.statistics import BASIC, camera_statistics, merge_statistics, statistics_warnings
 from data.union import unite
 from errors import UserError
 from helpers.dataset_edits import edit_json
@@ -309,3 +309,11 @@ def test_a_policy_that_normalises_nothing_needs_none(trained, tmp_path):
 
 def test_every_mode_of_lerobot_is_known():
     assert {mode.value for mode in NormalizationMode} == {*STATS_OF_MODE, "IDENTITY"}
+
+
+@pytest.mark.parametrize("value", [None, ["a", "b", "c"]])
+def test_what_cannot_be_merged_is_computed(value):
+    parts = [{"action": {**{name: np.ones(3) for name in BASIC}, "count": np.ones(1)}} for _ in range(2)]
+    assert set(merge_statistics(parts)) == {"action"}
+    parts[1]["action"]["mean"] = np.array(value)
+    assert merge_statistics(parts) == {}

@@ -13,7 +13,7 @@ from data.frames import Frames
 from data.loader import Loader
 from data.opening import open_source
 from data.union import renumber_tasks, unite
-from errors import UserError
+from errors import UserError, first_of
 from helpers.dataset_edits import edit_json, rewrite_column
 from helpers.runs import small
 from infer import compare
@@ -226,3 +226,8 @@ def test_flow_embeds_each_text_once_and_acts_on_it(copy_of, tmp_path):
     compare(loaded, open_source(str(root)), 1)  # an observation has the text of its own row
     with pytest.raises(UserError, match="task 'sort' is not one that this policy was trained on"):
         loaded.act({"observation.state": [0.0, 0.0, 0.0], "task": "sort"})
+
+
+def test_a_message_names_some_of_many_tasks():
+    assert first_of(["a", "b"]) == "['a', 'b']"
+    assert first_of([str(i) for i in range(30_000)]).endswith("'8', '9'] and 29990 more")

@@ -28,7 +28,8 @@ def column_problems(meta, table: pa.Table) -> list[str]:
         problem = None
         if key not in table.column_names:
             if key != "task_index":
-                problem = f"its table has no column {key}, which info.json lists{nearest(key, table.column_names)}"
+                hint = nearest(key, table.column_names) or "."
+                problem = f"its table has no column {key}, which info.json lists{hint} Remove it from info.json"
         elif feature["dtype"] == "image":
             problem = picture_problem(key, table)
         elif feature["dtype"] == "string":

@@ -4,6 +4,7 @@ N rows.
 """
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,8 @@ import pyarrow.compute as pc
 
 from errors import UserError, one_line
 
-PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # as LeRobot stores one
+FIELDS = (("bytes", pa.binary()), ("path", pa.string()))  # of a picture, as LeRobot stores it
+PICTURE = pa.struct(FIELDS)
 CLIPPED = ("I", "F")  # Pillow's modes of more than 8 bits begin so: as RGB they would be clipped to white
 
 
@@ -25,7 +27,7 @@ def read_pictures(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_dictionary(kind):
         column = column.cast(kind.value_type)
         kind = kind.value_type
-    if pa.types.is_struct(kind) and {field.name for field in kind} >= {"bytes", "path"}:
+    if pa.types.is_struct(kind) and {(field.name, field.type) for field in kind} >= set(FIELDS):
         return column
     chunks = []
     for chunk in column.chunks:
@@ -44,6 +46,22 @@ def read_pictures(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array(chunks, type=PICTURE)
 
 
+def with_full_paths(pictures: pa.ChunkedArray, root: Path) -> pa.ChunkedArray:
+    """The same pictures, where those that are files are named by their full path, not from the dataset's folder on."""
+    chunks = []
+    for chunk in pictures.chunks:
+        content = chunk.field("bytes")
+        if content.null_count:
+            paths = chunk.field("path").to_pylist()
+            outside = content.is_null().to_pylist()
+            paths = [
+                str(root / path) if path and is_file else path for path, is_file in zip(paths, outside, strict=True)
+            ]
+            chunk = pa.StructArray.from_arrays([content, pa.array(paths, pa.string())], names=["bytes", "path"])
+        chunks.append(chunk)
+    return pa.chunked_array(chunks)
+
+
 def rows_without_picture(pictures: pa.ChunkedArray) -> np.ndarray:
     """(n,) rows that hold neither bytes nor a path, of a column by `read_pictures`."""
     empty = []
@@ -54,7 +72,7 @@ def rows_without_picture(pictures: pa.ChunkedArray) -> np.ndarray:
     return np.flatnonzero(np.concatenate([np.zeros(0, bool), *empty]))
 
 
-def open_picture(pictures: pa.ChunkedArray, root, row: int):
+def open_picture(pictures: pa.ChunkedArray, root: Path, row: int):
     """Pillow's image of a row, whose pixels are not decoded yet.
 
     Raises:
@@ -70,7 +88,7 @@ def open_picture(pictures: pa.ChunkedArray, root, row: int):
     return image
 
 
-def decode_picture(pictures: pa.ChunkedArray, root, row: int) -> np.ndarray:
+def decode_picture(pictures: pa.ChunkedArray, root: Path, row: int) -> np.ndarray:
     """(H, W, 3) uint8 picture of a row: grey, palette and transparent ones as RGB, turned upright as its EXIF data say.
 
     Raises:

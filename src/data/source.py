@@ -195,7 +195,7 @@ def read_columns(meta, table: pa.Table) -> dict[str, Tensor | list[str]]:
 
 def number_dtype(key: str, feature: dict, values: np.ndarray) -> type:
     """What a column's numbers are in a batch: as in LeRobot's, but a clock that float32 cannot hold stays float64."""
-    if np.dtype(feature["dtype"]).kind == "f":
+    if "f" in (np.dtype(feature["dtype"]).kind, values.dtype.kind):
         lost = 0.0
         if key == "timestamp":
             lost = np.abs(values.astype(np.float64) - values.astype(np.float32)).max(initial=0)

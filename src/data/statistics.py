@@ -3,6 +3,7 @@
 N rows, D numbers a row, C channels.
 """
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -60,16 +61,21 @@ def as_arrays(stats) -> dict[str, dict[str, np.ndarray]]:
 
 
 def merge_statistics(parts: list[dict]) -> dict[str, dict[str, np.ndarray]]:
-    """Statistics of the whole from those of its episodes or datasets, for the features of which every part has them.
+    """Statistics of the whole from those of its episodes or datasets, for the features of which every part has numbers.
 
     Raises:
         ValueError: a feature's statistics differ in shape between parts.
     """
     from lerobot.datasets.compute_stats import aggregate_stats
 
-    needed = {*BASIC, "count"}
-    whole = [key for key in (parts[0] if parts else {}) if all(needed <= set(part.get(key, {})) for part in parts)]
+    keys = parts[0] if parts else {}
+    whole = [key for key in keys if all(is_complete(part.get(key, {})) for part in parts)]
     return aggregate_stats([{key: part[key] for key in whole} for part in parts])
+
+
+def is_complete(stats: dict) -> bool:
+    """Whether a feature has all that merging its statistics takes."""
+    return {*BASIC, "count"} <= set(stats) and all(value.dtype.kind in "fiub" for value in stats.values())
 
 
 def statistics_file(meta) -> str:
@@ -176,11 +182,12 @@ def camera_statistics(source: Source, key: str, num_threads: int = 1) -> dict[st
 
 
 def statistics_problems(source: Source) -> list[str]:
-    """Statistics that cannot be: not numbers, not finite, of another width, or in no order. A line for each statistic."""
+    """Statistics that cannot be: not numbers, not finite, of another width, or in no order. A line for each feature."""
     problems = []
     for key in number_features(source):
-        for fault in faults_of(source.meta.stats.get(key, {}), source.meta.features[key]):
-            problems.append(f"{statistics_file(source.meta)}: {key}: {fault}. {remedy(source.meta)}")
+        faults = faults_of(source.meta.stats.get(key, {}), source.meta.features[key])
+        if faults:
+            problems.append(f"{statistics_file(source.meta)}: {key}: {'; '.join(faults)}. {remedy(source.meta)}")
     return problems
 
 
@@ -215,7 +222,7 @@ def faults_of(stats: dict, feature: dict) -> list[str]:
         return faults
     for order in ASCENDING:
         known = [name for name in order if name in values]
-        for low, high in zip(known[:-1], known[1:], strict=True):
+        for low, high in itertools.pairwise(known):
             wrong = values[low] > values[high] + slack(values)
             if wrong.any():
                 name = joint(feature, wrong.size, wrong)

@@ -34,7 +34,7 @@ from lerobot.policies import PreTrainedPolicy
 from lerobot.processor import make_default_pre_post_processors
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, first_of
 from policy.recompute import recomputed
 from policy.settings import check_backbone_weights
 
@@ -316,6 +316,8 @@ class Encoder(nn.Module):
         self.mix = nn.Sequential(
             nn.Linear(features * config.n_obs_steps, size.width), nn.SiLU(), nn.Linear(size.width, size.width)
         )
+        # Of a text that older checkpoints have twice, the first place counts.
+        self.task_position = {task: index for index, task in reversed(list(enumerate(config.tasks)))}
         self.task = nn.Embedding(len(config.tasks), size.width) if config.task_embedding and config.tasks else None
 
     def forward(self, batch: dict) -> Tensor:
@@ -338,11 +340,11 @@ class Encoder(nn.Module):
         """(B,) positions of the batch's tasks among those that were trained on."""
         if isinstance(tasks, str):
             tasks = [tasks]
-        known = self.config.tasks
         for task in tasks:
-            if task not in known:
+            if task not in self.task_position:
+                known = first_of(self.config.tasks)
                 raise UserError(f"task {task!r} is not one that this policy was trained on: expected one of {known}")
-        return torch.tensor([known.index(task) for task in tasks], device=device)
+        return torch.tensor([self.task_position[task] for task in tasks], device=device)
 
 
 class CameraEncoder(nn.Module):

@@ -18,7 +18,7 @@ from data.opening import open_metadata, open_source
 from data.source import Source
 from data.statistics import fill_statistics
 from data.union import size_problems, unite
-from errors import UserError
+from errors import UserError, first_of
 from policy.adapters import adapter_settings, add_adapters, freeze
 from policy.factory import build_policy, load_policy_config, policy_config
 from policy.loaded import trained_joint_names
@@ -262,11 +262,12 @@ def task_problems(policy_config, source: Source, holder: str) -> list[str]:
     known = getattr(policy_config, "tasks", None)
     if not known:
         return []
+    tasks = source.tasks
+    known_texts = set(known)
     for index in source.columns["task_index"].unique().tolist():
-        task = source.tasks[index]
-        if task not in known:
+        if tasks[index] not in known_texts:
             return [
-                f"task {task!r} is not one that {holder} was trained on: expected one of {known}. "
+                f"task {tasks[index]!r} is not one that {holder} was trained on: expected one of {first_of(known)}. "
                 "Pass --episodes of those, or train a new policy"
             ]
     return []
