@@ -138,6 +138,15 @@ def test_numbers_of_every_type_are_lerobots(copy_of, values, expected):
     assert action.tolist() == WHOLE
 
 
+def test_a_feature_of_no_numbers(copy_of):
+    root = copy_of("no_camera")
+    set_feature(root, "observation.nothing", dtype="float32", shape=[0], names=None)
+    set_column(root, "observation.nothing", pa.array([[]] * 33, pa.list_(pa.float32())))
+    source = open_source(str(root))
+    assert source.problems == source.warnings == []
+    assert source.columns["observation.nothing"].shape == (33, 0)
+
+
 def test_whole_numbers_as_info_json_says(copy_of):
     root = copy_of("no_camera")
     set_feature(root, "observation.count", dtype="uint8", shape=[1], names=None)

@@ -91,7 +91,8 @@ def metadata_problems(meta) -> list[str]:
             reasons[key] = f"camera {key}: expected shape (height, width, 3) in info.json, got {shape}"
     for key in meta.video_keys:
         needed = {f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")}
-        if not needed <= set(meta.episodes.column_names):
+        known = needed <= set(meta.episodes.column_names)
+        if not known or any(value is None or value != value for name in needed for value in meta.episodes[name]):
             reasons[key] = f"info.json has a camera {key}, but meta/episodes does not say where its videos are"
     for key in meta.depth_keys:
         reasons[key] = f"{key} is a depth map, which no policy here reads"
@@ -122,7 +123,7 @@ def task_problems(source: Source) -> list[str]:
     if len(rows) == 0:
         return []
     return [
-        f"no task in {tasks_file(source.meta)} has task_index {int(index[rows[0]])} of {source.name_row(int(rows[0]))}: "
+        f"no task in {tasks_file(source.meta)} has task_index {float(index[rows[0]]):g} of {source.name_row(int(rows[0]))}: "
         f"expected one of {ranges(list(source.tasks)) or 'none'}. Add that task to the file with its text"
     ]
 
@@ -154,5 +155,6 @@ def clock_warnings(source: Source) -> list[str]:
     first = source.starts[source.episode_of(rows)]  # (N,) row
     drift = float((times - times[first] - (rows - first).double() / source.meta.fps).abs().max())
     if drift > MAX_DRIFT:
-        return [f"timestamps are up to {drift:.2f} s off frame_index / fps: frames are read by row, not by timestamp"]
+        size = f"{drift:.2f}" if drift >= 0.01 else f"{drift:.4f}"
+        return [f"timestamps are up to {size} s off frame_index / fps: frames are read by row, not by timestamp"]
     return []

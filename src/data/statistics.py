@@ -42,12 +42,12 @@ def read_statistics(path: Path) -> dict[str, dict[str, np.ndarray]]:
     try:
         return as_arrays(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
-        reason = one_line(error)[:200]
+        reason = one_line(error)[:200].rstrip(".")
         raise UserError(f"{path} holds no statistics: {reason}. Delete it: they are computed from the data") from None
 
 
 def as_arrays(stats) -> dict[str, dict[str, np.ndarray]]:
-    """The statistics of a JSON file as arrays, without nulls.
+    """The statistics of a JSON file as arrays, without nulls and what is no number.
 
     Raises:
         ValueError: a list of numbers is ragged.
@@ -55,13 +55,13 @@ def as_arrays(stats) -> dict[str, dict[str, np.ndarray]]:
     arrays = {}
     for key, stats_of_key in (stats if isinstance(stats, dict) else {}).items():
         if isinstance(stats_of_key, dict):
-            present = {name: value for name, value in stats_of_key.items() if value is not None}
-            arrays[key] = {name: np.atleast_1d(np.array(value)) for name, value in present.items()}
+            values = {name: np.atleast_1d(np.array(value)) for name, value in stats_of_key.items()}
+            arrays[key] = {name: value for name, value in values.items() if value.dtype.kind in "fiub"}
     return arrays
 
 
 def merge_statistics(parts: list[dict]) -> dict[str, dict[str, np.ndarray]]:
-    """Statistics of the whole from those of its episodes or datasets, for the features of which every part has numbers.
+    """Statistics of the whole from those of its episodes or datasets, for the features of which every part has them.
 
     Raises:
         ValueError: a feature's statistics differ in shape between parts.
@@ -69,13 +69,9 @@ def merge_statistics(parts: list[dict]) -> dict[str, dict[str, np.ndarray]]:
     from lerobot.datasets.compute_stats import aggregate_stats
 
     keys = parts[0] if parts else {}
-    whole = [key for key in keys if all(is_complete(part.get(key, {})) for part in parts)]
+    needed = {*BASIC, "count"}
+    whole = [key for key in keys if all(needed <= set(part.get(key, {})) for part in parts)]
     return aggregate_stats([{key: part[key] for key in whole} for part in parts])
-
-
-def is_complete(stats: dict) -> bool:
-    """Whether a feature has all that merging its statistics takes."""
-    return {*BASIC, "count"} <= set(stats) and all(value.dtype.kind in "fiub" for value in stats.values())
 
 
 def statistics_file(meta) -> str:
@@ -97,7 +93,9 @@ def number_features(source: Source) -> list[str]:
     return [
         key
         for key, feature in source.meta.features.items()
-        if key.startswith(("observation", "action")) and isinstance(source.columns.get(key), Tensor)
+        if key.startswith(("observation", "action"))
+        and isinstance(source.columns.get(key), Tensor)
+        and source.columns[key].numel()
     ]
 
 
@@ -182,7 +180,7 @@ def camera_statistics(source: Source, key: str, num_threads: int = 1) -> dict[st
 
 
 def statistics_problems(source: Source) -> list[str]:
-    """Statistics that cannot be: not numbers, not finite, of another width, or in no order. A line for each feature."""
+    """Statistics that cannot be: not finite, of another width, or in no order. A line for each feature."""
     problems = []
     for key in number_features(source):
         faults = faults_of(source.meta.stats.get(key, {}), source.meta.features[key])
@@ -199,8 +197,6 @@ def faults_of(stats: dict, feature: dict) -> list[str]:
     values = {}
     for name in names:
         value = stats[name]
-        if value.dtype.kind not in "fiub":
-            return [f"expected numbers as {name}, got {value.tolist()!r:.60}"]
         if value.size not in widths:
             return [f"expected {math.prod(shape)} numbers as {name}, got {value.size}"]
         values[name] = value.astype(np.float64).ravel()
