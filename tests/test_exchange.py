@@ -244,7 +244,7 @@ def test_renamed_observation(made, tmp_path):
     assert "observation.images.cam" in policy.policy.config.input_features
     picture = np.zeros((64, 96, 3), np.uint8)
     assert policy.act({"observation.images.top": picture, "observation.state": np.zeros(3)}).shape == (3,)
-    with pytest.raises(UserError, match=r"it has no such observation, did you mean 'observation.images.top'"):
+    with pytest.raises(UserError, match=r"it has no such observation. Did you mean observation.images.top\?"):
         train(
             **{**settings, "rename": ["observation.images.tip=observation.images.x"]},
             output_dir=str(tmp_path / "wrong"),

@@ -101,8 +101,9 @@ def rename_apart(sources: list[Source], rename: dict[str, str]) -> None:
     """
     holders = {old: sum(old in source.meta.features for source in sources) for old in rename}
     apart = {old for old in rename if holders[old] < len(sources) or not old.startswith("observation.")}
-    for source in sources:
-        rename_source(source, {old: rename[old] for old in apart if old in source.meta.features})
+    if apart:
+        for source in sources:
+            rename_source(source, {old: rename[old] for old in apart if old in source.meta.features})
 
 
 @dataclass
