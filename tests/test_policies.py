@@ -64,7 +64,7 @@ def test_fine_tune_keeps_weights_and_takes_the_new_statistics(made, copy_of, tmp
     )
     root = copy_of("many_files")
     stats = json.loads((root / "meta" / "stats.json").read_text())
-    stats["action"]["mean"] = [5.0, 6.0, 7.0]
+    stats["action"] |= {"min": [-9.0] * 3, "mean": [5.0, 6.0, 7.0], "max": [9.0] * 3}
     (root / "meta" / "stats.json").write_text(json.dumps(stats))
     settings = small(dataset_id=str(root), policy_path=str(first.output_dir), output_dir=str(tmp_path / "b"), steps=1)
     tuned = train(**{**settings, "policy_args": ["optimizer_lr_backbone=1e-12"], "lr": 1e-12})
