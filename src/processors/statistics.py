@@ -7,7 +7,7 @@ from lerobot.configs import FeatureType
 from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
 from lerobot.utils.constants import IMAGENET_STATS
 
-from errors import RECOMPUTE_STATISTICS, UserError
+from errors import DELETE_STATISTICS, UserError
 
 STATS_OF_MODE = {
     "MEAN_STD": ("mean", "std"),
@@ -107,19 +107,20 @@ def stats_problems(config, stats: dict) -> list[str]:
     for key, needed in needed_statistics(config).items():
         stats_of_key = stats.get(key, {})
         is_picture = features[key].type is FeatureType.VISUAL
-        remedy = RECOMPUTE_STATISTICS
-        if is_picture:
-            remedy += " --operation.skip_image_video false"
         missing = [name for name in needed if name not in stats_of_key]
         if missing:
-            problems.append(f"meta/stats.json has no {' and '.join(missing)} of {key} to normalise by. {remedy}")
+            problems.append(
+                f"meta/stats.json has no {' and '.join(missing)} of {key} to normalise by. {DELETE_STATISTICS}"
+            )
         for name in needed:
-            if is_picture and name in stats_of_key:
+            if is_picture and name in stats_of_key and stats_of_key[name] is not IMAGENET.get(name):
                 values = torch.as_tensor(stats_of_key[name], dtype=torch.float64)
                 unusable = not values.isfinite().all() or (name == "std" and not (values > 0).all())
                 if unusable or values.numel() not in (1, features[key].shape[0]):
                     expected = f"expected {features[key].shape[0]} finite numbers as {name} of {key}, a std above 0"
-                    problems.append(f"meta/stats.json: {expected}, got {values.flatten().tolist()}. {remedy}")
+                    problems.append(
+                        f"meta/stats.json: {expected}, got {values.flatten().tolist()}. {DELETE_STATISTICS}"
+                    )
     return problems
 
 
