@@ -10,7 +10,10 @@ import urllib.error
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # the errors of a disk that come without a file name
 
 
-# The remedy for missing or wrong statistics of a dataset.
+# Remedies for wrong statistics of a dataset: in any format, and in v3.0, which is all that LeRobot's tool reads.
+DELETE_STATISTICS = (
+    "Delete meta/stats.json (or meta/episodes_stats.jsonl, where there is one): what is missing is computed from the data"
+)
 RECOMPUTE_STATISTICS = (
     "Recompute them: lerobot-edit-dataset --repo_id local/copy --root FOLDER --new_root COPY "
     "--operation.type recompute_stats"

@@ -369,7 +369,8 @@ def test_a_camera_without_any_file(tmp_path):
     root = write_v2(tmp_path / "data", LENGTHS, cameras=(CAMERA, "observation.images.gone"))
     shutil.rmtree(video_of(root, 0, "observation.images.gone").parent)
     message = message_of(root)
-    assert "camera observation.images.gone has no videos: expected files such as videos/chunk-000/" in message
+    assert "/observation.images.gone/episode_000000.mp4 is missing, and 3 more files like it (4 episodes, 0:4)" in message
+    assert "No video of observation.images.gone is there: copy them, or train without, --observations" in message
     names = message.partition("--observations ")[2].split()
     assert names == [CAMERA, "observation.state"]
     expect_rows(open_source(str(root), observations=names), LENGTHS)

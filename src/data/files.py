@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict:
     """
     check_readable(path)
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not valid JSON: {one_line(error)}. Copy or download it again") from None
     if not isinstance(content, dict):
@@ -70,7 +70,8 @@ def data_paths(meta) -> dict[int, Path] | None:
     Raises:
         UserError: as for `video_paths`.
     """
-    if "data/file_index" not in meta.episodes.column_names:
+    columns = {"data/chunk_index", "data/file_index"}
+    if not columns <= set(meta.episodes.column_names) or any(None in meta.episodes[name] for name in columns):
         return None
     return episode_paths(meta, "data_path", "data", {})
 
@@ -159,6 +160,11 @@ def with_misplaced(folder: Path, paths: dict[int, Path], key: str | None) -> dic
     return found
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether a file is a system's own, such as ._episode_000000.parquet beside what macOS copied."""
+    return path.name.startswith(".")
+
+
 def stray_files(meta) -> list[Path]:
     """Files of a v2.0 or v2.1 dataset, beside its tables and videos, that belong to no described episode."""
     stray = []
@@ -167,7 +173,7 @@ def stray_files(meta) -> list[Path]:
     ]:
         own = set(paths.values())
         for path in sorted((meta.root / folder).rglob("*")):
-            if path not in own and (key is None or key in path.parts) and path.is_file():
+            if path not in own and (key is None or key in path.parts) and path.is_file() and not is_hidden(path):
                 stray.append(path)
     return stray
 

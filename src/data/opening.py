@@ -2,7 +2,6 @@
 
 import glob
 import re
-import shlex
 from pathlib import Path
 
 import hub
@@ -11,7 +10,7 @@ from data.episodes import counted, parse_episodes, ranges
 from data.files import data_paths, episodes_by_file, examples, file_lines, is_v2, read_json, stray_files, video_paths
 from data.frame_times import frame_times_of
 from data.names import joint_names
-from data.observations import choose_observations, observation_names
+from data.observations import choose_observations, observation_names, observations_flag
 from data.pictures import read_pictures
 from data.source import Source, read_columns
 from data.statistics import complete_statistics, statistics_problems, statistics_warnings
@@ -83,7 +82,7 @@ def open_source(
     problems = set_tasks(meta)
     table = read_tables(meta, selected, lengths)
     source = Source(dataset_id, meta, table.episodes, table.starts, table.ends, table.files, left_out=left_out)
-    source.warnings = episode_warnings(meta) + table.warnings
+    source.warnings = episode_warnings(meta, table.files) + table.warnings
     source.problems = problems + table.problems
     if not table.episodes:
         return source
@@ -196,7 +195,8 @@ def read_info(path: Path) -> dict:
     problems = info_problems(info)
     if problems:
         raise UserError(f"{path}: {'; '.join(problems)}")
-    known = {field.name for field in fields(DatasetInfo)}  # others would be warned of
+    # LeRobot would warn of other fields, and check sizes that only its recorder uses.
+    known = {field.name for field in fields(DatasetInfo) if not field.name.endswith("_size_in_mb")}
     return {name: value for name, value in info.items() if name in known and value is not None}
 
 
@@ -224,8 +224,12 @@ def episode_lengths(meta) -> dict[int, int]:
     return {episode: length for episode, length in described if length > 0}
 
 
-def episode_warnings(meta) -> list[str]:
-    """What the metadata counts otherwise than it describes, episodes without rows, and files that are left over."""
+def episode_warnings(meta, tables: list[Path]) -> list[str]:
+    """What the metadata counts otherwise than it describes, episodes without rows, and files that are left over.
+
+    Args:
+        tables: files that were read.
+    """
     warnings = []
     count = len(meta.episodes)
     if meta.info.total_episodes != count:
@@ -236,7 +240,7 @@ def episode_warnings(meta) -> list[str]:
     if empty:
         warnings.append(f"left out, since their length is 0: {counted(empty)}")
     if is_v2(meta):
-        stray = stray_files(meta)
+        stray = [path for path in stray_files(meta) if path not in tables]
         if stray:
             warnings.append(f"not read, since they belong to no episode: {examples(meta.root, stray)}")
     return warnings
@@ -249,18 +253,17 @@ def video_lines(source: Source, faults: dict[str, dict[Path, str]]) -> list[str]
     absent = [key for key in faults if not any(path.is_file() for path in holds[key])]
     lines = []
     for key, of_camera in faults.items():
+        of_files = file_lines(meta.root, of_camera, holds[key])
         if key in absent:
-            path = next(iter(holds[key])).relative_to(meta.root)
-            lines.append(f"camera {key} has no videos: expected files such as {path}{leave_out(meta, absent)}")
-        else:
-            lines += file_lines(meta.root, of_camera, holds[key])
+            of_files = [f"{of_files[0]}. No video of {key} is there{leave_out(meta, absent)}"]
+        lines += of_files
     return lines
 
 
 def leave_out(meta, cameras: list[str]) -> str:
     """How to train without some cameras; empty if nothing else is observed."""
     others = [name for name in observation_names(meta) if name not in cameras]
-    return f". Copy them, or train without: --observations {shlex.join(others)}" if others else ""
+    return f": copy them, or train without, {observations_flag(others, {})}" if others else ""
 
 
 def whole_episodes(source: Source, faults: dict[str, dict[Path, str]]) -> set[int]:

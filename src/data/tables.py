@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.episodes import counted
-from data.files import LFS_POINTER, data_paths, episodes_by_file, examples, file_lines, is_lfs_pointer
+from data.files import LFS_POINTER, data_paths, episodes_by_file, examples, file_lines, is_hidden, is_lfs_pointer
 from errors import UserError, one_line
 
 
@@ -52,7 +52,7 @@ def read_tables(meta, selected: list[int], lengths: dict[int, int]) -> EpisodeTa
         UserError: no file can be read, or the rows do not say which episode they belong to.
     """
     # The files that the metadata names for these episodes; where it names none, all.
-    present = sorted((meta.root / "data").glob("*/*.parquet"))
+    present = sorted(path for path in (meta.root / "data").glob("*/*.parquet") if not is_hidden(path))
     paths = data_paths(meta)
     files = present
     if paths is not None:
@@ -86,9 +86,8 @@ def read_tables(meta, selected: list[int], lengths: dict[int, int]) -> EpisodeTa
         warnings.append(
             f"its table also has rows of {counted(undescribed)}, which its metadata does not describe: they are left out"
         )
-    needless = [path for path in faults if paths is None or not set(lacking) & set(episodes_by_file(paths)[path])]
-    if needless and not lacking:
-        warnings.append(f"{examples(meta.root, needless)} cannot be read. No selected episode is in there")
+    if faults and not lacking:
+        warnings.append(f"{examples(meta.root, faults)} cannot be read: all selected episodes are in other files")
 
     whole = [episode for episode in selected if episode not in lacking]
     table = in_order(meta, [table for _, table in pieces], whole)
@@ -117,7 +116,8 @@ def read_files(files: list[Path], episodes: list[int] | None) -> tuple[list[tupl
                 check_episode_index(file, dataset.schema)
                 pieces.append((file, dataset.to_table(filter=selected)))
             except (pa.ArrowInvalid, OSError) as error:
-                faults[file] = f"cannot be read: {one_line(error)[:200]}"
+                # Arrow puts the file's name and a question before its reason.
+                faults[file] = f"cannot be read: {one_line(error).rpartition("': ")[2][:200]}"
     return pieces, faults
 
 

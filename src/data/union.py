@@ -14,7 +14,7 @@ from data.pictures import with_full_paths
 from data.source import Source
 from data.statistics import merge_statistics
 from data.videos import Videos
-from errors import RECOMPUTE_STATISTICS, UserError, likeliest_pairs, one_line, rename_flag
+from errors import DELETE_STATISTICS, UserError, likeliest_pairs, one_line, rename_flag
 
 
 def unite(sources: list[Source], rename: dict[str, str] | None = None) -> Source:
@@ -149,7 +149,7 @@ def merge_metadata(sources: list[Source], name: str, tasks: list[str]):
         meta.stats = merge_statistics([source.meta.stats for source in sources])
     except ValueError as error:
         raise UserError(
-            f"the statistics of {name} cannot be merged ({one_line(error)[:160]}). {RECOMPUTE_STATISTICS}"
+            f"the statistics of {name} cannot be merged ({one_line(error)[:160]}). {DELETE_STATISTICS}"
         ) from error
     meta.tasks = pandas.DataFrame({"task_index": range(len(tasks))}, index=pandas.Index(tasks, name="task"))
     return meta

@@ -98,7 +98,7 @@ def read_json_lines(path: Path, fields: dict[str, type]) -> list[dict]:
     key = next(iter(fields))
     lines: dict[int, dict] = {}
     first_seen: dict[int, int] = {}  # the number of the line
-    for number, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+    for number, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
         if not text.strip():
             continue
         where = f"{path} line {number}"

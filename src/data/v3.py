@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from data.episodes import counted
-from data.files import check_readable, reading
+from data.files import check_readable, is_hidden, reading
 from data.statistics import read_statistics
 from errors import UserError
 
@@ -34,9 +34,9 @@ def fill_v3_metadata(meta, info: dict) -> None:
     check_readable(tasks)
     with reading(tasks):
         meta.tasks = load_tasks(meta.root)
-    files = sorted(folder.glob("episodes/*/*.parquet"))
+    files = sorted(path for path in folder.glob("episodes/*/*.parquet") if not is_hidden(path))
     if not files:
-        raise UserError(f"dataset {meta.root} has no meta/episodes/*/*.parquet: copy or download the whole of it again")
+        raise UserError(f"{folder}/episodes/*/*.parquet is missing. Copy or download the whole dataset again")
     episodes = read_episodes(files)
     meta.episodes = Dataset.from_dict(episodes.to_pydict()) if episodes.num_rows else None
     meta.stats = {}
@@ -66,6 +66,10 @@ def read_episodes(files: list[Path]) -> pa.Table:
     with reading(files[0].parent.parent):
         table = pa.concat_tables(tables, promote_options="permissive")
     index = table["episode_index"].to_pylist()
+    if min(index, default=0) < 0:
+        raise UserError(
+            f"{files[0].parent.parent} describes episode {min(index)}: expected numbers from 0 on. Correct it"
+        )
     twice = [episode for episode, count in Counter(index).items() if count > 1]
     if twice:
         raise UserError(
