@@ -1,5 +1,6 @@
 """What is wrong with a dataset: each check returns a line for each problem."""
 
+import difflib
 import math
 
 import numpy as np
@@ -13,7 +14,7 @@ from data.observations import observation_names, observations_flag
 from data.pictures import picture_problems
 from data.source import Source
 from data.tasks import tasks_file
-from errors import nearest
+from errors import rename_flag
 
 MAX_DRIFT = 1e-3  # seconds that timestamps may differ from frame_index / fps without a warning
 
@@ -83,7 +84,11 @@ def metadata_problems(meta) -> list[str]:
     """An action to learn, and cameras with three channels whose videos can be found."""
     problems = []
     if "action" not in meta.features:
-        problems.append(f"it has no feature action{nearest('action', meta.features)}")
+        candidates = [key for key in meta.features if is_possible_action(meta, key)]
+        remedy = ". Pass a dataset with actions"
+        for likeliest in difflib.get_close_matches("action", candidates, n=1, cutoff=0.5):
+            remedy = f", did you mean {likeliest!r}? Pass {rename_flag({likeliest: 'action'})}"
+        problems.append(f"it has no feature action{remedy}")
     reasons = {}  # of each camera that cannot be trained on
     for key in meta.camera_keys:
         shape = meta.features[key]["shape"]
@@ -92,13 +97,19 @@ def metadata_problems(meta) -> list[str]:
     for key in meta.video_keys:
         needed = {f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")}
         known = needed <= set(meta.episodes.column_names)
-        if not known or any(value is None or value != value for name in needed for value in meta.episodes[name]):
+        if not known or any(value is None or value != value for name in needed for value in meta.episodes[name][:]):
             reasons[key] = f"info.json has a camera {key}, but meta/episodes does not say where its videos are"
     for key in meta.depth_keys:
         reasons[key] = f"{key} is a depth map, which no policy here reads"
     others = [name for name in observation_names(meta) if name not in reasons]
     remedy = f". Leave it out: {observations_flag(others, {})}" if others else ""
     return problems + [reason + remedy for reason in reasons.values()]
+
+
+def is_possible_action(meta, key: str) -> bool:
+    """Whether a feature could hold the actions under another name: numbers that are no observation, clock or reward."""
+    is_something_else = key.startswith(("observation.", "next.", "timestamp"))
+    return meta.features[key]["dtype"].startswith("float") and not is_something_else
 
 
 def value_problems(source: Source) -> list[str]:
@@ -151,9 +162,8 @@ def clock_warnings(source: Source) -> list[str]:
     if "timestamp" not in source.columns:
         return []
     times = source.columns["timestamp"].double()  # (N,)
-    rows = torch.arange(source.rows)
-    first = source.starts[source.episode_of(rows)]  # (N,) row
-    drift = float((times - times[first] - (rows - first).double() / source.meta.fps).abs().max())
+    first = torch.arange(source.rows) - source.frame_index  # (N,) row
+    drift = float((times - times[first] - source.frame_index.double() / source.meta.fps).abs().max())
     if drift > MAX_DRIFT:
         size = f"{drift:.2f}" if drift >= 0.01 else f"{drift:.4f}"
         return [f"timestamps are up to {size} s off frame_index / fps: frames are read by row, not by timestamp"]

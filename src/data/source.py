@@ -88,6 +88,12 @@ class Source:
         """(B,) position in `episodes` of each of (B,) rows."""
         return torch.searchsorted(self.ends, rows, right=True)
 
+    @property
+    def frame_index(self) -> Tensor:
+        """(N,) int64 number of each row's frame within its episode."""
+        rows = torch.arange(self.rows)
+        return rows - self.starts[self.episode_of(rows)]
+
     def name_row(self, row: int) -> str:
         """A row for people, such as "episode 3 frame 17"."""
         episode = int(self.episode_of(torch.tensor([row])))

@@ -62,33 +62,27 @@ def video_warnings(source: Source) -> list[str]:
 
 
 def clock_warnings_of(source: Source, key: str, videos: Videos) -> list[str]:
-    """A line where a camera's frames are not shown at the table's timestamps, both counted from an episode's first frame."""
-    largest = 0.0
-    frames = 0
-    first = ""
-    for position, episode in enumerate(source.episodes):
-        error = clock_error(source, videos, position)  # (n,) seconds
-        doubtful = np.flatnonzero(error > MAX_CLOCK_ERROR)
-        largest = max(largest, float(error.max()))
-        frames += len(doubtful)
-        if len(doubtful) and not first:
-            first = f"episode {episode} frame {doubtful[0]}"
-    if not first:
+    """A line where a camera's frames are shown neither at the table's timestamps nor at frame_index / fps."""
+    regular = source.frame_index.double() / source.meta.fps
+    in_table = source.columns.get("timestamp", regular).double()
+    errors = clock_errors(source, videos, in_table.numpy())  # (N,)
+    if errors.max() <= MAX_CLOCK_ERROR or clock_errors(source, videos, regular.numpy()).max() <= MAX_CLOCK_ERROR:
         return []
+    doubtful = np.flatnonzero(errors > MAX_CLOCK_ERROR)
     return [
-        f"{key}: the clock of its videos is up to {largest:.3g} s off the table's timestamps in {frames} of {source.rows} "
-        f"frames, first in {first}: frames are read in their order, not by time"
+        f"{key}: the clock of its videos is up to {errors.max():.2g} s off the table's timestamps in {len(doubtful)} of "
+        f"{source.rows} frames, first in {source.name_row(int(doubtful[0]))}: frames are read in their order, not by time"
     ]
 
 
-def clock_error(source: Source, videos: Videos, position: int) -> np.ndarray:
-    """(n,) seconds between the file's and the table's time of each frame of an episode, given by its position."""
-    start = int(source.starts[position])
-    end = int(source.ends[position])
-    first_frame = int(videos.first_frame[position])
-    times: FrameTimes = videos.times[int(videos.file_index[position])]
-    in_video = times.seconds[first_frame : first_frame + end - start]
-    in_table = np.arange(end - start) / source.meta.fps
-    if "timestamp" in source.columns:
-        in_table = source.columns["timestamp"][start:end].double().numpy()
-    return np.abs((in_video - in_video[0]) - (in_table - in_table[0]))
+def clock_errors(source: Source, videos: Videos, clock: np.ndarray) -> np.ndarray:
+    """(N,) seconds between when a video shows each frame and a (N,) clock, both counted from the episode's first frame."""
+    errors = np.zeros(source.rows)
+    for position, start in enumerate(source.starts.tolist()):
+        end = int(source.ends[position])
+        first_frame = int(videos.first_frame[position])
+        times: FrameTimes = videos.times[int(videos.file_index[position])]
+        shown = times.seconds[first_frame : first_frame + end - start]
+        expected = clock[start:end]
+        errors[start:end] = np.abs((shown - shown[0]) - (expected - expected[0]))
+    return errors
