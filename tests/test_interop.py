@@ -170,7 +170,7 @@ def test_infer_command(run, made, capsys):
     assert "latency of act() on cpu: first frame" in shown
     assert main([str(run.checkpoint), "--dataset_id", str(made("no_camera"))]) == 2
     assert (
-        "has no observation.images.top, which the policy takes: got observation.state. "
+        "has no observation.images.top, observation.images.wrist, which the policy takes: got observation.state. "
         "Pass the dataset that the policy was trained on" in capsys.readouterr().err
     )
     assert main([str(run.checkpoint), "--dataset_id", str(made("two_cameras")), "--episode", "99"]) == 2
