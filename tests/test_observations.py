@@ -115,9 +115,9 @@ def test_observations_are_chosen_by_name_or_pattern(made, patterns, chosen):
 
 @pytest.mark.parametrize("pattern", ["tip", "observation.images.tip", "wrsit*", "action", "front"])
 def test_a_pattern_that_matches_nothing_is_refused(made, pattern):
-    with pytest.raises(UserError, match=r"^--observations .*: dataset two_cameras has no such observation") as error:
+    with pytest.raises(UserError, match=r"^--observations .*: no such observation in dataset two_cameras") as error:
         open_source(str(made("two_cameras")), observations=["state", pattern])
-    assert str(error.value).endswith(f"Its observations: {TOP}, {WRIST}, {STATE}")
+    assert str(error.value).endswith(f"There are {TOP}, {WRIST}, {STATE}")
     if "tip" in pattern:
         assert f"did you mean {pattern.replace('tip', 'top')!r}?" in str(error.value)
 
@@ -249,7 +249,7 @@ def test_a_pattern_may_match_in_one_of_several_datasets(tmp_path, made):
     with planned(tmp_path, datasets, **FRONT_IS_TOP, observations=["top", "front", "state"]) as plan:
         assert set(plan.source.videos) == {TOP}
     message = refusal(tmp_path, datasets, **FRONT_IS_TOP, observations=["top", "back", "state"])
-    assert message.startswith("--observations back: the datasets together has no such observation")
+    assert message.startswith("--observations back: no such observation in the datasets")
 
 
 def test_a_name_that_all_datasets_have_is_renamed_for_the_policy_as_before(tmp_path, made):
@@ -295,6 +295,31 @@ def test_a_camera_whose_name_is_no_observation_is_renamed(tmp_path, copy_of):
     with planned(tmp_path, root, **flags_in(message)) as plan:
         assert set(plan.source.images) == {"observation.images.top_view"}
         assert set(plan.policy.config.input_features) == {"observation.images.top_view", STATE}
+
+
+def test_actions_of_another_name(tmp_path, made, copy_of, trained, capsys):
+    root = copy_of("no_camera")
+    rename_feature(root, "action", "actions")
+    message = refusal(tmp_path, root)
+    assert message.endswith("it has no feature action, did you mean 'actions'? Pass --rename actions=action")
+    with planned(tmp_path, root, **flags_in(message)) as plan:
+        assert plan.policy.config.action_feature.shape == (3,)
+        assert plan.policy.rename == {}
+        source = open_source(str(made("no_camera")))
+        assert torch.equal(plan.source.columns["action"], source.columns["action"])
+        assert plan.data == describe_data(source, plan.held_out)
+    with planned(tmp_path, [made("no_camera"), root], **flags_in(message)) as plan:
+        assert plan.source.rows == 2 * source.rows
+
+    checkpoint = train(
+        **small("flow", dataset_id=str(root), steps=1), **flags_in(message), output_dir=str(tmp_path / "r")
+    )
+    for dataset in (root, made("no_camera")):
+        assert infer.main([str(checkpoint.checkpoint), "--dataset_id", str(dataset), "--device", "cpu"]) == 0
+    assert "shoulder" in capsys.readouterr().out
+    assert refusal(tmp_path, made("no_camera"), rename=["observation.state=action"]).startswith(
+        "--rename observation.state=action: dataset no_camera has action already"
+    )
 
 
 def test_two_observations_of_one_name_are_refused(tmp_path, made):

@@ -43,7 +43,7 @@ def check_patterns(patterns: list[str], names: list[str], owner: str) -> None:
         if not any(matches(name, pattern) for name in names):
             hint = nearest(pattern, [*names, *map(last_part, names)]) or "."
             raise UserError(
-                f"--observations {pattern}: {owner} has no such observation{hint} Its observations: {', '.join(names)}"
+                f"--observations {pattern}: no such observation in {owner}{hint} There are {', '.join(names) or 'none'}"
             )
 
 
@@ -83,19 +83,32 @@ def rename_source(source: Source, names: dict[str, str]) -> None:
     Raises:
         UserError: the dataset has a feature of a new name already.
     """
-    for old, new in names.items():
-        if new in source.meta.features and new not in names:
-            raise UserError(
-                f"--rename {old}={new}: dataset {source.name} has {new} already. "
-                "Pass another new name, or rename that one too"
-            )
-    source.meta.info.features = renamed(source.meta.features, names)
-    if source.meta.stats is not None:
-        source.meta.stats = renamed(source.meta.stats, names)
+    rename_features(source.meta, names)
     source.columns = renamed(source.columns, names)
     source.images = renamed(source.images, names)
     source.videos = renamed(source.videos, names)
     source.renamed |= names
+
+
+def name_before(names: dict[str, str], new: str) -> str:
+    """The name that {old: new} names give as `new`; the same where none does."""
+    return {given: old for old, given in names.items()}.get(new, new)
+
+
+def rename_features(meta, names: dict[str, str]) -> None:
+    """Give features {old: new} names in LeRobot's metadata.
+
+    Raises:
+        UserError: the dataset has a feature of a new name already.
+    """
+    for old, new in names.items():
+        if new in meta.features and new not in names:
+            raise UserError(
+                f"--rename {old}={new}: dataset {meta.repo_id} has {new} already. Leave the flag out, or pass another name"
+            )
+    meta.info.features = renamed(meta.features, names)
+    if meta.stats is not None:
+        meta.stats = renamed(meta.stats, names)
 
 
 def renamed(mapping: dict, names: dict[str, str]) -> dict:

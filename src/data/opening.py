@@ -10,7 +10,7 @@ from data.episodes import counted, parse_episodes, ranges
 from data.files import data_paths, episodes_by_file, examples, file_lines, is_v2, read_json, stray_files, video_paths
 from data.frame_times import frame_times_of
 from data.names import joint_names
-from data.observations import choose_observations, observation_names, observations_flag
+from data.observations import choose_observations, observation_names, observations_flag, rename_features
 from data.pictures import read_pictures
 from data.source import Source, read_columns
 from data.statistics import complete_statistics, statistics_problems, statistics_warnings
@@ -44,6 +44,7 @@ def open_source(
     flag: str = "--episodes",
     quiet: bool = False,
     val_episodes: str | None = None,
+    action: str = "action",
 ) -> Source:
     """Open a folder or a Hub dataset (downloaded first) and check it.
 
@@ -57,6 +58,7 @@ def open_source(
         flag: the flag that `episodes` comes from, for messages.
         quiet: no progress bar.
         val_episodes: more episodes to open, by the flag --val_episodes.
+        action: name of the feature that is read as `action`, if the dataset has it.
 
     Returns:
         The open dataset. `Source.problems` lists what is wrong with it, and `Source.require` raises if anything is.
@@ -69,6 +71,8 @@ def open_source(
     left_out = []
     if observations is not None:
         left_out = choose_observations(meta, observations)
+    names = {action: "action"} if action in meta.features and action != "action" else {}
+    rename_features(meta, names)
     lengths = episode_lengths(meta)
     selected = parse_episodes(episodes, lengths, flag)
     if val_episodes:
@@ -81,12 +85,15 @@ def open_source(
     # The table, one row a frame, of the episodes that are whole.
     problems = set_tasks(meta)
     table = read_tables(meta, selected, lengths)
-    source = Source(dataset_id, meta, table.episodes, table.starts, table.ends, table.files, left_out=left_out)
+    source = Source(
+        dataset_id, meta, table.episodes, table.starts, table.ends, table.files, left_out=left_out, renamed=names
+    )
     source.warnings = episode_warnings(meta, table.files) + table.warnings
     source.problems = problems + table.problems
     if not table.episodes:
         return source
     rows = complete_task_index(meta, table.rows)
+    rows = rows.rename_columns([names.get(name, name) for name in rows.column_names])
     problems += table_problems(meta, rows)
     if problems:  # the stages below rely on what was checked
         source.problems = problems + table.problems
@@ -220,7 +227,7 @@ def not_a_dataset(dataset_id: str, folder: Path) -> str:
 
 def episode_lengths(meta) -> dict[int, int]:
     """{episode: number of rows} of the described episodes that have any."""
-    described = zip(meta.episodes["episode_index"], meta.episodes["length"], strict=True)
+    described = zip(meta.episodes["episode_index"][:], meta.episodes["length"][:], strict=True)
     return {episode: length for episode, length in described if length > 0}
 
 
@@ -236,11 +243,11 @@ def episode_warnings(meta, tables: list[Path]) -> list[str]:
         warnings.append(
             f"info.json counts {meta.info.total_episodes} episodes, its metadata describes {count}: these are read"
         )
-    empty = set(meta.episodes["episode_index"]) - set(episode_lengths(meta))
+    empty = set(meta.episodes["episode_index"][:]) - set(episode_lengths(meta))
     if empty:
         warnings.append(f"left out, since their length is 0: {counted(empty)}")
     if is_v2(meta):
-        stray = [path for path in stray_files(meta) if path not in tables]
+        stray = sorted(set(stray_files(meta)) - set(tables))
         if stray:
             warnings.append(f"not read, since they belong to no episode: {examples(meta.root, stray)}")
     return warnings
@@ -334,7 +341,7 @@ def best_revision(dataset_id: str) -> str:
 
 def has_all_files(meta) -> bool:
     """Whether every episode has its table, and its video of each camera."""
-    return all(path.is_file() for path in needed_files(meta, meta.episodes["episode_index"]))
+    return all(path.is_file() for path in needed_files(meta, meta.episodes["episode_index"][:]))
 
 
 def needed_files(meta, episodes: list[int]) -> list[Path]:

@@ -196,15 +196,15 @@ def parse_rename(pairs: list[str] | None) -> dict[str, str]:
     """{old: new} names of observations, from OLD=NEW.
 
     Raises:
-        UserError: a pair has another form, or its new name is no observation's.
+        UserError: a pair has another form, or its new name is neither an observation's nor `action`.
     """
     names = {}
     for pair in pairs or []:
         old, _, new = pair.partition("=")
         if not old or not new or "=" in new:
             raise UserError(f"--rename {pair}: expected OLD=NEW, such as observation.image=observation.images.top")
-        if not new.startswith("observation."):
-            raise UserError(f"--rename {pair}: expected a new name that begins with observation., got {new}")
+        if not new.startswith("observation.") and new != "action":
+            raise UserError(f"--rename {pair}: expected a new name that begins with observation., or action, got {new}")
         names[old] = new
     return names
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from data.frames import Frames
 from data.loader import Loader
 from data.names import joint_names, order_warnings
-from data.observations import observation_names, rename_source, renamed
+from data.observations import name_before, observation_names, rename_source, renamed
 from data.opening import open_metadata, open_source
 from data.source import Source
 from errors import UserError, likeliest_pairs, nearest, rename_flag
@@ -134,17 +134,17 @@ def open_for_policy(
     names = dict(given)
     for old, new in parse_rename(policy.trained_rename).items():
         has_only_the_old = old in meta.features and new not in meta.features
-        takes_only_the_new = new in policy.expected and old not in policy.expected
+        takes_only_the_new = new == "action" or (new in policy.expected and old not in policy.expected)
         if has_only_the_old and takes_only_the_new and not {old, new} & {*given, *given.values()}:
             names[old] = new
     check_rename(policy, meta, dataset_id, given)
     check_observations(policy, renamed(meta.features, names), dataset_id, given)
 
-    old_names = {new: old for old, new in names.items()}
-    wanted = [glob.escape(old_names.get(key, key)) for key in policy.expected]
-    source = open_source(dataset_id, episodes=episodes, observations=wanted, flag=flag)
+    wanted = [glob.escape(name_before(names, key)) for key in policy.expected]
+    action = name_before(names, "action")
+    source = open_source(dataset_id, episodes=episodes, observations=wanted, flag=flag, action=action)
     source.require()
-    rename_source(source, names)
+    rename_source(source, {old: new for old, new in names.items() if new != "action"})
 
     names_here = {}
     for key in ("action", *policy.policy.config.input_features):
@@ -159,7 +159,7 @@ def check_rename(policy, meta, dataset: str, given: dict[str, str]) -> None:
     """Raise a UserError for a --rename from what a dataset does not have, or to what a policy does not take."""
     kinds = expected_kinds(policy)
     for old, new in given.items():
-        if new not in policy.expected:
+        if new not in (*policy.expected, "action"):
             names = ", ".join(policy.expected)
             raise UserError(
                 f"--rename {old}={new}: the policy takes no {new}{nearest(new, kinds) or '.'} It takes {names}"
@@ -168,7 +168,7 @@ def check_rename(policy, meta, dataset: str, given: dict[str, str]) -> None:
             taken = {*policy.expected, *given}
             candidates = {key: kind for key, kind in feature_kinds(policy, meta.features).items() if key not in taken}
             remedy = f"It has {', '.join(observation_names(meta))}"
-            for likeliest in likeliest_pairs({old: kinds[new]}, candidates):
+            for likeliest in likeliest_pairs({old: kinds.get(new)}, candidates):
                 others = {name: to for name, to in given.items() if name != old}
                 remedy = f"Did you mean {likeliest}? Pass {rename_flag({likeliest: new}, others)}"
             raise UserError(f"--rename {old}: dataset {dataset} has no such observation. {remedy}")

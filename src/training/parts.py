@@ -13,7 +13,7 @@ from config import TrainConfig
 from data.frames import Frames
 from data.loader import Loader
 from data.names import joint_names, order_warnings
-from data.observations import check_patterns, matches, observation_names, rename_source
+from data.observations import check_patterns, matches, name_before, observation_names, rename_source
 from data.opening import open_metadata, open_source
 from data.source import Source
 from data.statistics import fill_statistics
@@ -56,6 +56,7 @@ def build_source(config: TrainConfig) -> Source:
             "Leave --dataset_root out, or pass the folder you mean as --dataset_id"
         )
     folders = [str(Path(root) / name) if root and several else root for name in config.dataset_id]
+    rename = parse_rename(config.rename)
     sources = []
     for name, folder, observations in zip(config.dataset_id, folders, observations_of(config, folders), strict=True):
         source = open_source(
@@ -67,9 +68,9 @@ def build_source(config: TrainConfig) -> Source:
             cache_dir=config.cache_dir,
             quiet=config.quiet,
             val_episodes=config.val_episodes,
+            action=name_before(rename, "action"),
         )
         sources.append(source)
-    rename = parse_rename(config.rename)
     rename_apart(sources, rename)
     return unite(sources, rename)
 
@@ -89,7 +90,7 @@ def observations_of(config: TrainConfig, folders: list) -> list[list[str] | None
     names = []
     for dataset_id, folder in zip(config.dataset_id, folders, strict=True):
         names.append(observation_names(open_metadata(dataset_id, folder, config.revision)))
-    check_patterns(patterns, list(dict.fromkeys(chain.from_iterable(names))), "the datasets together")
+    check_patterns(patterns, list(dict.fromkeys(chain.from_iterable(names))), "the datasets")
     return [[pattern for pattern in patterns if any(matches(name, pattern) for name in of_one)] for of_one in names]
 
 
