@@ -145,6 +145,8 @@ def test_a_feature_of_no_numbers(copy_of):
     source = open_source(str(root))
     assert source.problems == source.warnings == []
     assert source.columns["observation.nothing"].shape == (33, 0)
+    with pytest.raises(UserError, match="no mean and std of observation.nothing to normalise by"):
+        train(**small("flow", dataset_id=str(root), output_dir=str(root / "run"), steps=1))
 
 
 def test_whole_numbers_as_info_json_says(copy_of):

@@ -31,7 +31,8 @@ class Source:
         ends: (E,) int64 row after the last of each episode.
         tables: the files that the columns were read from.
         episodes_per_dataset: how many of `episodes` belong to each of several datasets; None for a single dataset.
-        columns: (N, ...) tensors, or lists of N strings, in LeRobot's own dtypes.
+        columns: (N, ...) tensors, or lists of N strings, in LeRobot's own dtypes; `timestamp` is
+            float64 where float32 would move it by more than a millisecond.
         images: encoded pictures (PNG or JPEG bytes) of each `image` feature, one a row.
         videos: where the frames of each `video` feature are.
         problems: what makes the dataset unfit to train on, a line each. Columns and pixels may then be missing.

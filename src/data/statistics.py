@@ -126,10 +126,11 @@ def fill_statistics(source: Source, lacking: dict[str, list[str]], num_threads: 
     Returns:
         A line for numbers and one for pictures, if any were computed.
     """
+    numbers = number_features(source)
     stats = dict(source.meta.stats)
     told = {"columns": [], "pictures": []}
     for key, names in lacking.items():
-        if isinstance(source.columns.get(key), Tensor):
+        if key in numbers:
             computed = column_statistics(source.columns[key])
             told["columns"].append(f"{' '.join(names)} of {key}")
         elif key in source.videos or key in source.images:
