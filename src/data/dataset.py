@@ -1,5 +1,7 @@
 """The door for notebooks: `open_dataset(folder_or_hub_id)`, to look at what a run would train on."""
 
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -10,32 +12,27 @@ from data.opening import open_source
 from data.source import Source
 
 
-class Dataset:
+@dataclass
+class Dataset(Source):
     """An open dataset, by rows: `dataset[[0, 7, 9]]` is the batch that training would see. Made by `open_dataset`.
 
-    Close it with `with` or `close()`; garbage collection closes it too.
+    Close it with `with` or `close()`; garbage collection closes it too. It is a Source: `episodes`, `tasks`, `problems`,
+    `warnings` and the columns are described there.
 
     Attributes:
-        episodes: indices of the selected episodes, ascending.
-        tasks: {task_index: text}.
-        stats: {feature: {statistic: array}} to normalise by.
-        problems: what makes the dataset unfit to train on, one line each. A dataset with problems has no batches.
-        warnings: what is doubtful, but can be trained on, one line each.
+        image_size: (h, w) that pictures are resized to, None for as recorded.
     """
 
-    def __init__(self, source: Source, image_size: list[int] | None = None):
-        self.source = source
-        self.episodes = source.episodes
-        self.tasks = source.tasks
-        self.stats = source.meta.stats or {}
-        self.problems = source.problems
-        self.warnings = source.warnings
-        self._frames = Frames(source, image_size)
-        self._loader: Loader | None = None
+    image_size: list[int] | None = None
+
+    @property
+    def stats(self) -> dict:
+        """{feature: {statistic: array}} to normalise by."""
+        return self.meta.stats or {}
 
     def __len__(self) -> int:
         """Number of rows, one a frame."""
-        return self.source.rows
+        return self.rows
 
     def __getitem__(self, rows) -> dict:
         """The batch of the given rows, which may be a list, a slice or a single number.
@@ -47,18 +44,18 @@ class Dataset:
             UserError: the dataset has problems, or a picture cannot be read.
             IndexError: a row is not within the dataset.
         """
-        self.source.require()
-        return self._loader_of_rows().batch_of(torch.arange(len(self))[rows].reshape(-1))
+        self.require()
+        return self._loader.batch_of(torch.arange(len(self))[rows].reshape(-1).contiguous())
 
-    def _loader_of_rows(self) -> Loader:
+    @cached_property
+    def _loader(self) -> Loader:
         """A loader without windows; it starts no thread."""
-        if self._loader is None:
-            self._loader = Loader(self.source, self._frames, deltas={}, batch_size=1, seed=0)
-        return self._loader
+        return Loader(self, Frames(self, self.image_size), deltas={}, batch_size=1, seed=0)
 
     def close(self) -> None:
         """Close the videos. Safe to call twice."""
-        self._frames.close()
+        if "_loader" in vars(self):
+            self._loader.close()
 
     def __enter__(self):
         return self
@@ -85,4 +82,4 @@ def open_dataset(
         UserError: there is no such dataset, it is in another format, or an episode or observation is not there.
     """
     source = open_source(str(dataset_id), episodes=episodes, observations=observations)
-    return Dataset(source, image_size)
+    return Dataset(**vars(source), image_size=image_size)

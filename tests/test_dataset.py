@@ -1,0 +1,100 @@
+"""The door for notebooks: `from data import open_dataset`."""
+
+import gc
+import os
+
+import pytest
+import torch
+
+from data import open_dataset
+from data.frames import Frames
+from data.loader import Loader
+from data.opening import open_source
+from errors import UserError
+from helpers.dataset_edits import edit_json, rewrite_column
+from infer import recorded_observations
+
+
+def test_rows_are_the_batch_that_training_sees(made):
+    root = made("two_cameras")
+    rows = [0, 7, 30]
+    source = open_source(str(root))
+    loader = Loader(source, Frames(source), deltas={}, batch_size=4, seed=0)
+    expected = loader.batch_of(torch.tensor(rows))
+    with open_dataset(root) as dataset:
+        batch = dataset[rows]
+    assert batch.keys() == expected.keys()
+    for key, value in expected.items():
+        assert batch[key] == value if isinstance(value, list) else torch.equal(batch[key], value)
+    assert batch["observation.images.top"].dtype == torch.uint8
+    loader.close()
+
+
+def test_what_a_dataset_says_of_itself(made):
+    with open_dataset(made("video")) as dataset:
+        assert len(dataset) == 33
+        assert dataset.episodes == [0, 1, 2]
+        assert dataset.tasks == {0: "lift", 1: "push"}
+        assert dataset.problems == dataset.warnings == []
+        assert dataset.stats["action"]["mean"].shape == (3,)
+
+
+def test_a_choice_of_episodes_observations_and_size(made):
+    with open_dataset(made("two_cameras"), "1:3", ["*wrist", "observation.state"], [30, 40]) as dataset:
+        assert dataset.episodes == [1, 2]
+        batch = dataset[::10]
+        assert batch["observation.images.wrist"].shape == (2, 3, 30, 40)
+        assert "observation.images.top" not in batch
+
+
+def test_rows_as_numbers_and_slices(made):
+    dataset = open_dataset(made("no_camera"))
+    assert dataset[4]["frame_index"].tolist() == [4]
+    assert dataset[-1]["episode_index"].tolist() == [2]
+    assert dataset[3:6]["frame_index"].tolist() == [3, 4, 5]
+    with pytest.raises(IndexError):
+        dataset[[99]]
+
+
+def test_a_dataset_with_problems_opens_and_has_no_batches(copy_of):
+    root = copy_of("no_camera")
+
+    def spoil(values):
+        values[2][0] = float("nan")
+        return values
+
+    rewrite_column(root, "action", spoil)
+    dataset = open_dataset(root)
+    assert "action is not finite" in dataset.problems[0]
+    with pytest.raises(UserError, match="action is not finite"):
+        dataset[[0]]
+
+
+def test_a_folder_that_is_no_dataset(tmp_path, copy_of):
+    with pytest.raises(UserError, match="not a LeRobot dataset"):
+        open_dataset(tmp_path)
+    root = copy_of("no_camera")
+    edit_json(root / "meta" / "info.json", lambda info: info.update(storage_format="lance"))
+    with pytest.raises(UserError, match="lance"):
+        open_dataset(root)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc to count open files")
+def test_garbage_collection_closes_the_videos(made):
+    def open_files():
+        paths = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+        return [os.readlink(path) for path in paths if os.path.islink(path)]
+
+    dataset = open_dataset(made("video"))
+    dataset[[0]]
+    assert any(name.endswith(".mp4") for name in open_files())
+    del dataset
+    gc.collect()
+    assert not any(name.endswith(".mp4") for name in open_files())
+
+
+def test_a_dataset_is_a_source(made):
+    with open_dataset(made("no_camera")) as dataset:
+        observation, action = next(recorded_observations(dataset, 1, ["observation.state"]))
+    assert observation["task"] == "push"
+    assert action.shape == (3,)
