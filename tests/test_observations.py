@@ -168,8 +168,15 @@ def test_a_resumed_run_keeps_its_observations(tmp_path, made):
     with plan_run({"resume_from_checkpoint": str(first), "output_dir": str(tmp_path / "run")}) as plan:
         assert set(plan.source.videos) == {TOP}
         assert not [warning for warning in plan.warnings if warning.startswith(("dataset", "--"))]
-    with pytest.raises(UserError, match=r"--observations: checkpoint-1 was trained with \['top', 'state'\], got"):
-        plan_run({"resume_from_checkpoint": str(first), "observations": ["wrist"]})
+    resumed = {"resume_from_checkpoint": str(first), "output_dir": str(tmp_path / "run")}
+    with pytest.raises(UserError, match=f"it has no {TOP}.* Add {TOP} to --observations"):
+        plan_run({**resumed, "observations": ["wrist", "state"]})
+    with plan_run({**resumed, "observations": ["*"]}) as plan:
+        assert set(plan.source.videos) == {TOP}
+        assert plan.notes == (f"not decoded, since the policy does not take it: {WRIST}",)
+        assert [
+            warning for warning in plan.warnings if warning.startswith("--observations: ['top', 'state'] -> ['*']; ")
+        ]
 
 
 @pytest.mark.parametrize("name", ["input_features", "output_features"])

@@ -18,7 +18,6 @@ POLICY_FIELDS = (
     "policy",
     "policy_path",
     "policy_args",
-    "observations",
     "image_size",
     "peft",
     "peft_r",
@@ -28,7 +27,7 @@ POLICY_FIELDS = (
 )
 # Another value of these makes a resumed run another run: it is reported.
 RUN_FIELDS = (
-    "dataset_id", "dataset_weights", "rename", "revision", "episodes", "val_fraction", "val_episodes",
+    "dataset_id", "dataset_weights", "observations", "rename", "revision", "episodes", "val_fraction", "val_episodes",
     "batch_size", "lr", "weight_decay", "grad_clip_norm", "compile", "deterministic",
     "warmup_steps", "lr_schedule", "ema_decay", "augment", "seed", "precision", "grad_accumulation_steps",
 )  # fmt: skip

@@ -193,10 +193,11 @@ def unused_notes(policy: PolicyPlan, source: Source) -> list[str]:
     """What the policy does not look at, in a line each."""
     notes = []
     if policy.unused:
-        notes.append(
-            f"not decoded, since the policy does not take it: {', '.join(policy.unused)}. "
-            f"To leave its files unchecked too, pass {observations_flag(observation_names(source.meta), source.renamed)}"
-        )
+        note = f"not decoded, since the policy does not take it: {', '.join(policy.unused)}"
+        if not policy.resumed:
+            used = observations_flag(observation_names(source.meta), source.renamed)
+            note += f". To leave its files unchecked too, pass {used}"
+        notes.append(note)
     ignored = ignored_states(policy.config)
     if ignored:
         notes.append(f"policy {policy.config.type} looks at observation.state and cameras, not at {', '.join(ignored)}")
