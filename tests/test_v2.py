@@ -301,9 +301,13 @@ def test_rows_of_other_episodes_in_a_file_are_left_out(tmp_path):
     column = other.schema.get_field_index("episode_index")
     foreign = other.set_column(column, "episode_index", pa.array([40] * len(other)))
     pq.write_table(pa.concat_tables([other, foreign]), table_of(root, 0))
+    source = open_source(str(root))
+    expect_rows(source, LENGTHS)
+    assert source.warnings == [
+        "its table also has rows of episode 40, which its metadata does not describe: they are left out"
+    ]
     expect_rows(open_source(str(root), episodes="1"), {1: 4})
-    source = open_source(str(root), episodes="0,2")
-    expect_rows(source, {0: 5, 2: 6})
+    expect_rows(open_source(str(root), episodes="0,2"), {0: 5, 2: 6})
 
 
 def damage(path):
@@ -369,7 +373,9 @@ def test_a_camera_without_any_file(tmp_path):
     root = write_v2(tmp_path / "data", LENGTHS, cameras=(CAMERA, "observation.images.gone"))
     shutil.rmtree(video_of(root, 0, "observation.images.gone").parent)
     message = message_of(root)
-    assert "/observation.images.gone/episode_000000.mp4 is missing, and 3 more files like it (4 episodes, 0:4)" in message
+    assert (
+        "/observation.images.gone/episode_000000.mp4 is missing, and 3 more files like it (4 episodes, 0:4)" in message
+    )
     assert "No video of observation.images.gone is there: copy them, or train without, --observations" in message
     names = message.partition("--observations ")[2].split()
     assert names == [CAMERA, "observation.state"]
@@ -509,6 +515,20 @@ def test_v2_metadata_files_that_are_pointers_or_missing(tmp_path, name):
     if name in ("episodes.jsonl", "tasks.jsonl"):
         (root / "meta" / name).unlink()
         assert f"meta/{name} is missing. Copy or download the whole dataset again" in message_of(root)
+
+
+def test_a_picture_file_that_is_a_pointer(copy_of):
+    root = copy_of("images")
+    path = v3_tables(root)[0]
+    table = pq.read_table(path)
+    pictures = [{"bytes": None, "path": "images/first.png"}] * len(table)
+    column = table.schema.get_field_index(CAMERA)
+    pq.write_table(
+        table.set_column(column, table.schema.field(column), pa.array(pictures, table.schema.field(column).type)), path
+    )
+    (root / "images").mkdir(exist_ok=True)
+    make_pointer(root / "images" / "first.png")
+    assert "images/first.png is a Git LFS pointer and not the file itself. Run `git lfs pull`" in message_of(root)
 
 
 # Folders that are something else.

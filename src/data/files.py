@@ -71,7 +71,7 @@ def data_paths(meta) -> dict[int, Path] | None:
         UserError: as for `video_paths`.
     """
     columns = {"data/chunk_index", "data/file_index"}
-    if not columns <= set(meta.episodes.column_names) or any(None in meta.episodes[name] for name in columns):
+    if not columns <= set(meta.episodes.column_names) or any(None in meta.episodes[name][:] for name in columns):
         return None
     return episode_paths(meta, "data_path", "data", {})
 
@@ -94,8 +94,8 @@ def episode_paths(meta, setting: str, columns: str, more_fields: dict[str, str])
         more_fields: what else the template may name.
     """
     paths = {}
-    numbers = [meta.episodes[f"{columns}/{name}"] for name in ("chunk_index", "file_index")]
-    for episode, chunk, file in zip(meta.episodes["episode_index"], *numbers, strict=True):
+    numbers = [meta.episodes[f"{columns}/{name}"][:] for name in ("chunk_index", "file_index")]
+    for episode, chunk, file in zip(meta.episodes["episode_index"][:], *numbers, strict=True):
         if chunk is None or file is None or chunk != chunk or file != file:  # null or NaN, as a merge may leave them
             raise UserError(
                 f"dataset {meta.root}: meta/episodes does not say in which file of {columns} episode {episode} is"

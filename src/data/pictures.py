@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.files import LFS_POINTER, is_lfs_pointer
 from errors import UserError, one_line
 
 FIELDS = (("bytes", pa.binary()), ("path", pa.string()))  # of a picture, as LeRobot stores it
@@ -81,6 +82,8 @@ def open_picture(pictures: pa.ChunkedArray, root: Path, row: int):
     from PIL import Image
 
     stored = pictures[row].as_py()
+    if not stored["bytes"] and is_lfs_pointer(root / stored["path"]):
+        raise ValueError(f"{root / stored['path']} {LFS_POINTER}")
     image = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else root / stored["path"])
     if image.mode.startswith(CLIPPED):
         image.close()

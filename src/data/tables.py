@@ -3,6 +3,7 @@
 N rows, E episodes.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data.episodes import counted
-from data.files import LFS_POINTER, data_paths, episodes_by_file, examples, file_lines, is_hidden, is_lfs_pointer
+from data.files import LFS_POINTER, data_paths, episodes_by_file, file_lines, is_hidden, is_lfs_pointer
 from errors import UserError, one_line
 
 
@@ -26,7 +27,7 @@ class EpisodeTable:
         episodes: indices of the E episodes, ascending.
         starts: (E,) int64 first row of each.
         ends: (E,) int64 row after the last of each.
-        files: the files that were read.
+        files: the files that the rows were read from.
         problems: why selected episodes are not among `episodes`, a line each.
         warnings: what was left out, a line each.
     """
@@ -57,53 +58,61 @@ def read_tables(meta, selected: list[int], lengths: dict[int, int]) -> EpisodeTa
     files = present
     if paths is not None:
         files = sorted({paths[episode] for episode in selected})
-    pieces, faults = read_files(files, None if len(selected) == len(lengths) else selected)
-    counts = count_rows(pieces)
+    tables, faults = read_files(files, None if len(selected) == len(lengths) else selected)
+    counts = {path: count_rows(path, table) for path, table in tables.items()}
 
-    # An episode that is not whole in its own file may continue, or be, in another one.
-    lacking = [episode for episode in selected if counts.get(episode, 0) != lengths[episode]]
-    others = [path for path in present if path not in files]
-    if lacking and others:
-        more, _ = read_files(others, lacking)
-        more_counts = count_rows(more)
-        added = [e for e in lacking if counts.get(e, 0) + more_counts.get(e, 0) == lengths[e]]
-        if added:
-            own = pa.dataset.field("episode_index").isin(added)
-            pieces += [(path, table.filter(own)) for path, table in more]
-            counts = count_rows(pieces)
-            files = [path for path, table in pieces if table.num_rows]
-            lacking = [episode for episode in lacking if episode not in added]
+    # An episode is read from its own file; where it is not whole in there, from all that have rows of it.
+    spread = selected
+    if paths is not None:
+        spread = [episode for episode in selected if counts.get(paths[episode], {}).get(episode, 0) != lengths[episode]]
+    others = sorted(set(present) - set(files))
+    if spread and others:
+        more, _ = read_files(others, spread)
+        tables |= more
+        counts |= {path: count_rows(path, table) for path, table in more.items()}
+    totals = Counter()
+    for of_file in counts.values():
+        totals.update(of_file)
+    lacking = [episode for episode in spread if totals[episode] != lengths[episode]]
+    spread = set(spread).difference(lacking)
+    chosen = set(selected).difference(lacking)
+    for path in list(tables):
+        wanted = {e for e in counts[path] if e in spread or (e in chosen and paths is not None and paths[e] == path)}
+        if len(wanted) < len(counts[path]):  # rows of other episodes
+            tables[path] = tables[path].filter(pa.dataset.field("episode_index").isin(list(wanted)))
+    tables = {path: table for path, table in tables.items() if table.num_rows}
 
-    # What is wrong with the others.
-    if not pieces and not selected:
+    # What is wrong with the others, and what was left out.
+    if not selected:
         raise UserError(f"dataset {meta.root} has no episodes: record some, or download it again")
-    if not pieces and not faults:
+    if not counts and not faults:
         raise UserError(f"dataset {meta.root} has no readable table: data/*/*.parquet is missing")
-    problems = table_lines(meta, lacking, counts, lengths, faults, paths)
+    problems = table_lines(meta, lacking, totals, lengths, faults, paths)
     warnings = []
-    undescribed = sorted(set(counts) - set(lengths))
+    undescribed = set(totals).difference(lengths)
     if undescribed:
         warnings.append(
             f"its table also has rows of {counted(undescribed)}, which its metadata does not describe: they are left out"
         )
     if faults and not lacking:
-        warnings.append(f"{examples(meta.root, faults)} cannot be read: all selected episodes are in other files")
+        lines = file_lines(meta.root, faults, {})
+        warnings.append(f"{'; '.join(lines)}. All selected episodes are in other files")
 
-    whole = [episode for episode in selected if episode not in lacking]
-    table = in_order(meta, [table for _, table in pieces], whole)
+    whole = [episode for episode in selected if episode in chosen]
+    table = in_order(meta, list(tables.values()), whole)
     ends = torch.tensor([lengths[episode] for episode in whole], dtype=torch.int64).cumsum(0)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends])[:-1]
-    return EpisodeTable(table, whole, starts, ends, files, problems, warnings)
+    return EpisodeTable(table, whole, starts, ends, list(tables), problems, warnings)
 
 
-def read_files(files: list[Path], episodes: list[int] | None) -> tuple[list[tuple[Path, pa.Table]], dict[Path, str]]:
+def read_files(files: list[Path], episodes: list[int] | None) -> tuple[dict[Path, pa.Table], dict[Path, str]]:
     """The rows of `episodes` (None for all) in each file, and why files cannot be read.
 
     Raises:
         UserError: a file does not say which episode its rows belong to.
     """
     selected = None if episodes is None else pa.dataset.field("episode_index").isin(episodes)
-    pieces = []
+    tables = {}
     faults = {}
     for file in files:
         if not file.is_file():
@@ -114,11 +123,11 @@ def read_files(files: list[Path], episodes: list[int] | None) -> tuple[list[tupl
             try:
                 dataset = pa.dataset.dataset(file, format="parquet")
                 check_episode_index(file, dataset.schema)
-                pieces.append((file, dataset.to_table(filter=selected)))
+                tables[file] = dataset.to_table(filter=selected)
             except (pa.ArrowInvalid, OSError) as error:
                 # Arrow puts the file's name and a question before its reason.
                 faults[file] = f"cannot be read: {one_line(error).rpartition("': ")[2][:200]}"
-    return pieces, faults
+    return tables, faults
 
 
 def check_episode_index(file: Path, schema: pa.Schema) -> None:
@@ -130,16 +139,12 @@ def check_episode_index(file: Path, schema: pa.Schema) -> None:
         raise UserError(f"{file}: expected whole numbers in the column episode_index, got {kind}")
 
 
-def count_rows(pieces: list[tuple[Path, pa.Table]]) -> dict[int, int]:
-    """Number of rows of each episode in some tables."""
-    counts: dict[int, int] = {}
-    for file, table in pieces:
-        if table["episode_index"].null_count:
-            raise UserError(f"{file}: {table['episode_index'].null_count} rows have no episode_index")
-        episodes, rows = np.unique(table["episode_index"].to_numpy(), return_counts=True)
-        for episode, count in zip(episodes.tolist(), rows.tolist(), strict=True):
-            counts[episode] = counts.get(episode, 0) + count
-    return counts
+def count_rows(file: Path, table: pa.Table) -> dict[int, int]:
+    """Number of rows of each episode in a table."""
+    if table["episode_index"].null_count:
+        raise UserError(f"{file}: {table['episode_index'].null_count} rows have no episode_index")
+    episodes, rows = np.unique(table["episode_index"].to_numpy(), return_counts=True)
+    return dict(zip(episodes.tolist(), rows.tolist(), strict=True))
 
 
 def table_lines(

@@ -38,7 +38,7 @@ def find_videos(meta, key: str, episodes: list[int]) -> Videos:
     A frame's number is not its time multiplied by fps: a video may run at 29.97 fps in a dataset of 30.
     """
     names = [f"videos/{key}/{name}" for name in ("from_timestamp", "chunk_index", "file_index")]
-    described = [meta.episodes[name] for name in (*names, "episode_index", "length")]
+    described = [meta.episodes[name][:] for name in (*names, "episode_index", "length")]
     path_of = video_paths(meta, key)
     rows: dict[Path, int] = {}  # of each file, counted so far
     positions: dict[int, tuple[Path, int]] = {}  # each episode's file and first frame
