@@ -61,7 +61,7 @@ def message_of(dataset, **arguments) -> str:
 def test_v2_is_read(tmp_path, version, by_episode):
     root = write_v2(tmp_path / "data", LENGTHS, version=version, cameras=(CAMERA,), by_episode=by_episode)
     with open_dataset(root) as dataset:
-        expect_rows(dataset.source, LENGTHS)
+        expect_rows(open_source(str(root)), LENGTHS)
         assert dataset.warnings == []
         assert dataset.tasks == {0: "lift", 1: "push"}
         assert dataset.stats["action"]["max"].tolist() == [3.0, 5.0, 4.0]
@@ -137,7 +137,7 @@ def test_other_names_of_files(tmp_path, data_path, video_path):
             video.parent.mkdir(parents=True, exist_ok=True)
             video_of(root, episode, camera).rename(video)
     with open_dataset(root) as dataset:
-        expect_rows(dataset.source, LENGTHS)
+        expect_rows(open_source(str(root)), LENGTHS)
         assert dataset.warnings == []
         assert [shown_number(picture) for picture in dataset[5:9]["second"]] == numbers_of(1, 4)
 
@@ -150,7 +150,7 @@ def test_folders_that_the_template_has_wrong(tmp_path):
     }
     root = write_v2(tmp_path / "data", LENGTHS, version="v2.0", cameras=(CAMERA, "second"), by_episode=False, **wrong)
     with open_dataset(root) as dataset:
-        expect_rows(dataset.source, LENGTHS)
+        expect_rows(open_source(str(root)), LENGTHS)
         assert dataset.warnings == []
         assert [shown_number(picture) for picture in dataset[15:]["second"]] == numbers_of(3, 3)
 
@@ -216,7 +216,7 @@ def test_an_episode_was_deleted_by_hand(tmp_path):
     lengths = {0: 5, 2: 6, 3: 3}
     root = write_v2(tmp_path / "data", lengths, cameras=(CAMERA,))
     with open_dataset(root) as dataset:
-        expect_rows(dataset.source, lengths)
+        expect_rows(open_source(str(root)), lengths)
         assert [shown_number(picture) for picture in dataset[5:]["observation.images.top"]] == [
             *numbers_of(2, 6),
             *numbers_of(3, 3),
