@@ -323,7 +323,7 @@ def make_pointer(path):
     [
         (lambda path: path.unlink(), "is missing"),
         (damage, "cannot be read"),
-        (make_pointer, "is a Git LFS pointer and not the file itself. Run `git lfs pull`"),
+        (make_pointer, "is a Git LFS pointer and not the file itself (run `git lfs pull`"),
     ],
 )
 @pytest.mark.parametrize("kind", [table_of, video_of])
@@ -493,6 +493,8 @@ def test_lines_out_of_order_twice_alike_and_without_tasks(tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
         line.pop("tasks")
+    lines[1]["tasks"] = "push"
+    lines[2]["tasks"] = [7]
     write_lines(path, [lines[2], lines[0], lines[0], lines[3], lines[1]])
     expect_rows(open_source(str(root)), LENGTHS)
 
@@ -511,7 +513,7 @@ def test_v3_metadata_files_that_are_pointers_or_damaged(copy_of, name, harm, sai
 def test_v2_metadata_files_that_are_pointers_or_missing(tmp_path, name):
     root = write_v2(tmp_path / "data", LENGTHS)
     make_pointer(root / "meta" / name)
-    assert f"meta/{name} is a Git LFS pointer and not the file itself. Run `git lfs pull`" in message_of(root)
+    assert f"meta/{name} is a Git LFS pointer and not the file itself (run `git lfs pull`" in message_of(root)
     if name in ("episodes.jsonl", "tasks.jsonl"):
         (root / "meta" / name).unlink()
         assert f"meta/{name} is missing. Copy or download the whole dataset again" in message_of(root)
@@ -528,7 +530,7 @@ def test_a_picture_file_that_is_a_pointer(copy_of):
     )
     (root / "images").mkdir(exist_ok=True)
     make_pointer(root / "images" / "first.png")
-    assert "images/first.png is a Git LFS pointer and not the file itself. Run `git lfs pull`" in message_of(root)
+    assert "images/first.png is a Git LFS pointer and not the file itself (run `git lfs pull`" in message_of(root)
 
 
 # Folders that are something else.

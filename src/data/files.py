@@ -14,7 +14,7 @@ from data.episodes import counted
 from errors import UserError, one_line
 
 LFS_HEADER = b"version https://git-lfs.github.com/spec/v1"
-LFS_POINTER = "is a Git LFS pointer and not the file itself. Run `git lfs pull` in the dataset's folder"
+LFS_POINTER = "is a Git LFS pointer and not the file itself (run `git lfs pull` in the dataset's folder)"
 
 
 def is_lfs_pointer(path: Path) -> bool:

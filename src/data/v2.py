@@ -74,7 +74,10 @@ def episode_rows(episodes: list[dict], meta) -> list[dict]:
         index = line["episode_index"]
         start = end
         end = start + line["length"]
-        row = {"episode_index": index, "length": line["length"], "tasks": line.get("tasks") or []}
+        tasks = line.get("tasks") or []
+        if not isinstance(tasks, list):
+            tasks = [tasks]
+        row = {"episode_index": index, "length": line["length"], "tasks": [str(task) for task in tasks]}
         row |= {"dataset_from_index": start, "dataset_to_index": end}
         for files in ("data", *(f"videos/{key}" for key in meta.video_keys)):
             row |= {f"{files}/chunk_index": index // meta.info.chunks_size, f"{files}/file_index": index}
