@@ -70,7 +70,7 @@ def test_rows_that_do_not_fit_are_named(copy_of, rows, message):
         values[row] = value
     set_column(root, "action", pa.array(values, pa.list_(pa.float32())))
     assert problem_of(root).startswith(message)
-    assert "Remove that episode" in problem_of(root)
+    assert "Leave that episode out with --episodes" in problem_of(root)
 
 
 def test_another_width_in_all_rows(copy_of):

@@ -14,7 +14,7 @@ from data.source import episode_spans, flat_values, is_list, one_piece, table_fe
 from errors import UserError, nearest
 
 NO_VALUE = "no value"
-REMEDY = "Remove that episode (lerobot-edit-dataset) or correct the table"
+REMEDY = "Leave that episode out with --episodes, or correct the table"
 
 
 def column_problems(meta, table: pa.Table) -> list[str]:
