@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -247,3 +249,24 @@ def test_a_damaged_or_read_only_cache_is_done_without(tmp_path):
     assert len(frame_times_of([path], tmp_path, CAMERA, tmp_path)[0].pts) == 20
     (tmp_path / "file").write_text("")
     assert len(frame_times_of([path], tmp_path, CAMERA, tmp_path / "file")[0].pts) == 20
+
+
+def test_an_episode_that_was_deleted_by_hand_leaves_its_frames(made, tmp_path):
+    """A video of several episodes, of which meta/episodes and the table have lost one."""
+    from data.opening import open_source
+
+    whole = open_source(str(made("video")))
+    for lost in whole.episodes:
+        root = Path(shutil.copytree(made("video"), tmp_path / f"without-{lost}"))
+        for pattern in ("data/*/*.parquet", "meta/episodes/*/*.parquet"):
+            for path in root.glob(pattern):
+                table = pq.read_table(path)
+                pq.write_table(table.filter(pc.field("episode_index") != lost), path)
+        source = open_source(str(root))
+        assert not source.problems
+        assert f"holds {(13, 9, 11)[lost]} frames of episodes that meta/episodes does not describe" in str(
+            source.warnings
+        )
+        kept = torch.cat([torch.arange(whole.starts[i], whole.ends[i]) for i in source.episodes])
+        rows = torch.arange(source.rows)
+        assert torch.equal(Frames(source).read(CAMERA, rows), Frames(whole).read(CAMERA, kept))

@@ -19,7 +19,7 @@ from data.tasks import complete_task_index, set_tasks
 from data.v2 import fill_v2_metadata
 from data.v3 import fill_v3_metadata
 from data.video_checks import video_faults, video_warnings
-from data.videos import find_videos
+from data.videos import find_videos, skip_undescribed
 from errors import UserError, as_user_error
 
 REQUIRED = ("codebase_version", "fps", "features")  # in meta/info.json
@@ -105,6 +105,8 @@ def open_source(
     for key in meta.video_keys:
         videos = find_videos(meta, key, source.episodes)
         videos.times = frame_times_of(videos.files, meta.root, key, cache_dir, quiet)
+        if not is_v2(meta):
+            source.warnings += skip_undescribed(videos, meta, key, source.episodes)
         source.videos[key] = videos
 
     problems = content_problems(source) + statistics_problems(source)
