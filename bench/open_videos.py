@@ -1,6 +1,6 @@
 """How long opening a dataset of many short videos takes: the first time, when every file is listed, and the second.
 
-    python bench/open_videos.py [--files 1000] [--frames 150] [--json]
+    python bench/open_videos.py [--files 1000] [--frames 150] [--video FILE] [--json]
 
 Prints the seconds of each, of the same listing in one thread, and the ratios.
 """
@@ -35,10 +35,14 @@ def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--files", type=int, default=1000)
     parser.add_argument("--frames", type=int, default=150)
+    parser.add_argument("--video", type=Path, help="copy this video instead of making one")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_video(root / "0.mp4", args.frames)
+        if args.video:
+            shutil.copy(args.video, root / "0.mp4")
+        else:
+            write_video(root / "0.mp4", args.frames)
         files = [root / f"{number}.mp4" for number in range(args.files)]
         for path in files[1:]:
             shutil.copy(files[0], path)
@@ -49,7 +53,7 @@ def main() -> None:
         serial = seconds_of(lambda: [frame_times.times_or_problem(path) for path in files])
         first = seconds_of(open_all)
         second = seconds_of(open_all)
-    print(f"{args.files} videos of {args.frames} frames")
+    print(f"{args.files} copies of {args.video or f'a video of {args.frames} frames'}")
     print(f"  one thread  {serial:6.2f} s")
     print(f"  first time  {first:6.2f} s  ({serial / first:.1f}x)")
     print(f"  second time {second:6.2f} s  ({serial / second:.0f}x)")
