@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import get_args, get_origin
 
-from errors import UserError, nearest, one_line
+from errors import UserError, nearest, one_line, reason_of_disk
 
 SCHEDULES = ("constant", "linear", "cosine")
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}  # of a number
@@ -340,7 +340,7 @@ def read_config_file(path: str) -> dict:
         text = Path(path).expanduser().read_text()
         given = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
     except OSError as error:
-        raise UserError(f"--config_path {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"--config_path {path} cannot be read: {reason_of_disk(error)}") from None
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"--config_path {path} is not valid {kind}: {one_line(error)}") from None
     if not isinstance(given, dict):

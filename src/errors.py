@@ -3,9 +3,11 @@
 import contextlib
 import difflib
 import errno
+import os
 import shlex
 import sys
 import urllib.error
+from pathlib import Path
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # the errors of a disk that come without a file name
 
@@ -79,6 +81,47 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def reason_of_disk(error: OSError) -> str:
+    """Why the system refused something with a file. Not every OSError has a `strerror`."""
+    return error.strerror or one_line(error)
+
+
+def find_path(text: str | Path, what: str) -> Path | None:
+    """The path that a flag names, with ~ expanded; None if nothing is there.
+
+    The one place that asks whether a path of the user's exists, so that one that cannot exist is a line too.
+
+    Args:
+        what: the flag or noun that messages call it by.
+
+    Raises:
+        UserError: it has a NUL or is too long, the system's encoding lacks a character of it, or it may not be entered.
+    """
+    text = str(text)
+    try:
+        path = Path(os.path.expanduser(text))
+        str(path).encode()  # fails for a name that is not in UTF-8, which could not be printed
+        os.fsencode(path)
+        if path.is_dir():
+            os.stat(os.path.join(path, "."))  # which asks for the permission to enter it
+        else:
+            path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        reason = reason_of_disk(error)
+    except UnicodeError:
+        reason = "its name is not in UTF-8, or not in the encoding of this system's file names"
+    except ValueError as error:
+        reason = one_line(error)
+    else:
+        return path
+    shown = text if text.isprintable() else ascii(text)[1:-1]
+    if len(shown) > 100:
+        shown = f"{shown[:60]}...{shown[-20:]}"
+    raise UserError(f"{what} {shown} cannot be opened: {reason}. Pass another path")
+
+
 @contextlib.contextmanager
 def as_user_error(
     what: str,
@@ -134,7 +177,7 @@ def reason_of(error: Exception, offline: str) -> str | None:
     if lerobot is not None and isinstance(error, lerobot.CompatibilityError):
         return one_line(error)
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename}: {reason_of_disk(error)}"
     if isinstance(error, OSError) and error.errno in FULL_DISK:
-        return error.strerror
+        return reason_of_disk(error)
     return None

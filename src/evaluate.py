@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from command_line import OneLineParser, command, print_warnings
-from errors import UserError
+from errors import UserError, find_path, reason_of_disk
 from sim.environments import OURS, open_simulation
 
 MINIMUM = {"num_episodes": 1, "max_steps": 1, "n_action_steps": 1, "ahead": 1, "seed": 0, "num_videos": 0}
@@ -228,7 +228,7 @@ def report_folder(checkpoint: str, output_dir: str | None, kind: str) -> Path:
     """Where an evaluation is written: beside the checkpoint, which must hold only its own files."""
     path = Path(checkpoint).expanduser()
     if output_dir:
-        folder = Path(output_dir).expanduser()
+        folder = find_path(output_dir, "--output_dir") or Path(output_dir).expanduser()
     elif not path.is_dir():
         folder = Path("outputs") / "evaluation" / checkpoint.replace("/", "_")
     elif path.name.startswith("checkpoint-"):
@@ -238,7 +238,7 @@ def report_folder(checkpoint: str, output_dir: str | None, kind: str) -> Path:
     try:
         (folder / kind).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder / kind} cannot be written: {error.strerror}. Pass another --output_dir") from error
+        raise UserError(f"{folder / kind} cannot be written: {reason_of_disk(error)}. Pass another --output_dir") from error
     return folder / kind
 
 

@@ -10,11 +10,13 @@ program that runs the network.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
+from checkpoints.folder import MANIFEST, verify
 from command_line import OneLineParser, command
-from errors import UserError, one_line
+from errors import UserError, find_path, one_line
 
 FORMATS = ("lerobot", "onnx", "torch-export")
 
@@ -37,9 +39,11 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.int8 and args.format != "onnx":
         raise UserError(f"--int8 needs --format onnx, got --format {args.format}. Leave --int8 out")
+    find_path(args.output, "output")
     try:
         if args.format == "lerobot":
-            export_run(Path(args.checkpoint), args.output)
+            checkpoint = find_path(args.checkpoint, "checkpoint") or Path(args.checkpoint)
+            export_run(checkpoint, args.output)
         else:
             export_network(args.checkpoint, args.output, args.format, args.int8)
     except OSError as error:
@@ -50,6 +54,9 @@ def main(argv: list[str]) -> int:
 def export_run(checkpoint: Path, output: Path) -> None:
     from exchange.lerobot_runs import to_lerobot  # slow: imports torch and LeRobot
 
+    if not os.path.isfile(checkpoint / MANIFEST):
+        raise UserError(f"{checkpoint} is no checkpoint: expected a checkpoint-<step> folder for --format lerobot")
+    verify(checkpoint)
     folder = to_lerobot(checkpoint, output)
     print(folder)
     print(f"next: lerobot-train --resume=true --config_path={folder}/pretrained_model/train_config.json")

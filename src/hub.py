@@ -5,7 +5,7 @@ import threading
 import time
 from pathlib import Path
 
-from errors import UserError, as_user_error, one_line
+from errors import UserError, as_user_error, find_path, one_line
 
 WAITS = (5.0, 30.0)  # seconds between the tries of an upload
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?"  # user/name or user/name@revision
@@ -22,8 +22,8 @@ def fetch(repo: str, what: str) -> Path:
     Raises:
         UserError: there is neither, or the Hub cannot be reached.
     """
-    folder = Path(repo).expanduser()
-    if folder.is_dir():
+    folder = find_path(repo, what)
+    if folder is not None and folder.is_dir():
         return folder
     repo_id, revision = parse_hub_id(repo, what)
     from huggingface_hub import snapshot_download

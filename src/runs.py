@@ -9,7 +9,9 @@
 The modules that a command needs are imported inside its function: they take seconds, and `--help` is immediate.
 """
 
+import contextlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -17,9 +19,9 @@ import time
 from pathlib import Path
 
 from checkpoints.folder import MANIFEST, best_checkpoint, find_checkpoints, read_json, sort_key, verify
-from command_line import OneLineParser, command
+from command_line import OneLineParser, command, print_warnings
 from config import FIELDS
-from errors import UserError
+from errors import UserError, find_path, reason_of_disk
 
 
 def checkpoints_at(path: Path) -> list[Path]:
@@ -28,7 +30,8 @@ def checkpoints_at(path: Path) -> list[Path]:
     Raises:
         UserError: there is none.
     """
-    if (path / MANIFEST).is_file():
+    path = find_path(path, "PATH") or path
+    if os.path.isfile(path / MANIFEST):
         return [path]
     found = sorted(find_checkpoints(path), key=sort_key)
     if not found:
@@ -46,15 +49,18 @@ def list_checkpoints(args) -> int:
 
 def describe(checkpoint: Path) -> str:
     """One line about a checkpoint: name, size, loss, when it was saved, and whether it is damaged."""
-    sizes = {file.stat().st_ino: file.stat().st_size for file in checkpoint.iterdir()}  # links counted once
+    sizes = {}  # by inode: links are counted once
+    for file in checkpoint.iterdir():
+        with contextlib.suppress(OSError):  # a link to nothing
+            sizes[file.stat().st_ino] = file.stat().st_size
     line = f"{checkpoint.name:<20} {sum(sizes.values()) / 1e6:9.1f} MB"
     try:
         verify(checkpoint)
         info = read_json(checkpoint / "training_info.json")
     except UserError as error:
         return f"{line}  {str(error).removeprefix(f'{checkpoint} is ')}"
-    loss = "-" if info["loss"] is None else f"{info['loss']:.4g}"
-    line += f"  loss {loss:>8}  saved {info['saved_at']}"
+    loss = "-" if info.get("loss") is None else f"{info['loss']:.4g}"
+    line += f"  loss {loss:>8}  saved {info.get('saved_at', '-')}"
     if best_checkpoint(checkpoint.parent)[0] == checkpoint:
         line += "  best by validation"
     return f"{line}  intact"
@@ -93,10 +99,17 @@ def compare_runs(args) -> int:
     from reports.figures import curves_figure
     from reports.pages import read_history, runs_page
 
+    for run in args.runs:
+        find_path(run, "RUN")
     names = [run.resolve().name for run in args.runs]
     if len(set(names)) < len(names):
         names = [str(run) for run in args.runs]
-    histories = {name: read_history(run) for name, run in zip(names, args.runs, strict=True)}
+    warnings = []
+    histories = {}
+    for name, run in zip(names, args.runs, strict=True):
+        histories[name] = read_history(run.expanduser(), warnings.append)
+    print_warnings(warnings)
+    find_path(args.output, "--output")
     output = Path(args.output.removesuffix(".html")).expanduser()
     if output.is_dir() or args.output.endswith("/"):
         output = output / "runs"
@@ -105,7 +118,7 @@ def compare_runs(args) -> int:
         page = runs_page(histories).save(output.with_name(f"{output.name}.html"))
         curves_figure(histories).savefig(output.with_name(f"{output.name}.png"), dpi=110)
     except OSError as error:
-        raise UserError(f"--output {args.output} cannot be written: {error.strerror}") from error
+        raise UserError(f"--output {args.output} cannot be written: {reason_of_disk(error)}") from error
     print(page)
     return 0
 
@@ -115,7 +128,9 @@ def look_at_cache(args) -> int:
     from data.frames import on_disk
     from runtime import user_cache_dir
 
-    cache_dir = args.cache_dir or user_cache_dir() / "frames"
+    cache_dir = user_cache_dir() / "frames"
+    if args.cache_dir:
+        cache_dir = find_path(args.cache_dir, "--cache_dir") or args.cache_dir
     total = 0
     for folder in sorted(filter(is_store, cache_dir.glob("*"))):  # hidden ones too: they are unfinished
         days_unused = (time.time() - folder.stat().st_mtime) / 86400

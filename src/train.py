@@ -107,6 +107,8 @@ class Run:
     def __post_init__(self):
         self.config = self.plan.config
         self.distributed = self.plan.distributed
+        # [branch, last step that this run has of it] of each branch that it left when it went back.
+        self.ancestors = self.plan.state.trainer_state.get("ancestors", []) if self.plan.state else []
         self.start_step = self.step
 
     def __enter__(self):
@@ -226,6 +228,7 @@ class Run:
         }
         trainer_state = {
             **position,
+            "ancestors": self.ancestors,
             "loss_sums": loss_sums,
             "loss_count": self.loss_count,
             "scaler": self.learner.scaler.state_dict(),
@@ -264,15 +267,16 @@ class Run:
         if not self.distributed.is_main:
             return result
         self.unsharded.eval()
-        self.report.save_curves()
-        if not stopped:
-            with finishing(result.checkpoint, output_dir):
-                publish(result.checkpoint, output_dir)
+        with finishing(result.checkpoint, output_dir):
+            self.plan.check_folder()
+            self.report.save_curves()
+            if not stopped:
+                publish(result.checkpoint, output_dir, self.plan.check_folder)
                 self.report.save_card(result.checkpoint)
-            if self.config.push_to_hub:
-                address = hub.push(self.config.push_to_hub, output_dir, result.checkpoint, self.report.warn)
-                if address:
-                    print(f"uploaded to {address}")
+        if not stopped and self.config.push_to_hub:
+            address = hub.push(self.config.push_to_hub, output_dir, result.checkpoint, self.report.warn)
+            if address:
+                print(f"uploaded to {address}")
         print(closing_message(result, self.plan, self.start_step), flush=True)
         return result
 
@@ -315,6 +319,7 @@ def build_run(plan: RunPlan) -> Run:
                 config=config,
                 run_id=position.get("tracker_run_id"),
                 is_main=distributed.is_main,
+                check_folder=plan.check_folder,
             )
         )
         report.say(header(plan, policy, position["step"]))
@@ -346,7 +351,7 @@ def build_run(plan: RunPlan) -> Run:
             )
         cleanup.callback(loader.close)
 
-        writer = cleanup.enter_context(Writer(plan.output_dir, config, report.warn, plan.checkpoint))
+        writer = cleanup.enter_context(Writer(plan.output_dir, config, report.warn, plan.checkpoint, plan.check_folder))
         signals = cleanup.enter_context(runtime.StopSignals())
         evaluator.is_stopped = lambda: signals.asked is not None
         policy.train()

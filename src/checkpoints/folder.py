@@ -3,20 +3,25 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
-from errors import UserError, nearest, one_line
+from checkpoints.contents import REQUIRED, content_problems
+from errors import UserError, find_path, nearest, one_line, reason_of_disk
 from hub import newest_checkpoint
 
 WEIGHTS = "policy.safetensors"
 TRAINED_WEIGHTS = "training_weights.safetensors"  # with --ema_decay, where WEIGHTS are the average
 OPTIMIZER = "optimizer_state.pth"
 MANIFEST = "manifest.json"
+POLICY_MANIFEST = "policy_manifest.json"  # of the finished policy in a run's own folder
 ALIASES = {  # LeRobot's name of a file: ours. Both are links to one file.
     "model.safetensors": WEIGHTS,
     "policy_preprocessor.json": "preprocessor_config.json",
@@ -24,6 +29,12 @@ ALIASES = {  # LeRobot's name of a file: ours. Both are links to one file.
 }
 ADAPTER = "adapter_model.safetensors"  # PEFT's name of WEIGHTS, if these are adapters
 RESUME_ONLY = (OPTIMIZER, TRAINED_WEIGHTS, "trainer_state.json", MANIFEST)  # not needed to run the policy
+# Names that something reads where they are there. In a folder with a manifest that does not list them, they are damage.
+WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".pth")
+MEANINGFUL = {
+    *ALIASES.values(), *ALIASES, "config.json", "trainer_state.json", "train_config.json", "training_info.json",
+    "adapter_config.json", "adapter_model.bin", "pytorch_model.bin", "pretrained_model", "training_state", "checkpoints",
+}  # fmt: skip
 
 
 @dataclass
@@ -61,6 +72,37 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(manifest_text(files))
 
 
+def listed_files(path: Path, manifest: str = MANIFEST) -> dict[str, dict]:
+    """{name: size and sha256} of the files that a checkpoint's manifest lists.
+
+    Raises:
+        UserError: the manifest cannot be read, or is damaged.
+    """
+    content = read_json(path / manifest)
+    files = {name: entry for name, entry in content.items() if name != MANIFEST}
+    if manifest_text(files) != (path / manifest).read_text():
+        raise UserError(f"{path} is damaged: {manifest} does not match its sha256")
+    for name, entry in files.items():
+        if not is_entry(entry) or Path(name).name != name:
+            raise UserError(
+                f"{path} is damaged: {manifest}: expected a file's name with its size and sha256, got {name!r}: {entry!r}"
+            )
+    return files
+
+
+def is_entry(entry) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+
+
+def has_trained_weights(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds the weights in training beside their average, by its manifest.
+
+    Raises:
+        UserError: as `listed_files`.
+    """
+    return TRAINED_WEIGHTS in listed_files(checkpoint)
+
+
 def step_of(path: Path) -> int | None:
     """The step in a folder's name; None if it has none."""
     match = re.fullmatch(r"checkpoint-(\d+)", path.name)
@@ -70,7 +112,7 @@ def step_of(path: Path) -> int | None:
 def find_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoint-<step> folders, lowest step first."""
     folders = Path(output_dir).glob("checkpoint-*")
-    complete = [path for path in folders if step_of(path) is not None and (path / MANIFEST).is_file()]
+    complete = [path for path in folders if step_of(path) is not None and os.path.isfile(path / MANIFEST)]
     return sorted(complete, key=lambda path: (step_of(path), path))
 
 
@@ -83,62 +125,126 @@ def sort_key(path: Path) -> tuple[int, int]:
     """(branch, step) of a checkpoint, largest for the newest: the latest step of the most recent branch."""
     try:
         return branch_of(read_json(path / "trainer_state.json")), step_of(path)
-    except (UserError, AttributeError, TypeError, ValueError):  # damaged, which `verify` reports
+    except (UserError, TypeError, ValueError, OverflowError):  # damaged, which `verify` reports
         return 0, step_of(path)
 
 
-def prune(output_dir: Path, step: int, keep_last: int | None, keep_every: int | None, protected=()) -> None:
+def is_on_branch(path: Path, newest: Path) -> bool:
+    """Whether the run that wrote the checkpoint `newest` passed the one at `path`, or left it behind when it went back."""
+    branch, step = sort_key(path)
+    try:
+        state = read_json(newest / "trainer_state.json")
+        last_steps = {branch_of(state): step_of(newest), **dict(state.get("ancestors", []))}
+    except (UserError, TypeError, ValueError, OverflowError):  # damaged
+        last_steps = {0: step_of(newest)}
+    return step <= last_steps.get(branch, -1)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder, or a link, but never what a link leads to.
+
+    Raises:
+        OSError: some of it is still there.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint, or a backup of one, under another name: at no moment is half of it called by its own.
+
+    Raises:
+        OSError: some of it is still there; its name is free unless nothing was done.
+    """
+    half_deleted = path.with_name(f".{path.name.removeprefix('.')}.{uuid4().hex[:8]}.tmp")
+    os.rename(path, half_deleted)
+    remove(half_deleted)
+
+
+def nothing(*args) -> None:
+    """A `check` or `warn` that does nothing."""
+
+
+def prune(
+    output_dir: Path,
+    step: int,
+    keep_last: int | None,
+    keep_every: int | None,
+    protected=(),
+    check: Callable[[], None] = nothing,
+) -> list[str]:
     """Delete old checkpoints, but keep the `keep_last` newest (None: all), multiples of `keep_every`, and `protected`.
 
     Checkpoints after `step` stay too: they are an earlier branch's, and the run replaces them when it reaches their steps.
+
+    Args:
+        check: called before each deletion; what it raises passes.
+
+    Returns:
+        What could not be deleted, a line each.
     """
     if keep_last is None:
-        return
+        return []
+    warnings = []
     protected = {path.resolve() for path in protected}
     up_to_now = [path for path in find_checkpoints(output_dir) if step_of(path) <= step]
     for path in sorted(up_to_now, key=sort_key)[:-keep_last]:
         is_multiple = keep_every is not None and step_of(path) % keep_every == 0
         if is_multiple or path.resolve() in protected:
             continue
-        half_deleted = path.with_name(f".{path.name}.tmp")  # never called checkpoint-<step>
-        os.rename(path, half_deleted)
-        shutil.rmtree(half_deleted)
+        try:
+            check()
+            discard(path)
+        except OSError as error:
+            warnings.append(f"{path} could not be deleted ({reason_of_disk(error)})")
+    return warnings
 
 
 def best_checkpoint(output_dir: Path) -> tuple[Path | None, float | None]:
-    """The checkpoint with the lowest validation loss, and that loss; (None, None) if none was validated."""
+    """The checkpoint with the lowest validation loss on the newest branch, and that loss; (None, None) if none has one."""
     losses = {}
-    for path in find_checkpoints(output_dir):
+    checkpoints = find_checkpoints(output_dir)
+    newest = max(checkpoints, key=sort_key, default=None)
+    for path in checkpoints:
         with contextlib.suppress(UserError):  # a damaged checkpoint is not the best
             loss = read_json(path / "training_info.json").get("val_loss")
-            if loss is not None:
+            is_number = isinstance(loss, (int, float)) and not isinstance(loss, bool) and math.isfinite(loss)
+            if is_number and is_on_branch(path, newest):
                 losses[path] = loss
     return min(losses.items(), key=lambda item: item[1], default=(None, None))
 
 
-def recover(output_dir: Path) -> None:
+def recover(output_dir: Path) -> list[str]:
     """Delete what a killed process left half-written, and put back the checkpoint that it was replacing.
+
+    Returns:
+        What could not be deleted, a line each.
 
     Raises:
         OSError: the folder cannot be written.
     """
     (output_dir / ".writable.tmp").write_bytes(bytes(4096))  # fails if the folder is read-only or its disk is full
+    left_over = [*output_dir.glob(".*.tmp")]
     for backup in output_dir.glob(".checkpoint-*.old"):
         checkpoint = output_dir / backup.name[1:].removesuffix(".old")
-        if checkpoint.exists():
-            shutil.rmtree(backup)
+        if os.path.lexists(checkpoint):
+            left_over.append(backup)
         else:
             os.rename(backup, checkpoint)
-    for path in output_dir.glob(".*.tmp"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    warnings = []
+    for path in left_over:
+        try:
+            remove(path)
+        except OSError as error:
+            warnings.append(f"{path}, which a killed run left, could not be deleted ({reason_of_disk(error)})")
+    return warnings
 
 
 def has_backup(path: Path) -> bool:
     """Whether a process was killed while it replaced this checkpoint; `recover` puts the old one back."""
-    return (path.parent / f".{path.name}.old").is_dir()
+    return os.path.isdir(path.parent / f".{path.name}.old")
 
 
 def find_resume(asked: str, output_dir: Path) -> tuple[Path | None, list[str]]:
@@ -151,7 +257,10 @@ def find_resume(asked: str, output_dir: Path) -> tuple[Path | None, list[str]]:
     """
     if asked in ("latest", "auto"):
         return newest_intact(output_dir, asked)
-    path = Path(asked).expanduser()
+    found = find_path(asked, "--resume_from_checkpoint")
+    path = found or Path(asked).expanduser()
+    if found is not None and step_of(path) is None:
+        path = path.resolve()  # a link to a checkpoint by another name, such as last
     if not path.is_dir():
         # me/my_run is a Hub repo, unless there is a folder `me`
         if asked.count("/") != 1 or path.parent.exists() or asked.startswith((".", "~")):
@@ -199,18 +308,19 @@ def newest_intact(output_dir: Path, asked: str) -> tuple[Path | None, list[str]]
     return None, []
 
 
-def verify(path: Path, suffix: str = "") -> None:
+def verify(path: Path, suffix: str = "", manifest: str = MANIFEST) -> None:
     """Compare the files of a checkpoint (or those whose names end in `suffix`) with its manifest.
 
+    Files that the manifest does not list are damage too, where something would read them. So are values of a wrong type in the
+    JSON files of a checkpoint.
+
+    Args:
+        manifest: name of the manifest.
+
     Raises:
-        UserError: names every file that is missing or differs.
+        UserError: names every file that is missing, differs, or is not listed.
     """
-    manifest = read_json(path / MANIFEST)
-    files = {}
-    if isinstance(manifest, dict):
-        files = {name: entry for name, entry in manifest.items() if name != MANIFEST}
-    if manifest_text(files) != (path / MANIFEST).read_text():
-        raise UserError(f"{path} is damaged: {MANIFEST} does not match its sha256")
+    files = listed_files(path, manifest)
     damage = []
     hashes = {}  # by inode: a file with two names is read once
     for name, expected in files.items():
@@ -221,8 +331,19 @@ def verify(path: Path, suffix: str = "") -> None:
                 problem = f"cannot be read ({one_line(error)})"
             if problem:
                 damage.append(f"{name} {problem}")
+    damage += [f"{name} is not listed in {manifest}" for name in unlisted(path, files)]
+    if not damage and not suffix:
+        for name in REQUIRED:
+            if name in files:
+                damage += content_problems(name, read_json(path / name))
     if damage:
         raise UserError(f"{path} is damaged: {', '.join(damage)}")
+
+
+def unlisted(path: Path, files: dict[str, dict]) -> list[str]:
+    """Names in a folder that something would read, although its manifest does not list them."""
+    names = sorted(set(os.listdir(path)) - files.keys())
+    return [name for name in names if name in MEANINGFUL or name.endswith(WEIGHT_FILES)]
 
 
 def file_problem(file: Path, expected: dict, hashes: dict) -> str | None:
@@ -248,6 +369,14 @@ def verify_policy(folder: Path) -> None:
     """
     if (folder / MANIFEST).is_file():
         verify(folder, ".safetensors")
+    elif (folder / POLICY_MANIFEST).is_file():
+        try:
+            verify(folder, ".safetensors", POLICY_MANIFEST)
+        except UserError as error:
+            raise UserError(
+                f"{error}. Load a checkpoint-<step> of that run instead. If you changed the policy yourself, "
+                f"delete {POLICY_MANIFEST}"
+            ) from None
 
 
 def read_state(path: Path, resume_step: int | None) -> TrainState:
@@ -291,8 +420,8 @@ def read_optimizer(checkpoint: Path) -> dict:
 
     file = checkpoint / OPTIMIZER
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
             raise UserError(
@@ -300,15 +429,35 @@ def read_optimizer(checkpoint: Path) -> dict:
                 "Resume from a checkpoint that you trust"
             ) from error
         raise UserError(f"{file} cannot be read: {one_line(error)[:160]}. Resume from another checkpoint") from error
+    if not is_optimizer_state(state):
+        raise UserError(
+            f"{file} holds no optimizer's state: expected state and param_groups. Resume from another checkpoint"
+        )
+    return state
+
+
+def is_optimizer_state(state) -> bool:
+    """Whether a value has the form of a torch optimizer's state dict."""
+    if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
+        return False
+    entries = state["state"]
+    groups = state["param_groups"]
+    if not isinstance(entries, dict) or not isinstance(groups, list):
+        return False
+    has_parameters = all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+    return has_parameters and all(isinstance(entry, dict) for entry in entries.values())
 
 
 def read_json(path: Path) -> dict:
-    """The content of a JSON file.
+    """The content of a JSON file that holds a mapping.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or holds something else.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)[:160]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: expected a mapping, got {type(content).__name__}")
+    return content

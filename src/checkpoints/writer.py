@@ -5,12 +5,13 @@ manifest.json, then the folder is renamed: a folder called checkpoint-<step> is 
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
-import socket
 import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,24 +27,28 @@ from checkpoints.folder import (
     ADAPTER,
     ALIASES,
     OPTIMIZER,
+    POLICY_MANIFEST,
     RESUME_ONLY,
     TRAINED_WEIGHTS,
     WEIGHTS,
     TrainState,
     best_checkpoint,
-    find_checkpoints,
+    discard,
+    listed_files,
+    manifest_text,
+    nothing,
     prune,
-    recover,
+    remove,
     write_manifest,
 )
+from checkpoints.lock import LostFolderError
 from config import TrainConfig
-from errors import UserError, one_line
+from errors import FULL_DISK, UserError, one_line, reason_of_disk
 from hub import Uploader
 from runtime import in_notebook
 
-LOCK = ".lock"
-OWNER = ".lock.json"  # who holds the lock, for people
 UPLOAD_SECONDS = 60  # how long the end of a run waits for uploads
+NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what a disk answers that cannot flush
 
 
 @dataclass
@@ -115,19 +120,25 @@ class StagingBuffers:
 class Writer:
     """Writes the checkpoints of a run, one at a time, and deletes old ones.
 
-    A save that fails is reported and repeated at the next one, or at the end. Two failures in a row stop the run.
+    A save that fails is reported and repeated at the next one, or at the end. Two failures in a row stop the run, and so does
+    a folder that was moved or replaced. Deleting old checkpoints and naming the best one may fail: that is a warning.
 
     Args:
         output_dir: where the checkpoint-<step> folders go.
         config: save_async (write in a thread, from copies in host memory), keep_last and keep_every (see `prune`).
         warn: called with a line for people.
         saved: the newest checkpoint there is; None before the first.
+        check: called before every change in `output_dir`; raises LostFolderError if that is not this run's any more.
     """
 
-    def __init__(self, output_dir: Path, config: TrainConfig, warn, saved: Path | None):
+    def __init__(
+        self, output_dir: Path, config: TrainConfig, warn, saved: Path | None, check: Callable[[], None] = nothing
+    ):
         self.output_dir = output_dir
         self.config = config
         self.warn = warn
+        self.check_folder = check
+        self.warned: set[str] = set()
         self.saved = saved
         self.background = config.save_async == "on"
         self.staging = StagingBuffers()
@@ -159,10 +170,12 @@ class Writer:
         try:
             if self.snapshot.ready is not None:
                 self.snapshot.ready.synchronize()
-            self.saved = write_checkpoint(self.output_dir, self.snapshot)
+            self.saved = write_checkpoint(self.output_dir, self.snapshot, self.check_folder, self.warn_once)
             self._clean_up()
             self.failures = []
             self.snapshot = None
+        except LostFolderError as error:  # no other try can mend that
+            self.failures.append(error)
         except UserError as error:
             self.failures.append(error)
             if len(self.failures) == 1:
@@ -170,28 +183,48 @@ class Writer:
         except BaseException as error:
             self.failures.append(error)
 
+    def warn_once(self, text: str) -> None:
+        """Warn, but not of the same at every save."""
+        if text not in self.warned:
+            self.warned.add(text)
+            self.warn(text)
+
     def _clean_up(self) -> None:
-        """Name the best checkpoint, upload the new one and delete old ones.
+        """Name the best checkpoint, upload the new one and delete old ones. What fails is a warning: the new one is complete.
 
         Raises:
-            UserError: the disk failed; the new checkpoint is complete.
+            LostFolderError: the folder is not this run's any more.
         """
+        best, loss = best_checkpoint(self.output_dir)
         try:
-            protected = [*self.protected, *mark_best(self.output_dir)]
-            if self.uploader is not None:
-                self.uploader.put(self.saved)
-                protected += self.uploader.in_use
-            prune(self.output_dir, self.snapshot.step, self.config.keep_last, self.config.keep_every, protected)
+            mark_best(self.output_dir, best, loss, self.check_folder)
         except OSError as error:
-            raise UserError(f"{self.output_dir} could not be written: {one_line(error)}") from error
+            self.warn_once(
+                f"best.json could not be written to {self.output_dir} ({reason_of_disk(error)}). Training continues"
+            )
+        protected = list(self.protected)
+        if best is not None:
+            protected.append(best)
+        if self.uploader is not None:
+            self.uploader.put(self.saved)
+            protected += self.uploader.in_use
+        keep_last = self.config.keep_last
+        keep_every = self.config.keep_every
+        step = self.snapshot.step
+        for text in prune(self.output_dir, step, keep_last, keep_every, protected, self.check_folder):
+            self.warn_once(f"{text}. Training continues")
 
     def check(self) -> None:
-        """Raise what stopped the writer: a second failure in a row, or a bug."""
+        """Raise what stopped the writer: a lost folder, a second failure in a row, or a bug."""
         for error in self.failures:
-            if not isinstance(error, UserError):
+            if isinstance(error, LostFolderError) or not isinstance(error, UserError):
                 raise error
         if len(self.failures) > 1:
-            raise UserError(f"{self.failures[-1]}. This was the second time in a row: free some space and resume")
+            cause = self.failures[-1].__cause__
+            remedy = "make it writable again and resume"
+            if isinstance(cause, OSError) and cause.errno in (*FULL_DISK, errno.EFBIG):
+                remedy = "free some space and resume"
+            raise UserError(f"{self.failures[-1]}. This was the second time in a row: {remedy}")
 
     def wait(self) -> None:
         """Return when nothing is being written.
@@ -228,8 +261,17 @@ class Writer:
             self.thread.join()
 
 
-def write_checkpoint(output_dir: Path, snapshot: Snapshot) -> Path:
+def write_checkpoint(
+    output_dir: Path,
+    snapshot: Snapshot,
+    check: Callable[[], None] = nothing,
+    warn: Callable[[str], None] = nothing,
+) -> Path:
     """Write checkpoint-<step> into `output_dir` and return it.
+
+    Args:
+        check: called before each change of what others may see; raises LostFolderError.
+        warn: called with a line if the disk cannot flush.
 
     Raises:
         UserError: the disk is full or cannot be written. Nothing is left behind, and earlier checkpoints are untouched.
@@ -239,25 +281,45 @@ def write_checkpoint(output_dir: Path, snapshot: Snapshot) -> Path:
     # a name that no other thread uses: that of an interrupted run may still be writing this step
     folder = output_dir / f".{checkpoint.name}.{uuid4().hex[:8]}.tmp"
     try:
+        check()
         folder.mkdir()
         with disk_errors(folder, snapshot):
             write_files(folder, snapshot)
         write_manifest(folder)
+        unflushed = None
         for path in [*sorted(folder.iterdir()), folder, output_dir / "metrics.jsonl"]:
-            flush(path)
-        if checkpoint.exists():  # an earlier branch of this run wrote this step
-            shutil.rmtree(backup, ignore_errors=True)
+            unflushed = flush(path) or unflushed
+        check()
+        if os.path.lexists(checkpoint):  # an earlier branch of this run wrote this step
+            if os.path.lexists(backup):  # which could not be deleted before
+                with contextlib.suppress(OSError):
+                    discard(backup)
             os.rename(checkpoint, backup)
         os.rename(folder, checkpoint)
-        flush(output_dir)
-        shutil.rmtree(backup, ignore_errors=True)
+        unflushed = flush(output_dir) or unflushed
+    except LostFolderError:  # what is there is not ours to clean up
+        raise
     except Exception as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if backup.exists() and not checkpoint.exists():
-            os.rename(backup, checkpoint)
+        with contextlib.suppress(OSError):  # the disk may not say, and then lets nothing be changed either
+            check()
+        with contextlib.suppress(OSError):
+            shutil.rmtree(folder, ignore_errors=True)
+            if os.path.lexists(backup) and not os.path.lexists(checkpoint):
+                os.rename(backup, checkpoint)
         if isinstance(error, OSError):
             raise UserError(f"{checkpoint.name} could not be written to {output_dir}: {one_line(error)}") from error
         raise
+    if unflushed:
+        warn(
+            f"the disk of {output_dir} does not flush what it is told to ({unflushed}): a checkpoint is complete for "
+            "programs, but may be lost if the machine loses power"
+        )
+    try:
+        check()
+        if os.path.lexists(backup):
+            discard(backup)
+    except OSError as error:
+        warn(f"{backup}, which {checkpoint.name} replaced, could not be deleted ({reason_of_disk(error)})")
     return checkpoint
 
 
@@ -277,6 +339,11 @@ def write_files(folder: Path, snapshot: Snapshot) -> None:
     for alias, source in ALIASES.items():
         is_adapter = snapshot.adapters is not None and source == WEIGHTS
         link(folder / source, folder / (ADAPTER if is_adapter else alias))
+    # safetensors gives its files to their owner only, whatever the umask says.
+    mode = (folder / "trainer_state.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        with contextlib.suppress(PermissionError):  # of a disk that has no permissions
+            path.chmod(mode)
 
 
 def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
@@ -317,26 +384,42 @@ def link(source: Path, alias: Path) -> None:
         shutil.copyfile(source, alias)
 
 
-def flush(path: Path) -> None:
-    """Move a file or folder from the system's cache to the disk itself; nothing if it does not exist."""
+def flush(path: Path) -> str | None:
+    """Move a file or folder from the system's cache to the disk itself; nothing if it does not exist.
+
+    Returns:
+        Why this disk cannot do that; None if it could.
+
+    Raises:
+        OSError: the disk failed.
+    """
     if not path.exists() or (path.is_dir() and os.name == "nt"):  # Windows cannot open a folder
-        return
+        return None
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_FLUSH:
+            raise
+        return reason_of_disk(error)
     finally:
         os.close(handle)
+    return None
 
 
-def mark_best(output_dir: Path) -> list[Path]:
-    """Name the checkpoint with the lowest validation loss in best.json. Returns it, or nothing if none was validated."""
-    best, loss = best_checkpoint(output_dir)
+def mark_best(output_dir: Path, best: Path | None, loss: float | None, check: Callable[[], None]) -> None:
+    """Name the checkpoint with the lowest validation loss in best.json; without one there is no such file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    check()
     if best is None:
-        return []
+        (output_dir / "best.json").unlink(missing_ok=True)
+        return
     fresh = output_dir / ".best.json.tmp"
     fresh.write_text(json.dumps({"checkpoint": best.name, "val_loss": loss}) + "\n")
     os.replace(fresh, output_dir / "best.json")
-    return [best]
 
 
 @contextlib.contextmanager
@@ -347,72 +430,40 @@ def finishing(checkpoint: Path, output_dir: Path):
     except OSError as error:
         raise UserError(
             f"{checkpoint} is complete, but the finished policy cannot be written to {output_dir} ({one_line(error)}). "
-            f"Free some space and resume with --resume_from_checkpoint {checkpoint}"
+            f"Free some space or make it writable, and resume with --resume_from_checkpoint {checkpoint}"
         ) from error
 
 
-def publish(checkpoint: Path, output_dir: Path) -> None:
-    """Put the files that run the policy into `output_dir` itself, one atomic replacement each."""
-    for source in sorted(checkpoint.iterdir()):
-        if source.name in RESUME_ONLY:
-            continue
-        fresh = output_dir / f".{source.name}.tmp"
+def publish(checkpoint: Path, output_dir: Path, check: Callable[[], None] = nothing) -> None:
+    """Put the files that run the policy into `output_dir` itself, one atomic replacement each, and a manifest of them.
+
+    Args:
+        check: called before each replacement; raises LostFolderError.
+
+    Raises:
+        OSError: a file cannot be written.
+        UserError: the checkpoint's manifest is damaged.
+    """
+    files = {name: entry for name, entry in listed_files(checkpoint).items() if name not in RESUME_ONLY}
+    outdated = set()
+    if (output_dir / POLICY_MANIFEST).is_file():
+        with contextlib.suppress(UserError):  # damaged: the new one takes its place
+            outdated = listed_files(output_dir, POLICY_MANIFEST).keys() - files.keys()
+    for name in sorted(files):
+        source = checkpoint / name
+        fresh = output_dir / f".{name}.tmp"
+        check()
+        remove(fresh)  # a link that was left over would be written through, into the checkpoint that it links to
         if source.suffix == ".safetensors":
             link(source, fresh)
         else:  # people edit these: as a link, an edit would damage the checkpoint
             shutil.copyfile(source, fresh)
-        os.replace(fresh, output_dir / source.name)
-
-
-@contextlib.contextmanager
-def sole_writer(output_dir: Path):
-    """Within this context, no other run writes into `output_dir`, and nothing half-written is in it.
-
-    The lock is the system's (flock): it ends with the process that holds it, even if that is killed.
-
-    Raises:
-        UserError: another run holds it (the message names its pid and host), it is not a run's folder, or cannot be written.
-    """
-    from filelock import FileLock, Timeout
-
-    is_new = not output_dir.exists()
-    lock = FileLock(output_dir / LOCK, timeout=0)
-    try:
-        refuse_other_folder(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        owner = {"pid": os.getpid(), "host": socket.gethostname()}
-        (output_dir / OWNER).write_text(json.dumps(owner) + "\n")
-        recover(output_dir)
-    except Timeout:
-        raise UserError(
-            f"--output_dir {output_dir} is being written by {owner_of(output_dir)}. "
-            "Stop that run first, or pass another --output_dir"
-        ) from None
-    except OSError as error:
-        lock.release()
-        raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        (output_dir / OWNER).unlink(missing_ok=True)
-        lock.release()
-        if is_new and [path.name for path in output_dir.iterdir()] == [LOCK]:  # the run never began
-            shutil.rmtree(output_dir)
-
-
-def refuse_other_folder(output_dir: Path) -> None:
-    """Raise a UserError if the folder holds a dataset, a project or a policy, and no run."""
-    if (output_dir / LOCK).exists() or find_checkpoints(output_dir):
-        return
-    for name in ("meta", "README.md", "config.json"):
-        if (output_dir / name).exists():
-            raise UserError(f"--output_dir {output_dir} is not a run's folder: it holds {name}. Pass another folder")
-
-
-def owner_of(output_dir: Path) -> str:
-    try:
-        owner = json.loads((output_dir / OWNER).read_text())
-        return f"process {owner['pid']} on {owner['host']}"
-    except (OSError, ValueError, KeyError):  # it has the lock, but has not written its name yet
-        return "another process"
+        os.replace(fresh, output_dir / name)
+        remove(fresh)  # which `replace` leaves where both are links to one file
+    for name in outdated:
+        check()
+        remove(output_dir / name)
+    fresh = output_dir / f".{POLICY_MANIFEST}.tmp"
+    check()
+    fresh.write_text(manifest_text(files))
+    os.replace(fresh, output_dir / POLICY_MANIFEST)

@@ -157,8 +157,9 @@ def load_policy(
         if n_action_steps < 1:
             raise UserError(f"--n_action_steps must be 1 or more, got {n_action_steps}")
         overrides = [f"n_action_steps={n_action_steps}"]
-    folder = resolve_policy_folder(hub.fetch(str(checkpoint), "policy"))
-    verify_policy(folder)
+    fetched = hub.fetch(str(checkpoint), "policy")
+    verify_policy(fetched)  # before another folder that may lie in it is looked for
+    folder = resolve_policy_folder(fetched)
     config = load_policy_config(folder, overrides, str(pick_device(device)))
     policy = build_policy(config, None, folder).eval()
     preprocess, postprocess = load_processors(folder, config.device)

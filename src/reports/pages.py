@@ -4,11 +4,12 @@ import base64
 import html
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
 
-from errors import UserError
+from errors import UserError, reason_of_disk
 from reports.figures import curves_figure, horizon_figure, joints_figure, moments_figure, png
 
 EPISODES_DRAWN = 6  # curves of more would make a page that nobody reads to its end
@@ -54,26 +55,59 @@ def render(template: str, **values) -> str:
     return TEMPLATES.get_template(template).render(values)
 
 
-def read_history(output_dir: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, without one that a kill cut short.
+def read_history(output_dir: Path, warn: Callable[[str], None] = lambda text: None) -> list[dict]:
+    """The lines of a run's metrics.jsonl, without those that are no lines of metrics.
+
+    Args:
+        warn: called with a line if some are not, except for a last line that a kill cut short.
 
     Raises:
         UserError: the folder has no such file.
     """
+    path = output_dir / "metrics.jsonl"
     try:
-        texts = (output_dir / "metrics.jsonl").read_text().splitlines()
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{output_dir} is not a run's folder: its metrics.jsonl cannot be read ({error.strerror}). "
+            f"{output_dir} is not a run's folder: its metrics.jsonl cannot be read ({reason_of_disk(error)}). "
             "Pass the --output_dir of a run"
         ) from error
     lines = []
-    for text in texts:
+    bad = []
+    texts = content.split(b"\n")
+    for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if is_metrics(line):
+            lines.append(line)
+        elif text.strip() and number < len(texts):
+            bad.append(number)
+    if bad:
+        numbers = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        warn(
+            f"{path}: passed over line {numbers}: expected a JSON mapping with a step and numbers. Correct what you edited there"
+        )
     return lines
+
+
+def is_metrics(line) -> bool:
+    """Whether a value is what a run writes as a line: a step, and numbers (also in lists, or by name), or null."""
+    if not isinstance(line, dict):
+        return False
+    step = line.get("step")
+    if not isinstance(step, int) or isinstance(step, bool):
+        return False
+    for value in line.values():
+        values = [value]
+        if isinstance(value, dict):
+            values = list(value.values())
+        elif isinstance(value, list):
+            values = value
+        if not all(item is None or (isinstance(item, (int, float)) and not isinstance(item, bool)) for item in values):
+            return False
+    return True
 
 
 def logged(history: list[dict], metric: str) -> list:

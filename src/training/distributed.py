@@ -29,6 +29,9 @@ from runtime import StopSignals, autocast, pick_device
 
 UNSHARDED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
+# What torch's optimizers keep of each parameter, in its shape.
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta")
+
 PROBE_TAG = 0x10057  # of messages that nobody sends
 PROBE_SECONDS = 2  # for the system to report a connection as closed
 
@@ -299,6 +302,7 @@ class Distributed:
             raise ValueError(
                 f"expected {len(optimizer.param_groups)} parameter groups, got {len(state['param_groups'])}"
             )
+        check_moments(policy, optimizer, state["state"])
         settings = []
         groups = []
         for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
@@ -318,6 +322,28 @@ def parameter_names(policy, optimizer) -> list[str]:
     """Names of an optimizer's parameters, in the order in which its state dict numbers them."""
     names = {id(parameter): name for name, parameter in policy.named_parameters()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def check_moments(policy, optimizer, entries: dict) -> None:
+    """Raise a ValueError for a moment that has not its parameter's shape, of which PyTorch takes any.
+
+    Args:
+        entries: {number of a parameter: its state}.
+    """
+    parameters = dict(policy.named_parameters())
+    names = parameter_names(policy, optimizer)
+    for number, entry in entries.items():
+        if not isinstance(number, int) or not 0 <= number < len(names):
+            raise ValueError(f"expected the state of {len(names)} parameters, got parameter {number!r}")
+        expected = tuple(parameters[names[number]].shape)
+        for key in MOMENTS:
+            moment = entry.get(key)
+            if moment is not None and tuple(getattr(moment, "shape", ())) != expected:
+                got = getattr(moment, "shape", type(moment).__name__)
+                raise ValueError(f"{key} of {names[number]}: expected shape {expected}, got {got}")
+        step = entry.get("step", 0)
+        if not isinstance(step, (int, float)) and getattr(step, "numel", lambda: 0)() != 1:
+            raise ValueError(f"step of {names[number]}: expected a number")
 
 
 def rename_parameters(state: dict, new: dict) -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints.folder import OPTIMIZER, TRAINED_WEIGHTS, read_optimizer
+from checkpoints.folder import OPTIMIZER, TRAINED_WEIGHTS, has_trained_weights, read_optimizer
 from config import TrainConfig
 from errors import UserError, one_line
 from policy.losses import loss_averages_over_actions, set_vqbet_phase
@@ -104,9 +104,8 @@ class Learner:
         Raises:
             UserError: the optimizer's file holds code, or belongs to another optimizer.
         """
-        trained_weights = checkpoint / TRAINED_WEIGHTS
-        if trained_weights.exists():
-            self.distributed.load_weights(self.policy, trained_weights)
+        if has_trained_weights(checkpoint):
+            self.distributed.load_weights(self.policy, checkpoint / TRAINED_WEIGHTS)
         state = read_optimizer(checkpoint)
         try:
             self.distributed.load_optimizer_state(self.policy, self.optimizer, state)

@@ -21,7 +21,7 @@ from data.names import joint_names, order_warnings
 from data.observations import name_before, observation_names, rename_source, renamed
 from data.opening import open_metadata, open_source
 from data.source import Source
-from errors import UserError, likeliest_pairs, nearest, rename_flag
+from errors import UserError, find_path, likeliest_pairs, nearest, rename_flag
 from policy.chunk import predict_chunk
 from policy.losses import is_training_quantizer, loss_averages_over_actions, set_vqbet_phase
 from processors.pipelines import name_before_rename, parse_rename, to_float_batch
@@ -127,6 +127,7 @@ def open_for_policy(
     Raises:
         UserError: there is no such dataset, something is wrong with it, or it lacks what the policy takes.
     """
+    find_path(dataset_id, "--dataset_id")
     meta = open_metadata(dataset_id)
     given = parse_rename(rename)
     if rename_others:

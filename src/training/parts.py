@@ -145,8 +145,9 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, de
     folder = checkpoint
     base = None
     if checkpoint is None and config.policy_path:
-        folder = resolve_policy_folder(hub.fetch(config.policy_path, "--policy_path"))
-        verify_policy(folder)
+        fetched = hub.fetch(config.policy_path, "--policy_path")
+        verify_policy(fetched)  # before another folder that may lie in it is looked for
+        folder = resolve_policy_folder(fetched)
         base = str(folder.resolve()) if Path(config.policy_path).expanduser().exists() else config.policy_path
 
     # What the dataset gives, under the names and in the sizes that the policy gets.

@@ -22,7 +22,9 @@ from torch import Tensor
 import hub
 import runtime
 from checkpoints.folder import (
+    MANIFEST,
     TrainState,
+    branch_of,
     find_checkpoints,
     find_resume,
     has_backup,
@@ -30,13 +32,14 @@ from checkpoints.folder import (
     read_state,
     sort_key,
     step_of,
+    verify,
 )
-from checkpoints.writer import sole_writer
+from checkpoints.lock import RunFolder, sole_writer
 from config import TrainConfig, check_names, merge, read_config_file
 from data.observations import leave_out, observation_names, observations_flag
 from data.source import Source
 from data.split import split_episodes
-from errors import UserError
+from errors import UserError, find_path
 from exchange.lerobot_runs import from_lerobot, lerobot_checkpoint
 from policy.migration import resolve_policy_folder
 from policy.presets import merge_training_preset
@@ -61,6 +64,9 @@ from training.trackers import check_trackers
 
 # None in these stands for the policy's preset.
 PRESET_FIELDS = ("batch_size", "ema_decay", "augment", "image_size")
+PATH_FIELDS = (
+    "dataset_id", "dataset_root", "cache_dir", "policy_path", "output_dir", "resume_from_checkpoint", "config_path",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class RunPlan:
     Attributes:
         config: every setting, final: presets merged, minutes turned into steps.
         output_dir: the run's folder, which no other run writes to until the plan is left.
+        folder: its lock; None in a process that writes nothing there.
         checkpoint: folder to resume from; None for a new run.
         state: what that checkpoint recorded of its run; None for a new run.
         warnings: what changes on this resume, and what is doubtful about the data, one line each.
@@ -85,6 +92,7 @@ class RunPlan:
 
     config: TrainConfig
     output_dir: Path
+    folder: RunFolder | None
     checkpoint: Path | None
     state: TrainState | None
     warnings: tuple[str, ...]
@@ -105,6 +113,16 @@ class RunPlan:
     def __exit__(self, *error):
         return self.cleanup.__exit__(*error)
 
+    def check_folder(self) -> None:
+        """Call before every change in the run's folder.
+
+        Raises:
+            LostFolderError: it was moved, deleted or replaced.
+            OSError: the disk does not say.
+        """
+        if self.folder is not None:
+            self.folder.check()
+
 
 @dataclass
 class ChosenRun:
@@ -112,6 +130,7 @@ class ChosenRun:
 
     config: TrainConfig
     output_dir: Path
+    folder: RunFolder | None
     checkpoint: Path | None
     state: TrainState | None
     warnings: list[str]
@@ -173,6 +192,7 @@ def plan_run(settings: dict) -> RunPlan:
         return RunPlan(
             config=config,
             output_dir=chosen.output_dir,
+            folder=chosen.folder,
             checkpoint=chosen.checkpoint,
             state=chosen.state,
             warnings=tuple(warnings),
@@ -213,13 +233,24 @@ def gather_settings(settings: dict) -> dict:
     check_names(settings, "for train()")
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     from_file = {}
+    check_paths(settings)
     if settings.get("config_path"):
         from_file = read_config_file(settings["config_path"])
     given = merge_lengths(from_file, settings)
+    check_paths(given)
     for name in ("output_dir", "dataset_root"):
         if given.get(name):
             given[name] = os.path.expanduser(given[name])
     return given
+
+
+def check_paths(settings: dict) -> None:
+    """Raise a UserError for a path among the settings that there cannot be, or that may not be entered."""
+    for name in PATH_FIELDS:
+        value = settings.get(name)
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if text and isinstance(text, (str, Path)):
+                find_path(text, f"--{name}")
 
 
 def merge_lengths(from_file: dict, settings: dict) -> dict:
@@ -248,9 +279,10 @@ def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> Cho
         output_dir = default_output_dir(merge(given))
     elif output_dir is None and has_backup(Path(asked).expanduser()):
         output_dir = Path(asked).expanduser().parent  # taking the folder puts the backup back in its place
+    folder = None
     if output_dir is not None:
         output_dir = Path(output_dir)
-        take_folder(output_dir, distributed, cleanup)
+        folder = take_folder(output_dir, distributed, cleanup)
 
     # The checkpoint, and what it recorded.
     checkpoint, warnings = find_checkpoint(asked, output_dir)
@@ -264,6 +296,7 @@ def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> Cho
 
     # The settings: those given over those of the checkpoint.
     config = merge(given, state.train_config if state else None)
+    check_paths(config.asdict())
     device = distributed.use(config.device)
     config = replace(config, precision=runtime.pick_precision(config.precision, device))
     if asked is not None:
@@ -273,24 +306,33 @@ def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> Cho
 
     if output_dir is None:
         output_dir = folder_of_checkpoint(asked, checkpoint, config)
-        take_folder(output_dir, distributed, cleanup)
+        folder = take_folder(output_dir, distributed, cleanup)
+    if folder is not None:
+        warnings += folder.warnings
     warnings += check_branch(output_dir, checkpoint, state)
-    return ChosenRun(config, output_dir, checkpoint, state, warnings)
+    return ChosenRun(config, output_dir, folder, checkpoint, state, warnings)
 
 
-def take_folder(output_dir: Path, distributed: Distributed, cleanup: ExitStack) -> None:
-    """Make the output folder this run's own until `cleanup` is closed."""
-    if distributed.is_main:
-        cleanup.enter_context(sole_writer(output_dir))
+def take_folder(output_dir: Path, distributed: Distributed, cleanup: ExitStack) -> RunFolder | None:
+    """Make the output folder this run's own until `cleanup` is closed; None in a process that writes nothing there."""
+    if not distributed.is_main:
+        return None
+    return cleanup.enter_context(sole_writer(output_dir))
 
 
 def find_checkpoint(asked: str | None, output_dir: Path | None) -> tuple[Path | None, list[str]]:
     """The checkpoint that --resume_from_checkpoint means (None for a new run), and warnings about damaged ones."""
     if asked is None:
         return None, []
-    of_lerobot = lerobot_checkpoint(asked)
+    is_ours = os.path.isfile(Path(asked).expanduser() / MANIFEST)  # whatever else lies in it or beside it
+    of_lerobot = None if is_ours else lerobot_checkpoint(asked)
     if of_lerobot is not None:
-        return from_lerobot(of_lerobot), []
+        converted = from_lerobot(of_lerobot)
+        try:
+            verify(converted)
+        except UserError as error:
+            raise UserError(f"{error}. Delete it: it is converted from {of_lerobot} again") from None
+        return converted, []
     return find_resume(asked, output_dir)
 
 
@@ -305,18 +347,21 @@ def folder_of_checkpoint(asked: str, checkpoint: Path, config: TrainConfig) -> P
 def check_branch(output_dir: Path, checkpoint: Path | None, state: TrainState | None) -> list[str]:
     """Keep runs apart: refuse a folder with another run's checkpoints; going back to an earlier step begins another branch.
 
-    Writes the branch into `state`, and returns a warning where checkpoints will be replaced.
+    Writes the branch, and where it left those before it, into `state`. Returns a warning where checkpoints will be replaced.
     """
     newest = max(find_checkpoints(output_dir), key=sort_key, default=None)
     if newest is None:
         return []
-    if checkpoint is None or checkpoint.resolve().parent != output_dir.resolve():
+    # A checkpoint may be a link to another disk: it belongs to the folder that has its name.
+    if checkpoint is None or checkpoint.parent.resolve() != output_dir.resolve():
         raise UserError(
             f"--output_dir {output_dir} already holds {newest.name}. Pass --resume_from_checkpoint latest to resume "
             "from it, or another --output_dir"
         )
     if newest.resolve() == checkpoint.resolve():
         return []
+    left_at = [branch_of(state.trainer_state), state.trainer_state["step"]]
+    state.trainer_state["ancestors"] = [*state.trainer_state.get("ancestors", []), left_at]
     state.trainer_state["branch"] = 1 + sort_key(newest)[0]
     return [
         f"{newest.name} is newer than {checkpoint.name}: the run goes back, and replaces the checkpoints of later steps "

@@ -5,11 +5,12 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from errors import one_line
+from errors import one_line, reason_of_disk
 from processors.pipelines import policy_features
 from reports.figures import curves_figure
 from reports.model_card import model_card
@@ -68,16 +69,26 @@ class Report:
         config: steps, quiet, tracker.
         run_id: the run's id at its trackers; None for a new run.
         is_main: false in a process that only keeps the history, and prints and writes nothing.
+        check_folder: called before every change in output_dir; raises LostFolderError if that is not this run's any more.
     """
 
     def __init__(
-        self, output_dir: Path, *, resumed_from: Path | None, start_step: int, config, run_id: str | None, is_main=True
+        self,
+        output_dir: Path,
+        *,
+        resumed_from: Path | None,
+        start_step: int,
+        config,
+        run_id: str | None,
+        is_main=True,
+        check_folder: Callable[[], None] = lambda: None,
     ):
         self.output_dir = output_dir
         self.resumed_from = resumed_from
         self.start_step = start_step
         self.steps = config.steps
         self.is_main = is_main
+        self.check_folder = check_folder
         self.quiet = config.quiet or not is_main
         self.history: list[dict] = []  # one dict for each line of metrics.jsonl
         self.path = output_dir / "metrics.jsonl"
@@ -104,10 +115,11 @@ class Report:
         if self.resumed_from is None:
             return []
         # A checkpoint from the Hub comes without metrics: the run's own folder may have them.
-        for folder in (self.resumed_from.resolve().parent, self.output_dir):
-            if (folder / self.path.name).exists():
+        # A checkpoint that is a link to another disk belongs to the folder that has its name.
+        for folder in (self.resumed_from.parent, self.resumed_from.resolve().parent, self.output_dir):
+            if (folder / self.path.name).is_file():
                 # Later lines are of steps that this run repeats.
-                return [line for line in read_history(folder) if line["step"] <= self.start_step]
+                return [line for line in read_history(folder, self.warn) if line["step"] <= self.start_step]
         return []
 
     def __enter__(self):
@@ -178,6 +190,7 @@ class Report:
         """Append the last line to metrics.jsonl, or write all of them the first time and after a disk was full."""
         temporary = self.path.with_name(".metrics.jsonl.tmp")
         try:
+            self.check_folder()
             if self.is_written:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(self.history[-1]) + "\n")
@@ -188,9 +201,12 @@ class Report:
             self.is_written = True
             self.is_full = False
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # which a disk that is read-only refuses too
+                temporary.unlink(missing_ok=True)
             if not self.is_full:  # one warning, not one for each line
-                self.warn(f"cannot write {self.path}: {error.strerror}. Its lines are added once there is room")
+                self.warn(
+                    f"cannot write {self.path}: {reason_of_disk(error)}. Its lines are added once there is room"
+                )
             self.is_written = False
             self.is_full = True
 

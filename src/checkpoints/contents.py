@@ -1,0 +1,121 @@
+"""What the JSON files of a checkpoint must hold: a value of another type is damage, and not a traceback later."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from config import FIELDS, FRESH, TYPE_NAMES, as_on_the_command_line, nargs, value_type
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of value: its name for messages, and whether a value is one."""
+
+    name: str
+    fits: Callable[[object], bool]
+
+    def or_null(self) -> "Kind":
+        return Kind(f"{self.name} or null", lambda value: value is None or self.fits(value))
+
+    def listed(self) -> "Kind":
+        return Kind(f"a list, each {self.name}", lambda value: isinstance(value, list) and all(map(self.fits, value)))
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_integer(value) -> bool:
+    return is_number(value) and value == value // 1
+
+
+NUMBER = Kind("a number", is_number)
+COUNT = Kind("an integer of 0 or more", lambda value: isinstance(value, int) and is_number(value) and value >= 0)
+TEXT = Kind("text", lambda value: isinstance(value, str))
+MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
+NUMBERS = Kind("a mapping to numbers", lambda value: isinstance(value, dict) and all(map(is_number, value.values())))
+EPISODE = Kind("an episode", lambda value: isinstance(value, (int, str)))
+BRANCH = Kind(
+    "a branch and its last step",
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(COUNT.fits, value)),
+)
+DATASETS = Kind("a list of names", lambda value: isinstance(value, str) or TEXT.listed().fits(value))
+
+TRAINER_STATE = {
+    "step": COUNT,
+    "samples_seen": COUNT,
+    "batch_size": COUNT,
+    "seed": COUNT,
+    "world_size": COUNT,
+    "branch": COUNT,
+    "course": COUNT,  # an older name of it
+    "ancestors": BRANCH.listed(),
+    "loss_sums": NUMBER.listed(),
+    "loss_sum": NUMBER,  # of older versions
+    "loss_count": COUNT,
+    "scaler": NUMBERS,
+    "tracker_run_id": TEXT.or_null(),
+    "data": MAPPING.or_null(),
+}
+DATA = {"episodes": COUNT, "frames": COUNT, "picture_bytes": COUNT, "sha256": TEXT, "held_out": EPISODE.listed()}
+TRAINING_INFO = {
+    "policy": TEXT,
+    "parameters": COUNT,
+    "dataset": DATASETS,
+    "epoch": NUMBER,
+    "loss": NUMBER.or_null(),
+    "val_loss": NUMBER.or_null(),
+    "success_rate": NUMBER.or_null(),
+    "saved_at": TEXT,
+    "step": COUNT,
+    "batch_size": COUNT,
+    "train_seconds": NUMBER,
+    "joint_names": MAPPING.or_null(),
+    "device_name": TEXT,
+    "versions": MAPPING,
+}
+REQUIRED = {
+    "trainer_state.json": ("step", "samples_seen", "world_size", "loss_count"),
+    "train_config.json": (),
+    "training_info.json": ("train_seconds",),
+}
+
+
+def content_problems(file: str, content: dict) -> list[str]:
+    """What is missing or has a wrong type in one of the files in REQUIRED, a line each."""
+    problems = [f"{file} has no {name}" for name in REQUIRED[file] if name not in content]
+    if file == "train_config.json":
+        kinds = {name: kind_of_setting(f) for name, f in FIELDS.items() if name not in FRESH}
+        content = {name: as_on_the_command_line(name, value) for name, value in content.items()}
+    elif file == "training_info.json":
+        kinds = TRAINING_INFO
+    else:
+        kinds = TRAINER_STATE
+        if "loss_sums" not in content and "loss_sum" not in content:
+            problems.append(f"{file} has no loss_sums")
+        if content.get("data") is not None and MAPPING.fits(content["data"]):
+            problems += [f"{file} has no data.{name}" for name in ("episodes", "frames", "sha256", "held_out")
+                         if name not in content["data"]]  # fmt: skip
+            problems += wrong_types(f"{file}: data.", content["data"], DATA)
+    return problems + wrong_types(f"{file}: ", content, kinds)
+
+
+def wrong_types(beginning: str, content: dict, kinds: dict[str, Kind]) -> list[str]:
+    lines = []
+    for name, kind in kinds.items():
+        if name in content and not kind.fits(content[name]):
+            lines.append(f"{beginning}{name}: expected {kind.name}, got {str(content[name])[:60]!r}")
+    return lines
+
+
+def kind_of_setting(f) -> Kind:
+    """What a setting of TrainConfig may be in JSON. Whether it is one of its choices is for TrainConfig to say."""
+    tests = {
+        bool: lambda value: isinstance(value, bool),
+        int: is_integer,
+        float: is_number,
+        str: lambda value: isinstance(value, (str, bool)),  # true stood for on
+    }
+    kind = Kind(TYPE_NAMES[value_type(f)], tests[value_type(f)])
+    if nargs(f) is not None:
+        kind = kind.listed()
+    return kind.or_null() if f.default is None else kind
