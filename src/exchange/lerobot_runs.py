@@ -5,6 +5,8 @@ lerobot-train writes checkpoints/<step>/{pretrained_model,training_state}, Armat
 
 import contextlib
 import hashlib
+import inspect
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -25,9 +27,10 @@ from data.opening import open_source
 from data.split import split_episodes
 from errors import UserError, one_line
 from policy.factory import build_policy, load_policy_config
-from policy.migration import converted_dir
+from policy.migration import EMA_FOLDER, converted_dir
 from policy.presets import optimizer_preset, scheduler_preset
 from processors.pipelines import load_processors, parse_rename, resize_of
+from trust import read_object
 
 
 def as_pairs(rename: dict[str, str] | None) -> list[str] | None:
@@ -75,6 +78,8 @@ SETTINGS = (
 )
 # Fields of LeRobot's optimizer config that TrainConfig calls by the same names.
 OPTIMIZER_SETTINGS = ("lr", "weight_decay", "grad_clip_norm")
+# LeRobot's mixed_precision to --precision.
+PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 # --lr_schedule to the name in LeRobot's "diffuser" scheduler. LeRobot's own "constant" has no warm-up.
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -126,33 +131,40 @@ def from_lerobot(folder: Path) -> Path:
     """
     folder = folder.resolve()
     model = folder / "pretrained_model"
+    theirs = read_object(model / "train_config.json")
+    position = read_object(folder / "training_state" / "training_step.json")
+    refuse_theirs(folder, theirs, position)
     policy_config = load_policy_config(model, None, "cpu")
-    position = read_json(folder / "training_state" / "training_step.json")
-    settings = settings_of(read_json(model / "train_config.json"), folder, policy_config)
-    # LeRobot counts the batch of one process, Armature that of all of them.
+    settings = settings_of(theirs, folder, policy_config)
+    # LeRobot counts the batch of one process, Armature that of all of them. After 0.6.1 it calls their number otherwise.
     local_batch_size = position.get("batch_size") or settings["batch_size"]
-    settings["batch_size"] = local_batch_size * (position.get("num_processes") or 1)
+    processes = position.get("num_processes") or position.get("dp_world_size") or 1
+    settings["batch_size"] = local_batch_size * processes
     config = TrainConfig(**settings, policy=policy_config.type)
 
-    with lerobot_imports("Resuming a run of lerobot-train"):
-        from lerobot.optim.optimizers import load_optimizer_state_dict
     try:
         weights_file = model / "model.safetensors"
-        version_of_weights = str([str(folder), weights_file.stat().st_mtime_ns])
+        averages_file = folder / EMA_FOLDER / "model.safetensors"
+        files = [file for file in (weights_file, averages_file) if file.is_file()]
+        version_of_weights = str([str(folder), *(file.stat().st_mtime_ns for file in files)])
         output = converted_dir() / hashlib.sha256(version_of_weights.encode()).hexdigest()[:16]
         checkpoint = output / f"checkpoint-{position['step']}"
         if checkpoint.is_dir():
             return checkpoint
         weights = load_file(weights_file)
-        optimizer = load_optimizer_state_dict(folder / "training_state")
-        optimizer["state"] = {int(number): entry for number, entry in optimizer["state"].items()}
+        trained_weights = {}
+        if config.ema_decay:
+            trained_weights = weights
+            if averages_file.is_file():  # else the average starts here, as in lerobot-train
+                weights = load_file(averages_file)
+        optimizer = read_their_optimizer(folder / "training_state")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be read as a checkpoint of lerobot-train: {one_line(error)[:200]}") from error
     preprocessor, postprocessor = load_processors(model, "cpu")
     snapshot = Snapshot(
         step=position["step"],
         weights=weights,
-        trained_weights={},
+        trained_weights=trained_weights,
         optimizer=optimizer,
         policy_config=policy_config,
         preprocessor=preprocessor,
@@ -161,6 +173,52 @@ def from_lerobot(folder: Path) -> Path:
     )
     output.mkdir(parents=True, exist_ok=True)
     return write_checkpoint(output, snapshot)
+
+
+def refuse_theirs(folder: Path, theirs: dict, position: dict) -> None:
+    """Refuse a checkpoint of lerobot-train that cannot be resumed here.
+
+    Args:
+        folder: checkpoints/<step>.
+        theirs: LeRobot's train_config.json.
+        position: LeRobot's training_step.json.
+
+    Raises:
+        UserError: the run used what Armature does not have, or the files are not of their form.
+    """
+    model = folder / "pretrained_model"
+    if not isinstance(position.get("step"), int) or not isinstance(theirs.get("dataset"), dict):
+        raise UserError(
+            f"{folder} cannot be read as a checkpoint of lerobot-train: expected a step in training_step.json and a "
+            "dataset in train_config.json. Resume from another checkpoint"
+        )
+    if not (model / "model.safetensors").is_file() and any(model.glob("pytorch_model_fsdp_*")):
+        raise UserError(
+            f"{folder} holds its weights in shards (checkpoint_format dcp), which Armature does not read. Convert it with "
+            "lerobot-convert-dcp, and pass what that writes as --policy_path to start a new run from its weights"
+        )
+    used = {
+        name: value_at(theirs, name) for name in ("sample_weighting", "use_rabc", "dataset.streaming", "reward_model")
+    }
+    used["adapters (peft)"] = value_at(theirs, "peft")
+    used["sharded optimizer state (FSDP)"] = any((folder / "training_state").glob("optimizer_[0-9]*"))
+    used["gradient accumulation, whose steps it counts otherwise"] = (position.get("grad_accum_steps") or 1) > 1
+    for what, is_used in used.items():
+        if is_used:
+            raise UserError(f"{folder} was trained with {what}, which Armature does not resume. {new_run_from(folder)}")
+
+
+def read_their_optimizer(folder: Path) -> dict:
+    """The optimizer's state dict in the training_state of lerobot-train.
+
+    Raises:
+        OSError, ValueError, KeyError, SafetensorError: it cannot be read.
+    """
+    state: dict[int, dict] = {}
+    for name, tensor in load_file(folder / "optimizer_state.safetensors").items():
+        _, number, key = name.split("/")  # state/0/exp_avg
+        state.setdefault(int(number), {})[key] = tensor
+    return {"state": state, "param_groups": json.loads((folder / "optimizer_param_groups.json").read_text())}
 
 
 def state_at(step: int, config: TrainConfig, folder: Path) -> TrainState:
@@ -194,12 +252,12 @@ def settings_of(theirs: dict, folder: Path, policy_config) -> dict:
     Raises:
         UserError: the run used what Armature does not have.
     """
-    for path in ("sample_weighting", "use_rabc", "dataset.streaming"):
-        if value_at(theirs, path):
-            raise UserError(f"{folder} was trained with {path}, which Armature does not have. {new_run_from(folder)}")
     dataset = theirs["dataset"]
     dataset_id = dataset.get("root") or dataset["repo_id"]
     episodes = as_text(dataset.get("episodes"))
+    if dataset.get("exclude_episodes"):
+        chosen = open_source(dataset_id, None, dataset.get("revision"), episodes).episodes
+        episodes = as_text([episode for episode in chosen if episode not in dataset["exclude_episodes"]])
     settings = {
         "dataset_id": [dataset_id],
         "episodes": episodes,
@@ -209,6 +267,10 @@ def settings_of(theirs: dict, folder: Path, policy_config) -> dict:
         settings[setting.ours] = setting.read(value_at(theirs, setting.theirs))
     for name in OPTIMIZER_SETTINGS:
         settings[name] = value_at(theirs, f"optimizer.{name}")
+    ema = theirs.get("ema") or {}
+    if ema.get("enable"):
+        settings["ema_decay"] = ema["max_decay"] if ema.get("decay") is None else ema["decay"]
+    settings["precision"] = PRECISIONS.get(value_at(theirs, "accelerator.mixed_precision"))
     settings = {name: value for name, value in settings.items() if value is not None}
 
     schedule = read_schedule(theirs.get("scheduler"), policy_config, TrainConfig(**settings))
@@ -319,6 +381,9 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
         advance(scheduler, step)
     torch.manual_seed(config.seed)  # save_checkpoint also writes the state of torch's generator
     folder = get_step_checkpoint_dir(output, config.steps, step)
+    counts = {}
+    if "num_processes" in inspect.signature(save_checkpoint).parameters:  # later versions take them from their config
+        counts = {"num_processes": 1, "batch_size": config.batch_size}
     save_checkpoint(
         folder,
         step,
@@ -328,8 +393,7 @@ def to_lerobot(checkpoint: Path, output: Path) -> Path:
         scheduler,
         preprocessor,
         postprocessor,
-        num_processes=1,
-        batch_size=config.batch_size,
+        **counts,
     )
     update_last_checkpoint(folder)
     return folder

@@ -6,10 +6,12 @@ from pathlib import Path
 from types import MethodType
 
 from lerobot.configs.default import PeftConfig
+from safetensors import SafetensorError
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from command_line import parse_overrides
-from errors import UserError, one_line
+from errors import UserError, as_user_error, one_line
+from trust import no_remote_code, read_adapter_config
 
 INSTALL_PEFT = "needs the package peft. Install it with: uv pip install peft"
 
@@ -69,23 +71,37 @@ def check_method(method: str, settings: dict) -> None:
 
 
 def load_adapters(policy, folder: Path):
-    """The policy wrapped with the adapters in a checkpoint folder, to train further or to act."""
+    """The policy wrapped with the adapters in a checkpoint folder, to train further or to act.
+
+    Raises:
+        UserError: the adapters' file is missing, or does not fit the policy.
+    """
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(policy, str(folder), is_trainable=True)
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():  # PEFT would look for a pickle
+        raise UserError(f"{folder} has no {weights.name}, the adapters' weights. Use another copy of the policy")
+    with as_user_error(f"the adapters in {folder}", invalid=(ValueError, SafetensorError)), no_remote_code(str(folder)):
+        return PeftModel.from_pretrained(policy, str(folder), is_trainable=True)
 
 
 def base_model_of(folder: Path) -> str:
     """Folder or Hub id of the weights that a folder's adapters were trained on.
 
     Raises:
-        UserError: peft is not installed.
+        UserError: peft is not installed, or has no adapters of this kind.
     """
     try:
-        from peft import PeftConfig
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING
     except ImportError as error:
         raise UserError(f"{folder} holds adapters, which {INSTALL_PEFT}") from error
-    return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    config = read_adapter_config(folder)
+    if config.get("peft_type") not in list(PEFT_TYPE_TO_CONFIG_MAPPING):
+        raise UserError(
+            f"{folder} holds adapters of the kind {config.get('peft_type')!r:.60}: expected one of "
+            f"{', '.join(sorted(kind.name for kind in PEFT_TYPE_TO_CONFIG_MAPPING))}. Install a later peft"
+        )
+    return config["base_model_name_or_path"]
 
 
 def has_adapters(policy) -> bool:

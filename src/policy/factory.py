@@ -1,10 +1,13 @@
 """Build a policy of LeRobot or ours: its config, by name or from a folder, then the network with new or saved weights."""
 
 import contextlib
-import json
-from dataclasses import replace
+import importlib.metadata
+import types
+import typing
+from dataclasses import fields, replace
 from pathlib import Path
 
+import draccus
 from draccus.utils import DraccusException
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies import get_policy_class
@@ -17,6 +20,9 @@ from policy.adapters import base_model_of, load_adapters
 from policy.quiet import quiet_lerobot
 from policy.settings import check_no_features, check_policy_settings
 from policy.weights import load_weights
+from trust import check_policy_folder, no_remote_code, read_object
+
+CONFIG = "config.json"  # LeRobot's name
 
 
 def policy_config_class(name: str) -> type[PreTrainedConfig]:
@@ -60,23 +66,97 @@ def load_policy_config(folder: Path, overrides: list[str] | None, device: str) -
         device: torch device to build the policy on.
 
     Raises:
-        UserError: the folder holds no policy that this LeRobot knows, or the policy refuses a value.
+        UserError: the folder holds no policy that this LeRobot knows, a file of it names code, or the policy refuses a value.
     """
-    try:
-        name = json.loads((folder / "config.json").read_text()).get("type")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no policy: config.json cannot be read ({one_line(error)})") from None
-    known = PreTrainedConfig.get_known_choices()
-    if name not in known:
-        raise UserError(f"{folder} holds a policy {name!r}: expected one of {', '.join(sorted(known))}")
-    # DraccusException: the file has settings that this LeRobot does not know
-    with as_user_error(f"policy {name}", invalid=(ValueError, DraccusException)), quiet_lerobot():
+    check_policy_folder(folder)
+    config_class = saved_config_class(folder)
+    check_saved_fields(config_class, folder)
+    name = config_class.get_choice_name(config_class)
+    with as_user_error(f"policy {name}", invalid=ValueError), quiet_lerobot():
         check_no_features(overrides)
-        saved = PreTrainedConfig.from_pretrained(folder)
+        try:
+            with no_remote_code(str(folder)):
+                saved = PreTrainedConfig.from_pretrained(folder)
+        except DraccusException as error:
+            reason = one_line(error.__cause__ or error)[:300]  # draccus hides what the policy says
+            raise UserError(f"{folder / CONFIG}: policy {name} refuses its values: {reason}") from error
         settings = parse_overrides("--policy_args", type(saved), overrides)
         settings = shorten_action_steps(settings, getattr(saved, "n_action_steps", None))
         check_policy_settings(saved, settings)
         return replace(saved, device=device, **settings)
+
+
+def saved_config_class(folder: Path) -> type[PreTrainedConfig]:
+    """The config class of the policy in a folder.
+
+    Raises:
+        UserError: the folder holds no policy that this LeRobot knows.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} holds no policy: it has no {CONFIG}. Pass a folder or Hub repo that has one")
+    name = read_object(folder / CONFIG).get("type")
+    known = PreTrainedConfig.get_known_choices()
+    if not isinstance(name, str) or name not in known:
+        raise UserError(f"{folder} holds a policy {name!r:.80}: expected one of {', '.join(sorted(known))}")
+    return PreTrainedConfig.get_choice_class(name)
+
+
+def check_saved_fields(config_class: type[PreTrainedConfig], folder: Path) -> None:
+    """Compare the fields in a policy's config.json with those that this LeRobot's policy has.
+
+    Raises:
+        UserError: a field is unknown, or of another type.
+    """
+    saved = {name: value for name, value in read_object(folder / CONFIG).items() if name != "type"}
+    name = config_class.get_choice_name(config_class)
+    version = importlib.metadata.version("lerobot")
+    hints = typing.get_type_hints(config_class)
+    known = {f.name: f for f in fields(config_class)}
+    unknown = [field for field in saved if field not in known]
+    if unknown:
+        raise UserError(
+            f"{folder / CONFIG}: policy {name} of lerobot {version} has no {', '.join(map(repr, unknown[:10]))}"
+            f"{nearest(unknown[0], set(known) - set(saved))}. Install the version of LeRobot that wrote the file, or "
+            "delete from it what this version does without"
+        )
+    for field, value in saved.items():
+        expected = type_problem(hints[field], value, known[field].default)
+        if expected is None and field in ("input_features", "output_features") and value:
+            expected = features_problem(value)
+        if expected is not None:
+            raise UserError(
+                f"{folder / CONFIG}: {field} of policy {name} in lerobot {version}: expected {expected}, "
+                f"got {value!r:.80}. Install the version of LeRobot that wrote the file, or mend it there"
+            )
+
+
+def type_problem(kind, value, default) -> str | None:
+    """What was expected instead, if `value` of a JSON file is not of the type `kind`, nor of that of the field's default."""
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    options = typing.get_args(kind) if is_union else (kind,)
+    if kind is typing.Any or (value is None and type(None) in options):
+        return None
+    # draccus takes null for any type, true for a number, and anything for a text
+    is_wrong = value is None
+    is_wrong |= isinstance(value, bool) and bool not in options and not {int, float}.isdisjoint(options)
+    is_wrong |= not isinstance(value, str) and set(options) <= {str, type(None)}
+    is_wrong &= type(value) is not type(default)  # some of LeRobot's have False for an int
+    try:
+        draccus.decode(kind, value)
+    except Exception:  # of any type: draccus checks nothing before it converts
+        is_wrong = True
+    return getattr(kind, "__name__", str(kind)) if is_wrong else None
+
+
+def features_problem(features: dict) -> str | None:
+    """What was expected instead, if a feature of a policy has no size that it can have."""
+    for name, feature in features.items():
+        sizes = feature.get("shape")
+        if not sizes or min(sizes) < 1:
+            return f"sizes of 1 or more as shape of {name}"
+        if feature.get("type") == "VISUAL" and len(sizes) != 3:
+            return f"channels, height and width as shape of {name}"
+    return None
 
 
 def shorten_action_steps(settings: dict, n_action_steps: int | None) -> dict:
@@ -104,7 +184,7 @@ def build_policy(config: PreTrainedConfig, meta, folder: Path | None = None):
         policy = load_adapters(build_policy(replace(config, use_peft=False), meta, base), folder)
         policy.config.use_peft = True  # LeRobot looks for adapters where the saved config says so
     else:
-        with without_backbone_weights(config):
+        with without_backbone_weights(config), no_remote_code(str(folder)):
             policy = construct(config, meta)
         load_weights(policy, folder / "model.safetensors")
     return policy.to(config.device)

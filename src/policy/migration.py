@@ -10,8 +10,19 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from errors import UserError
-from processors.pipelines import FILES
 from runtime import user_cache_dir
+from trust import PIPELINES, check_policy_folder
+
+EMA_FOLDER = "pretrained_model_ema"  # of LeRobot after 0.6.1
+SRC = Path(__file__).parents[1]
+# A program whose first argument is the folder of our modules, and the others those of LeRobot's migration.
+MIGRATION = """
+import runpy, sys
+sys.path.insert(0, sys.argv.pop(1))
+import lerobot.policies, trust
+with trust.no_remote_code("the policy"):
+    runpy.run_module("lerobot.processor.migrate_policy_normalization", run_name="__main__")
+"""
 
 
 def converted_dir() -> Path:
@@ -22,15 +33,18 @@ def converted_dir() -> Path:
 def resolve_policy_folder(folder: Path) -> Path:
     """The folder to load a policy from.
 
-    This is pretrained_model in a checkpoint of lerobot-train. A policy from before LeRobot had processors keeps its
-    normalisation in its weights: it is migrated into the user's cache, once.
+    This is pretrained_model in a checkpoint of lerobot-train, or beside it pretrained_model_ema, the average of the weights
+    with which LeRobot evaluates too. A policy from before LeRobot had processors keeps its normalisation in its weights: it
+    is migrated into the user's cache, once.
 
     Raises:
-        UserError: LeRobot cannot migrate the policy.
+        UserError: LeRobot cannot migrate the policy, or its files name what is not allowed.
     """
-    nested = folder / "pretrained_model"
-    if nested.is_dir():
-        folder = nested
+    for nested in (folder / EMA_FOLDER, folder / "pretrained_model"):
+        if nested.is_dir():
+            folder = nested
+            break
+    check_policy_folder(folder)
     weights = folder / "model.safetensors"
     if not normalises_in_weights(weights):
         return folder
@@ -58,11 +72,12 @@ def migrate(folder: Path, target: Path) -> None:
         UserError: the migration fails.
     """
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    command = [sys.executable, "-m", "lerobot.processor.migrate_policy_normalization"]
+    # -P: Python files in the working folder, which may be the policy's, are no modules
+    command = [sys.executable, "-P", "-c", MIGRATION, str(SRC)]
     command += ["--pretrained-path", str(folder), "--output-dir", str(unfinished)]
     done = subprocess.run(command, capture_output=True, text=True)
     # not by its exit status: the last thing it does is to write a model card, which fails offline
-    if not all((unfinished / name).is_file() for name in ("model.safetensors", *FILES)):
+    if not all((unfinished / name).is_file() for name in ("model.safetensors", *PIPELINES)):
         shutil.rmtree(unfinished, ignore_errors=True)
         lines = done.stderr.strip().splitlines() or ["no reason given"]
         raise UserError(

@@ -3,7 +3,6 @@
 B samples, T steps of history (an axis that is absent without history), C channels, H and W pixels, D numbers.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -17,8 +16,8 @@ from errors import UserError, as_user_error, likeliest_pairs, rename_flag
 from processors.state_only import StateToEnvironmentState
 from processors.statistics import EMPTY_CAMERA
 from runtime import to_device
+from trust import PIPELINES, no_remote_code, read_pipeline
 
-FILES = ("policy_preprocessor.json", "policy_postprocessor.json")  # LeRobot's names
 NEED_STATE = ("act", "diffusion", "vqbet", "multi_task_dit")
 ENVIRONMENT_STATE = "observation.environment_state"
 
@@ -264,31 +263,36 @@ def load_processors(folder: Path, device: str, overrides: dict | None = None):
         overrides: {registered name of a step: its settings}; steps that a pipeline does not have are skipped.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: a file is missing or damaged, or names a step that is not allowed.
     """
+    before, after = (read_pipeline(folder / name) for name in PIPELINES)
     overrides = overrides or {}
     invalid = (OSError, ValueError, SafetensorError)
-    with as_user_error(f"the processors in {folder} cannot be loaded", invalid=invalid):
-        before, after = (step_names(folder / name) for name in FILES)
-        in_preprocessor = {**overrides, "device_processor": {"device": device}}
+    what = f"the processors in {folder} cannot be loaded"
+    with as_user_error(what, invalid=invalid), no_remote_code(str(folder)):
         return make_pre_post_processors(
             None,
             pretrained_path=str(folder),
-            preprocessor_overrides={name: in_preprocessor[name] for name in in_preprocessor if name in before},
-            postprocessor_overrides={name: overrides[name] for name in overrides if name in after},
+            preprocessor_overrides=settings_of_steps(
+                before, folder, {**overrides, "device_processor": {"device": device}}
+            ),
+            postprocessor_overrides=settings_of_steps(after, folder, overrides),
         )
 
 
-def step_names(path: Path) -> set[str | None]:
-    """Registered names of the steps in a pipeline's file."""
-    pipeline = json.loads(path.read_text())
-    if "steps" not in pipeline:
-        raise ValueError(f"{path.name} has no steps")
-    return {step.get("registry_name") for step in pipeline["steps"]}
+def settings_of_steps(steps: list[dict], folder: Path, overrides: dict) -> dict:
+    """The overrides for the steps that there are, with the places of files that steps of later LeRobots keep in the folder."""
+    settings = {}
+    for step in steps:
+        name = step.get("registry_name") or step["class"].rpartition(".")[2]  # LeRobot's key of overrides
+        files = {key: str(folder / path) for key, path in step.get("artifacts", {}).items()}
+        if files or name in overrides:
+            settings[name] = files | overrides.get(name, {})
+    return settings
 
 
 def has_processors(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in FILES)
+    return all((folder / name).is_file() for name in PIPELINES)
 
 
 def set_rename(preprocessor, rename: dict[str, str]) -> None:

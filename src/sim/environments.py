@@ -85,6 +85,11 @@ def open_simulation(
         settings["task"] = task
     with as_user_error(f"environment {name}", (gymnasium.error.Error, ValueError, LookupError)):
         config = known[kind](**settings)
+        if getattr(config, "hub_path", None):
+            raise UserError(
+                f"environment {name} is a Python file of the Hub repo {config.hub_path}, which is not run. Pass one of "
+                f"{', '.join(sorted(set(known) - {kind}))}, or install it as a package that registers its type"
+            )
         suites = make_env(config, n_envs=1)  # {suite: {number: vector environment}}
     envs = [env for suite in suites.values() for env in suite.values()]
     if len(envs) != 1:

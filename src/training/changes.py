@@ -5,6 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import yaml
 from torch import Tensor
 
 from checkpoints.folder import TrainState
@@ -52,7 +53,7 @@ def compare_settings(config: TrainConfig, state: TrainState, checkpoint: Path, p
             "Pass --steps to change them"
         )
     for name in POLICY_FIELDS:
-        if now[name] != before[name]:
+        if meaning(name, now[name]) != meaning(name, before[name]):
             raise UserError(
                 f"--{name}: {checkpoint.name} was trained with {before[name]}, got {now[name]}. "
                 "A resumed run keeps its policy: leave the flag out, or start a new run"
@@ -62,7 +63,7 @@ def compare_settings(config: TrainConfig, state: TrainState, checkpoint: Path, p
             continue  # a dataset may be moved: its content is compared
         if before[name] == "auto":
             continue  # --precision of a run that came from lerobot-train
-        if now[name] != before[name]:
+        if meaning(name, now[name]) != meaning(name, before[name]):
             changes.append(
                 f"--{name}: {before[name]} -> {now[name]}; from here on this is not the run that wrote {checkpoint.name}"
             )
@@ -71,7 +72,85 @@ def compare_settings(config: TrainConfig, state: TrainState, checkpoint: Path, p
         changes.append(
             f"{processes_before} -> {processes} processes: the batches stay the same, rounding and noise do not"
         )
+    unknown = sorted(set(state.train_config) - set(FIELDS))
+    if unknown:
+        changes.append(
+            f"{checkpoint.name} has settings of another version of Armature, which are ignored here: "
+            f"{', '.join(f'{name}={state.train_config[name]!r:.40}' for name in unknown[:10])}. "
+            "From here on this may be another run: resume it with that version"
+        )
     return changes
+
+
+def meaning(name: str, value):
+    """A setting in a form in which two ways to write the same are equal.
+
+    Those are other orders of NAME=VALUE, of patterns and of episodes, and `0,1` for `0:2`.
+    """
+    if value is None:
+        return None
+    if name in ("policy_args", "peft_args", "rename"):
+        pairs = dict(pair.partition("=")[::2] for pair in value)  # the last one counts
+        return pairs if name == "rename" else {key: plain(text) for key, text in pairs.items()}
+    if name in ("freeze", "observations"):
+        return set(value)
+    if name in ("episodes", "val_episodes"):
+        try:
+            return episodes_meant(value)
+        except ValueError:  # of another form, which is refused where the dataset is opened
+            return value
+    return value
+
+
+def plain(text: str):
+    """The value of a NAME=VALUE text, as `parse_overrides` reads it: 50 and 0x32 are one number, none and null are None."""
+    if text.strip().lower() in ("none", "null"):
+        return None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:  # of a checkpoint that was edited: refused where it is used
+        return text
+
+
+def episodes_meant(text: str) -> list[tuple[int, int]]:
+    """The ranges [first, end) of --episodes, in order and joined where they touch."""
+    spans: list[tuple[int, int]] = []
+    for part in text.split(","):
+        first, _, end = part.partition(":")
+        spans.append((int(first), int(end) if end else int(first) + 1))
+    joined: list[tuple[int, int]] = []
+    for first, end in sorted(spans):
+        if joined and first <= joined[-1][1]:
+            first = joined[-1][0]
+            end = max(end, joined.pop()[1])
+        joined.append((first, end))
+    return joined
+
+
+def compare_machine(state: TrainState, now: dict) -> list[str]:
+    """A line where the resumed run computes elsewhere or with other versions than its checkpoint recorded.
+
+    Args:
+        now: `describe_machine` of this process.
+    """
+    before = state.training_info
+    changes = []
+    for name in ("device", "device_name"):
+        if name in before and kind_of_device(before[name]) != kind_of_device(now[name]):
+            changes.append(f"{name} {before[name]} -> {now[name]}")
+    versions = before.get("versions")
+    for package in ("torch", "lerobot"):
+        recorded = versions.get(package) if isinstance(versions, dict) else None
+        if recorded is not None and recorded != now["versions"][package]:
+            changes.append(f"{package} {recorded} -> {now['versions'][package]}")
+    if not changes:
+        return []
+    return [f"{', '.join(changes)}: the batches stay the same, rounding and noise may not"]
+
+
+def kind_of_device(name) -> str:
+    """cuda for cuda:1: which of several devices it is changes nothing."""
+    return str(name).partition(":")[0]
 
 
 def describe_data(source: Source, held_out: Tensor) -> dict:
