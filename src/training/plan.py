@@ -28,7 +28,6 @@ from checkpoints.folder import (
     find_checkpoints,
     find_resume,
     has_backup,
-    read_json,
     read_state,
     sort_key,
     step_of,
@@ -41,12 +40,13 @@ from data.source import Source
 from data.split import split_episodes
 from errors import UserError, find_path
 from exchange.lerobot_runs import from_lerobot, lerobot_checkpoint
+from policy.factory import saved_config_class
 from policy.migration import resolve_policy_folder
 from policy.presets import merge_training_preset
 from processors.pipelines import ignored_states
 from processors.statistics import require_statistics
 from sim.environments import Simulation
-from training.changes import compare_data, compare_learning_rates, compare_settings, describe_data
+from training.changes import compare_data, compare_learning_rates, compare_machine, compare_settings, describe_data
 from training.distributed import Distributed
 from training.evaluation import open_simulation
 from training.launch import make_distributed
@@ -303,6 +303,7 @@ def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> Cho
         check_services(config)
     if state is not None:
         warnings += compare_settings(config, state, checkpoint, distributed.size)
+        warnings += compare_machine(state, runtime.describe_machine(device))
 
     if output_dir is None:
         output_dir = folder_of_checkpoint(asked, checkpoint, config)
@@ -379,7 +380,8 @@ def with_policy_of_base(given: dict) -> dict:
     if not base:
         return given
     folder = resolve_policy_folder(hub.fetch(base, "--policy_path"))
-    name = read_json(folder / "config.json").get("type")
+    policy = saved_config_class(folder)
+    name = policy.get_choice_name(policy)
     if given.get("policy", name) != name:
         raise UserError(f"--policy {given['policy']}: --policy_path {base} holds a policy {name}. Leave --policy out")
     return {**given, "policy": name}
