@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import msgpack
 import numpy as np
@@ -32,29 +33,30 @@ def checkpoint(made, tmp_path_factory):
 
 
 @contextlib.contextmanager
-def served(app, **connections):
-    """A client of an app that answers in a thread."""
+def served(server, app=None, **connections):
+    """A client of a PolicyServer that answers in a thread."""
     from client import Client
 
-    async def start():
-        runner = web.AppRunner(app, **{**CONNECTIONS, **connections})
+    async def answer_until(stopped):
+        runner = web.AppRunner(app or server.app(), **{**CONNECTIONS, **connections})
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        return runner
+        accepting = asyncio.create_task(server.accept(runner.server, sock))
+        while not stopped.is_set():
+            await asyncio.sleep(0.01)
+        assert not accepting.done()
+        accepting.cancel()
+        await runner.cleanup()
 
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    runner = asyncio.run_coroutine_threadsafe(start(), loop).result()
-    client = Client(f"127.0.0.1:{runner.addresses[0][1]}")
-    try:
-        yield client
-    finally:
-        client.connection.close()
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+    stopped = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as sock, ThreadPoolExecutor(1) as pool:
+        client = Client(f"127.0.0.1:{sock.getsockname()[1]}", timeout=60)
+        answering = pool.submit(asyncio.run, answer_until(stopped))
+        try:
+            yield client
+        finally:
+            client.connection.close()
+            stopped.set()
+            answering.result()
 
 
 class StandIn:
@@ -70,7 +72,7 @@ class StandIn:
 
 @pytest.fixture(scope="module")
 def client(checkpoint):
-    with served(PolicyServer(load_policy(checkpoint, device="cpu"), max_bytes=1_000_000).app()) as client:
+    with served(PolicyServer(load_policy(checkpoint, device="cpu"), max_bytes=1_000_000)) as client:
         yield client
 
 
@@ -137,8 +139,7 @@ def test_a_client_that_is_still_sending_gets_its_answer(client, path, status):
 
 
 def test_a_connection_that_the_server_has_closed_is_made_again():
-    app = PolicyServer(StandIn(None), max_bytes=1000).app()
-    with served(app, keepalive_timeout=0.01) as client:
+    with served(PolicyServer(StandIn(None), max_bytes=1000), keepalive_timeout=0.01) as client:
         client.health()
         assert client.connection.sock.recv(1) == b""  # waits until the server has closed it
         with pytest.raises(ConnectionError):
@@ -157,9 +158,10 @@ def test_answers_are_sent_at_once(client):
         options.append(request.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
         return serve.answer({})
 
-    app = PolicyServer(StandIn(None), max_bytes=1000).app()
+    server = PolicyServer(StandIn(None), max_bytes=1000)
+    app = server.app()
     app.router.add_get("/option", note)
-    with served(app) as client:
+    with served(server, app) as client:
         client._ask("GET", "/option", None)
     assert options == [1]
 
@@ -174,7 +176,7 @@ def test_health_is_answered_while_the_policy_computes():
         assert finish.wait(60)
         return STATE
 
-    with served(PolicyServer(StandIn(act), max_bytes=1000).app()) as client:
+    with served(PolicyServer(StandIn(act), max_bytes=1000)) as client:
         other = Client(f"127.0.0.1:{client.connection.port}")
         asking = threading.Thread(target=client.act, args=({},))
         asking.start()
@@ -190,7 +192,7 @@ def test_a_bug_of_the_policy_is_answered_and_shown_whole(capfd):
     def act(observation):
         raise AttributeError("no such thing\nat all")
 
-    with served(PolicyServer(StandIn(act), max_bytes=1000).app()) as client:
+    with served(PolicyServer(StandIn(act), max_bytes=1000)) as client:
         with pytest.raises(RuntimeError, match=r"^AttributeError: no such thing at all$"):
             client.act({})
         assert client.health()["status"] == "ok"
@@ -226,7 +228,7 @@ def test_a_port_in_use_is_told(checkpoint, capsys):
     ("flag", "values", "message"),
     [
         ("--ahead", ["nan", "0", "-1", "inf"], "--ahead must be a number of actions a second, got"),
-        ("--max_mb", ["nan", "0", "-1", "inf"], "--max_mb must be a number above 0, got"),
+        ("--max_mb", ["nan", "0", "-1", "inf"], "--max_mb must be a number above 0 and at most 1000, got"),
         ("--port", ["-1", "65536"], "--port must be from 0 to 65535, got"),
     ],
 )
@@ -238,7 +240,7 @@ def test_numbers_out_of_range_are_refused_before_anything_is_loaded(capsys, flag
 
 
 def test_bytes_that_are_no_msgpack(client):
-    with pytest.raises(RuntimeError, match="the body is not msgpack"):
+    with pytest.raises(RuntimeError, match="the body cannot be read as msgpack"):
         client._ask("POST", "/act", b"\xc1nonsense")
     with pytest.raises(RuntimeError, match="there is no POST /acts"):
         client._ask("POST", "/acts", b"")

@@ -89,7 +89,10 @@ class LoadedPolicy:
             raise UserError(
                 f"the observation has {key!r}, which this policy does not take{nearest(key, self.expected)}"
             )
-        return {**batch, "task": observation.get("task", self.task)}
+        task = observation.get("task", self.task)
+        if not isinstance(task, str):
+            raise UserError(f"task: expected text, got {type(task).__name__}")
+        return {**batch, "task": task}
 
     def select(self, batch: dict) -> torch.Tensor:
         """(B, A) actions in robot units, for LeRobot's batch of one moment's observations."""
@@ -232,13 +235,14 @@ def to_tensor(observation: dict, key: str, kind: str, shape: tuple) -> torch.Ten
     wanted = str(shape).replace("None", "any")
     if key not in observation:
         raise UserError(
-            f"the observation has no {key!r}: expected {kind} of shape {wanted}, got keys {sorted(observation)}"
+            f"the observation has no {key!r}: expected {kind} of shape {wanted}, got keys {sorted(map(str, observation))}"
         )
     try:
         value = np.asarray(observation[key])
     except ValueError as error:  # a ragged list
         raise UserError(f"{key}: expected {kind} of shape {wanted}: {one_line(error)}") from None
-    fits = value.ndim == len(shape) and all(size in (None, got) for size, got in zip(shape, value.shape, strict=True))
+    fits = value.ndim == len(shape) and value.size > 0
+    fits = fits and all(size in (None, got) for size, got in zip(shape, value.shape, strict=True))
     if kind == "uint8":
         if value.dtype != np.uint8 or not fits:
             raise UserError(
