@@ -78,6 +78,21 @@ SETTINGS = (
 )
 # Fields of LeRobot's optimizer config that TrainConfig calls by the same names.
 OPTIMIZER_SETTINGS = ("lr", "weight_decay", "grad_clip_norm")
+# What else is read of LeRobot's train_config.json, and its JSON type; each may be null.
+THEIR_TYPES = {
+    "dataset": dict,
+    "dataset.repo_id": str,
+    "dataset.root": str,
+    "dataset.revision": str,
+    "dataset.episodes": list,
+    "dataset.exclude_episodes": list,
+    "dataset.eval_split": (int, float),
+    "rename_map": dict,
+    "optimizer": dict,
+    "scheduler": dict,
+    "ema": dict,
+    "accelerator": dict,
+}
 # LeRobot's mixed_precision to --precision.
 PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 # --lr_schedule to the name in LeRobot's "diffuser" scheduler. LeRobot's own "constant" has no warm-up.
@@ -85,9 +100,9 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "
 
 
 def value_at(tree: dict, path: str):
-    """The value at a dotted path in nested dicts; None where a level is missing or null."""
+    """The value at a dotted path in nested dicts; None where a level is missing or no dict."""
     for name in path.split("."):
-        tree = (tree or {}).get(name)
+        tree = tree.get(name) if isinstance(tree, dict) else None
     return tree
 
 
@@ -187,10 +202,17 @@ def refuse_theirs(folder: Path, theirs: dict, position: dict) -> None:
         UserError: the run used what Armature does not have, or the files are not of their form.
     """
     model = folder / "pretrained_model"
-    if not isinstance(position.get("step"), int) or not isinstance(theirs.get("dataset"), dict):
+    wrong = [name for name, kind in THEIR_TYPES.items() if not isinstance(value_at(theirs, name), (kind, type(None)))]
+    numbers = ("step", "batch_size", "num_processes", "dp_world_size", "grad_accum_steps")
+    wrong += [name for name in numbers if not isinstance(position.get(name), (int, type(None)))]
+    if position.get("step") is None:
+        wrong.append("step")
+    if not value_at(theirs, "dataset.repo_id"):
+        wrong.append("dataset.repo_id")
+    if wrong:
         raise UserError(
-            f"{folder} cannot be read as a checkpoint of lerobot-train: expected a step in training_step.json and a "
-            "dataset in train_config.json. Resume from another checkpoint"
+            f"{folder} cannot be read as a checkpoint of lerobot-train: it has no {wrong[0]} of LeRobot's form in "
+            "train_config.json or training_step.json. Resume from another checkpoint"
         )
     if not (model / "model.safetensors").is_file() and any(model.glob("pytorch_model_fsdp_*")):
         raise UserError(
@@ -218,7 +240,10 @@ def read_their_optimizer(folder: Path) -> dict:
     for name, tensor in load_file(folder / "optimizer_state.safetensors").items():
         _, number, key = name.split("/")  # state/0/exp_avg
         state.setdefault(int(number), {})[key] = tensor
-    return {"state": state, "param_groups": json.loads((folder / "optimizer_param_groups.json").read_text())}
+    groups = json.loads((folder / "optimizer_param_groups.json").read_text())
+    if not isinstance(groups, list):
+        raise ValueError(f"expected a list in optimizer_param_groups.json, got {type(groups).__name__}")
+    return {"state": state, "param_groups": groups}
 
 
 def state_at(step: int, config: TrainConfig, folder: Path) -> TrainState:
@@ -267,9 +292,8 @@ def settings_of(theirs: dict, folder: Path, policy_config) -> dict:
         settings[setting.ours] = setting.read(value_at(theirs, setting.theirs))
     for name in OPTIMIZER_SETTINGS:
         settings[name] = value_at(theirs, f"optimizer.{name}")
-    ema = theirs.get("ema") or {}
-    if ema.get("enable"):
-        settings["ema_decay"] = ema["max_decay"] if ema.get("decay") is None else ema["decay"]
+    if value_at(theirs, "ema.enable"):
+        settings["ema_decay"] = value_at(theirs, "ema.decay") or value_at(theirs, "ema.max_decay")
     settings["precision"] = PRECISIONS.get(value_at(theirs, "accelerator.mixed_precision"))
     settings = {name: value for name, value in settings.items() if value is not None}
 
