@@ -14,6 +14,7 @@ import argparse_dataclass
 
 from config import FIELDS, TYPE_NAMES, TrainConfig, nargs, value_type
 from errors import UserError, nearest
+from printing import command_output
 
 DEBUG = "ARMATURE_DEBUG"  # environment variable; --debug sets it, so that processes started later see it too
 OF_LEROBOT = {  # flags of lerobot-train: what to pass here
@@ -54,18 +55,24 @@ def print_warnings(warnings: list[str]) -> None:
 
 
 def command(main):
-    """Decorate a script's main(argv): a UserError is one line and status 2, Ctrl-C another and status 130."""
+    """Decorate a script's main(argv): a UserError is one line and status 2, Ctrl-C another and status 130.
+
+    What nobody reads is dropped. What a full disk does not take was meant to be read: status 1.
+    """
 
     @functools.wraps(main)
     def run(argv: list[str]) -> int:
-        try:
-            return main(argv)
-        except UserError as error:
-            print_error(error)
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+        with command_output() as output:
+            try:
+                status = main(argv)
+                output.flush()
+            except UserError as error:
+                print_error(error)
+                return 2
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                return 130
+            return status or int(output.failure is not None)
 
     return run
 
@@ -164,11 +171,12 @@ def explain_unknown(word: str) -> str:
 
 def parse_command_line(argv: list[str]) -> dict:
     """The settings in `argv`; a mistake prints one line and exits with status 2."""
-    try:
-        return Parser().given(argv)
-    except UserError as error:
-        print_error(error)
-        sys.exit(2)
+    with command_output():  # for --help too
+        try:
+            return Parser().given(argv)
+        except UserError as error:
+            print_error(error)
+            sys.exit(2)
 
 
 def switch(text: str) -> bool:

@@ -337,7 +337,7 @@ def read_config_file(path: str) -> dict:
 
     kind = "JSON" if path.endswith(".json") else "YAML"
     try:
-        text = Path(path).expanduser().read_text()
+        text = Path(path).expanduser().read_text(encoding="utf-8")
         given = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config_path {path} cannot be read: {reason_of_disk(error)}") from None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from command_line import OneLineParser, command, print_warnings
 from errors import UserError, find_path, reason_of_disk
+from printing import command_output
 from sim.environments import OURS, open_simulation
 
 MINIMUM = {"num_episodes": 1, "max_steps": 1, "n_action_steps": 1, "ahead": 1, "seed": 0, "num_videos": 0}
@@ -62,7 +63,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parse_arguments(sys.argv[1:])  # before the imports that take seconds: --help and a wrong flag are answered at once
+    with command_output():
+        parse_arguments(sys.argv[1:])  # before the imports that take seconds: --help and mistakes are answered at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes over, Ctrl-C ends the process without a traceback
 
 import numpy as np
@@ -245,7 +247,7 @@ def report_folder(checkpoint: str, output_dir: str | None, kind: str) -> Path:
 def write_report(folder: Path, numbers: dict, page: str) -> Path:
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n")
     report = folder / "report.html"
-    report.write_text(page)
+    report.write_text(page, encoding="utf-8")
     return report
 
 

@@ -202,8 +202,13 @@ class Uploader:
             return self.uploading
 
     def close(self, seconds: float) -> None:
-        """Wait for the uploads that have begun or are waiting, but at most this long."""
+        """Wait for the uploads that have begun or are waiting, but at most this long. Warns of those that have not ended."""
         with self.lock:
             thread = self.thread
         if thread is not None:
             thread.join(seconds)
+        for checkpoint in self.in_use:
+            self.warn(
+                f"--push_checkpoints: the upload of {checkpoint.name} has not ended, and ends with this process. Upload it "
+                f"with: hf upload {self.repo} {checkpoint} {checkpoint.name}"
+            )

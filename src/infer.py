@@ -8,6 +8,7 @@ import signal
 import sys
 
 from command_line import OneLineParser, command, print_warnings
+from printing import command_output
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -28,7 +29,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parse_arguments(sys.argv[1:])  # before the imports that take seconds: --help and a wrong flag are answered at once
+    with command_output():
+        parse_arguments(sys.argv[1:])  # before the imports that take seconds: --help and mistakes are answered at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes over, Ctrl-C ends the process without a traceback
 
 import numpy as np

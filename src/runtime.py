@@ -151,25 +151,30 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 class StopSignals:
-    """Within this, SIGINT, SIGTERM and SIGUSR1 are kept in `asked` for the loop to see; a second SIGINT interrupts at once.
+    """Within this, the first signal of NAMES is kept in `asked` for the loop to see; SIGINT after it interrupts at once.
 
-    SLURM sends SIGTERM at the end of a job, and SIGUSR1 ahead of it if asked to (`--signal=USR1@120`).
+    SLURM sends SIGTERM at the end of a job, and SIGUSR1 ahead of it if asked to (`--signal=USR1@120`). A terminal that is
+    closed sends SIGHUP, which nohup ignores: then it stays ignored.
+
+    Attributes:
+        interrupt: what the SIGINT after the first signal calls. A command ends its process there.
     """
 
-    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+    interrupt = staticmethod(signal.default_int_handler)  # raises KeyboardInterrupt
 
     def __init__(self):
         self.asked: signal.Signals | None = None
         self.handlers_before = {}
 
     def keep(self, number: int, frame) -> None:
-        """The handler: keep the first signal, and say what a second Ctrl-C does."""
-        if self.asked == signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        """The handler: keep the first signal, and say what another Ctrl-C does."""
         if self.asked is not None:
+            if number == signal.SIGINT:
+                self.interrupt(number, frame)
             return
         self.asked = signal.Signals(number)
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and sys.__stderr__ is not None:  # else number 2 may be a file that was opened since
             message = b"\nfinishing this step and saving; Ctrl-C again quits at once\n"
             with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the reader
                 os.write(2, message)  # the signal may have come in the middle of a print
@@ -177,9 +182,10 @@ class StopSignals:
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # the only one that may handle signals
             for name in self.NAMES:
-                if hasattr(signal, name):
-                    number = getattr(signal, name)
-                    self.handlers_before[number] = signal.signal(number, self.keep)
+                number = getattr(signal, name, None)  # Windows has no SIGUSR1 and no SIGHUP
+                if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                    continue
+                self.handlers_before[number] = signal.signal(number, self.keep)
         return self
 
     def __exit__(self, *error):

@@ -4,6 +4,7 @@ Top to bottom: train() and its loop, how a planned run is built, what is logged 
 One optimizer step is in training/learner.py, everything that is settled before the first step in training/plan.py.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from command_line import parse_command_line, print_error
 from errors import UserError
+from printing import command_output, safe_output
 
 if __name__ == "__main__":
     GIVEN = parse_command_line(sys.argv[1:])  # before the imports that take seconds: --help answers at once
@@ -28,30 +30,40 @@ from checkpoints.folder import TrainState, branch_of, find_checkpoints, sort_key
 from checkpoints.writer import Snapshot, Writer, finishing, publish
 from data.loader import Loader
 from policy.adapters import adapter_config
+from policy.losses import unknown_average
 from reports.pages import last
 from training.distributed import LostPeerError
 from training.evaluation import Evaluator
-from training.learner import Learner, build_learner
+from training.learner import Learner, build_learner, parts_of_batch
+from training.means import SubLossMeans, mean_of, totals_of_rank
 from training.parts import build_processors, build_training_policy, open_loader, weight_bytes, with_optimizer
 from training.plan import RunPlan, plan_run, require_room, warn_of_room
-from training.progress import Report, Stopwatch, TrainResult, closing_message, header, scalars, training_info
+from training.progress import Report, Stopwatch, TrainResult, closing_message, header, training_info
 
 
 def train(**settings) -> TrainResult:
     """Train a policy. Every keyword is a flag of the command line: `python src/train.py --help` lists them.
 
-    SIGINT (Ctrl-C, a notebook's interrupt), SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint.
+    SIGINT (Ctrl-C, a notebook's interrupt), SIGTERM, SIGUSR1 and SIGHUP (a terminal that is closed) end the run after the
+    current step, with a checkpoint. Validation and simulation then do not begin, or end at their next batch or step.
 
     Returns:
         TrainResult with steps, final_loss, history, checkpoint, policy, stopped_by and plot().
 
     Raises:
         UserError: a mistake that you can mend, in one line.
-        KeyboardInterrupt: a second SIGINT. A checkpoint being written is dropped; earlier ones are complete.
+        KeyboardInterrupt: a SIGINT after one of these. The checkpoint being written is finished; nothing else is saved.
     """
-    with plan_run(settings) as plan, runtime.enough_memory(plan.config.batch_size), build_run(plan) as run:
+    with (
+        safe_output(),
+        plan_run(settings) as plan,
+        runtime.enough_memory(plan.config.batch_size),
+        build_run(plan) as run,
+    ):
+        if run.evaluation_is_missing and run.evaluator.is_due(run.step, run.is_save_step()):
+            run.evaluate()
         while not run.is_over():
-            batch = run.stopwatch.wait(run.loader)
+            batch = run.next_batch()
             result = run.learner.step(batch, run.step)  # forward, backward, optimizer, average
             run.count(result)
             if run.is_log_step():
@@ -73,9 +85,11 @@ class Run:
         samples_seen: samples trained on, which is where the loader stands.
         branch: how often the run went back to an earlier step.
         loss_sum, loss_count: loss since the last log line. The sum stays on the device until it is logged.
+        sub_losses: the policy's own numbers since the last log line.
         first_bad_step: first step whose loss or gradient was not finite, -1 so far; on the device.
         train_seconds: wall time of the runs before this resume.
         saved_step: step of the newest checkpoint, None before the first.
+        evaluation_is_missing: whether a stop kept this step from being validated or simulated: a resume begins with it.
         stop_signal: number of the signal that asked this run to end, 0 so far; the same in every process.
         minutes_have_passed: whether --save_minutes asks for a checkpoint after this step.
     """
@@ -98,9 +112,11 @@ class Run:
     branch: int
     loss_sum: Tensor
     loss_count: int
+    sub_losses: SubLossMeans
     first_bad_step: Tensor
     train_seconds: float
     saved_step: int | None
+    evaluation_is_missing: bool
     stop_signal: int = 0
     minutes_have_passed: bool = False
 
@@ -110,12 +126,39 @@ class Run:
         # [branch, last step that this run has of it] of each branch that it left when it went back.
         self.ancestors = self.plan.state.trainer_state.get("ancestors", []) if self.plan.state else []
         self.start_step = self.step
+        self.evaluator.is_stopped = self.is_stopped
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
         return self.cleanup.__exit__(*error)
+
+    def next_batch(self) -> dict:
+        """The loader's next batch. If the loader of any process fails, the steps before it are saved first."""
+        batch = None
+        failure = None
+        try:
+            batch = self.stopwatch.wait(self.loader)
+        except Exception as error:
+            failure = error
+        (has_failed,) = self.distributed.all_reduce_max(int(failure is not None))
+        if has_failed:
+            self.save_what_is_done()
+            raise failure or LostPeerError("the data of this step could not be read in another process")
+        return batch
+
+    def save_what_is_done(self) -> None:
+        """Save before an error ends the run. If that fails too, a warning says so."""
+        if self.step == self.start_step or self.step == self.saved_step:
+            return
+        try:
+            self.save()
+            self.writer.finish()
+            self.report.warn(f"step {self.step + 1} fails: the steps before it are saved in checkpoint-{self.step}")
+        except UserError as error:
+            self.report.warn(f"step {self.step + 1} fails, and the steps before it are not saved: {error}")
+        self.distributed.barrier()  # a launcher ends the main process once another has left
 
     def count(self, result) -> None:
         """Take in a finished step: its loss, and whether any process is asked to stop or save."""
@@ -125,6 +168,8 @@ class Run:
         self.first_bad_step = torch.where(torch.isfinite(watched) | already_bad, self.first_bad_step, self.step)
         self.loss_sum = self.loss_sum + result.loss
         self.loss_count += 1
+        for numbers in result.sub_losses:
+            self.sub_losses.add(numbers)
         self.step += 1
         self.samples_seen += self.config.batch_size
         self.stop_signal, self.minutes_have_passed = self.distributed.all_reduce_max(
@@ -167,29 +212,54 @@ class Run:
             "lr": self.learner.optimizer.param_groups[0]["lr"],
             "grad_norm": result.grad_norm.item(),
         }
+        sub_losses = mean_of(self.distributed.all_gather_object(self.sub_losses.totals()))
         # A policy may call one of its sub-losses "loss": the line's own numbers win, and keep their place in front.
-        self.report.log({**line, **scalars(result.sub_losses), **line, **self.stopwatch.rates(self.config.batch_size)})
+        self.report.log({**line, **sub_losses, **line, **self.stopwatch.rates(self.config.batch_size)})
         # The line at the end of a run is extra: a longer run, which passes this step, sums on.
         if self.step % self.config.log_freq == 0 or self.step == 1:
             self.loss_sum = torch.zeros_like(self.loss_sum)
             self.loss_count = 0
+            self.sub_losses.clear()
 
     def evaluate(self) -> None:
-        """Validate on held-out episodes and in simulation. The main process does; the others wait for it."""
+        """Validate on held-out episodes and in simulation, unless the run is to stop. The main process does; the others wait."""
+        if self.stop_signal:
+            self.evaluation_is_missing = True
+            return
         with self.stopwatch.paused(), self.learner.ema_applied(self.unsharded):
-            if self.distributed.is_main:
-                evaluation = self.evaluator.results(self.step, self.is_save_step(), self.loader)
-                if evaluation.metrics:
-                    line = {"step": self.step, **evaluation.metrics}
-                    self.report.log_evaluation(line, evaluation.summary_line(), evaluation.figure)
-            self.distributed.barrier()
-            (self.stop_signal,) = self.distributed.all_reduce_max(self.signals.asked or 0)
+            if not self.distributed.is_main:
+                self.wait_for_evaluation()
+                return
+            if self.evaluation_is_missing:
+                self.report.forget_evaluation(self.step)
+            evaluation = self.evaluator.results(self.step, self.is_save_step(), self.loader)
+            if evaluation.metrics:
+                line = {"step": self.step, **evaluation.metrics}
+                self.report.log_evaluation(line, evaluation.summary_line(), evaluation.figure)
+            self.evaluation_is_missing = evaluation.is_stopped
+            self.agree_on_stop(is_done=True)
+
+    def is_stopped(self) -> bool:
+        """Whether any process was asked to stop. The main process asks this while it evaluates; the others answer."""
+        self.agree_on_stop(is_done=False)
+        return self.stop_signal > 0
+
+    def wait_for_evaluation(self) -> None:
+        """Answer the main process's questions until it has evaluated."""
+        while not self.agree_on_stop(is_done=False):
+            pass
+
+    def agree_on_stop(self, is_done: bool) -> bool:
+        """Set `stop_signal` alike in every process; returns whether the main process has said that it is done."""
+        self.stop_signal, any_done = self.distributed.all_reduce_max(self.signals.asked or 0, is_done)
+        return bool(any_done)
 
     def save(self) -> None:
         """Start writing checkpoint-<step>; a run that went bad since the last log line is stopped instead."""
         self.stop_if_not_finite()
         with self.stopwatch.paused():
             loss_sums = self.distributed.all_gather(self.loss_sum)
+            sub_loss_sums = self.distributed.all_gather_object(self.sub_losses.totals())
             state = self.learner.state()  # gathered from all processes
             if self.distributed.is_main:
                 snapshot = Snapshot(
@@ -200,7 +270,7 @@ class Run:
                     policy_config=self.policy.config,
                     preprocessor=self.preprocess,
                     postprocessor=self.postprocess,
-                    state=self.train_state(loss_sums),
+                    state=self.train_state(loss_sums, sub_loss_sums),
                     adapters=adapter_config(self.policy),
                 )
                 self.writer.save(snapshot, self.protected_checkpoints())
@@ -216,7 +286,7 @@ class Run:
             return []
         return [resumed_from]
 
-    def train_state(self, loss_sums: list[float]) -> TrainState:
+    def train_state(self, loss_sums: list[float], sub_loss_sums: list[dict]) -> TrainState:
         """Where the run stands, for an exact resume and for people."""
         position = {
             "step": self.step,
@@ -231,6 +301,8 @@ class Run:
             "ancestors": self.ancestors,
             "loss_sums": loss_sums,
             "loss_count": self.loss_count,
+            "sub_loss_sums": sub_loss_sums,
+            "evaluation_is_missing": self.evaluation_is_missing,
             "scaler": self.learner.scaler.state_dict(),
             "tracker_run_id": self.report.trackers.run_id,
             "data": self.plan.data,
@@ -295,8 +367,9 @@ def build_run(plan: RunPlan) -> Run:
         warnings = list(plan.warnings)
         if plan.checkpoint_bytes is None:  # only now is the size of a checkpoint known
             size = with_optimizer(weight_bytes(policy), config)
-            require_room(plan.output_dir, size)
+            distributed.on_main(lambda: require_room(plan.output_dir, size))
             warnings += warn_of_room(plan.output_dir, size, config)
+        warnings += unknown_average(policy.config, parts_of_batch(config, distributed))
         unsharded = distributed.unsharded_copy(policy)
         learner = build_learner(config, distributed, policy, preprocess, meta)
 
@@ -353,7 +426,6 @@ def build_run(plan: RunPlan) -> Run:
 
         writer = cleanup.enter_context(Writer(plan.output_dir, config, report.warn, plan.checkpoint, plan.check_folder))
         signals = cleanup.enter_context(runtime.StopSignals())
-        evaluator.is_stopped = lambda: signals.asked is not None
         policy.train()
         return Run(
             plan=plan,
@@ -374,42 +446,49 @@ def build_run(plan: RunPlan) -> Run:
             branch=branch_of(position),
             loss_sum=torch.tensor(distributed.local_value(position["loss_sums"]), device=distributed.device),
             loss_count=position["loss_count"],
+            sub_losses=SubLossMeans(totals_of_rank(position.get("sub_loss_sums", []), distributed)),
             first_bad_step=torch.tensor(-1, device=distributed.device),
             train_seconds=train_seconds,
             saved_step=position["step"] if plan.state else None,
+            evaluation_is_missing=position.get("evaluation_is_missing", False),
         )
 
 
 def main(given: dict) -> int:
     """Run the command line and return its exit status: 0, 2 for a UserError, or 128 plus the number of a stop signal."""
     rank = int(os.environ.get("RANK", "0"))
-    try:
-        result = train(**given)
-    except UserError as error:
-        if rank:  # every process meets most mistakes: the main one prints them first, and the launcher ends the others
-            time.sleep(2)
-        print_error(error, prefix=f"process {rank}: " if rank else "")
-        return 2
-    except LostPeerError as error:
-        print(
-            f"error: {error}\nIf another process printed an error of its own, fix that first. "
-            "Checkpoints are complete: launch the run again with --resume_from_checkpoint auto",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # at once: what is left of the connection may wait for ever
-    except KeyboardInterrupt:
-        print(
-            "interrupted. Pass --resume_from_checkpoint auto to continue from the newest checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(130)  # at once: a thread may still be writing
-    if result.stopped_by:
-        return 128 + signal.Signals[result.stopped_by]
-    return 0
+    with command_output():
+        try:
+            result = train(**given)
+        except UserError as error:
+            if rank:  # every process meets most mistakes: the main one prints first, and the launcher ends the others
+                time.sleep(2)
+            print_error(error, prefix=f"process {rank}: " if rank else "")
+            return 2
+        except LostPeerError as error:
+            print(
+                f"error: {error}\nIf another process printed an error of its own, fix that first. "
+                "Checkpoints are complete: launch the run again with --resume_from_checkpoint auto",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)  # at once: what is left of the connection may wait for ever
+        except KeyboardInterrupt:
+            leave_at_once()
+        if result.stopped_by:
+            return 128 + signal.Signals[result.stopped_by]
+        return 0
+
+
+def leave_at_once(*signal_and_frame) -> None:
+    """What the second Ctrl-C does in the command: end the process, also while a thread is writing."""
+    message = b"interrupted. Pass --resume_from_checkpoint auto to continue from the newest checkpoint\n"
+    with contextlib.suppress(OSError):  # nobody reads it
+        os.write(2, message)  # it may have come in the middle of a print
+    os._exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
+    runtime.StopSignals.interrupt = staticmethod(leave_at_once)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(GIVEN))

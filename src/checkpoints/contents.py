@@ -38,6 +38,12 @@ BRANCH = Kind(
     "a branch and its last step",
     lambda value: isinstance(value, list) and len(value) == 2 and all(map(COUNT.fits, value)),
 )
+SUMS = Kind(
+    "a mapping to sums and counts",
+    lambda value: (
+        isinstance(value, dict) and all(NUMBER.listed().fits(sums) and len(sums) == 2 for sums in value.values())
+    ),
+)
 DATASETS = Kind("a list of names", lambda value: isinstance(value, str) or TEXT.listed().fits(value))
 
 TRAINER_STATE = {
@@ -52,6 +58,8 @@ TRAINER_STATE = {
     "loss_sums": NUMBER.listed(),
     "loss_sum": NUMBER,  # of older versions
     "loss_count": COUNT,
+    "sub_loss_sums": SUMS.listed(),
+    "evaluation_is_missing": Kind("true or false", lambda value: isinstance(value, bool)),
     "scaler": NUMBERS,
     "tracker_run_id": TEXT.or_null(),
     "data": MAPPING.or_null(),

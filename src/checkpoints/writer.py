@@ -45,7 +45,6 @@ from checkpoints.lock import LostFolderError
 from config import TrainConfig
 from errors import FULL_DISK, UserError, one_line, reason_of_disk
 from hub import Uploader
-from runtime import in_notebook
 
 UPLOAD_SECONDS = 60  # how long the end of a run waits for uploads
 NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what a disk answers that cannot flush
@@ -256,9 +255,11 @@ class Writer:
             self.uploader.close(UPLOAD_SECONDS if kind is None else 0)
         if kind is None:
             self.finish()
-        elif self.thread is not None and (in_notebook() or not issubclass(kind, KeyboardInterrupt)):
-            # Ctrl-C leaves the thread behind, except in a notebook, where it would meet the next run's
-            self.thread.join()
+        elif self.thread is not None:
+            # Whatever ended the run, and however often Ctrl-C is pressed: the next run in this process would meet the thread.
+            while self.thread.is_alive():
+                with contextlib.suppress(KeyboardInterrupt):
+                    self.thread.join()
 
 
 def write_checkpoint(

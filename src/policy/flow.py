@@ -136,6 +136,11 @@ class FlowConfig(PreTrainedConfig):
         )
 
     @property
+    def loss_averages_over_actions(self) -> bool:
+        """Armature's: parts of a batch weigh by their numbers of unpadded actions."""
+        return True
+
+    @property
     def noise_shape(self) -> tuple[int, int, int]:
         """(N, T, A) of the noise for one sample."""
         return self.num_draws, self.chunk_size, self.action_feature.shape[0]

@@ -1,14 +1,43 @@
 """What training needs to know about a policy's loss: what it averages over, and which phase vqbet is in."""
 
+# What the losses of LeRobot 0.6.1's policies average over, by their sources; two more have a setting for it. pi0_fast,
+# molmoact2 and wall_x average over tokens, whose number is known only inside them.
+OVER_ACTIONS = ("act", "evo1", "groot", "smolvla", "vla_jepa")
+OVER_SAMPLES = ("fastwam", "gaussian_actor", "lingbot_va", "pi0", "pi05", "tdmpc", "vqbet", "xvla")
 
-def loss_averages_over_actions(config) -> bool:
-    """Whether the policy's loss is a mean over unpadded actions, instead of a mean over samples.
 
-    The mean of several micro-batches or ranks must then weight each by its number of unpadded actions.
+def loss_averages_over_actions(config) -> bool | None:
+    """Whether the policy's loss is a mean over unpadded actions, instead of a mean over samples; None if that is not known.
+
+    The mean of several micro-batches or ranks must then weight each by its number of unpadded actions. A config class says it
+    with an attribute or property `loss_averages_over_actions`.
     """
-    masks_padding = getattr(config, "do_mask_loss_for_padding", False)  # diffusion
-    skips_padding = not getattr(config, "supervise_padding_actions", True)  # eo1
-    return masks_padding or skips_padding or config.type in ("act", "flow", "smolvla", "vla_jepa")
+    declared = getattr(config, "loss_averages_over_actions", None)
+    if isinstance(declared, bool):
+        return declared
+    if hasattr(config, "do_mask_loss_for_padding"):  # diffusion, multi_task_dit
+        return config.do_mask_loss_for_padding
+    if hasattr(config, "supervise_padding_actions"):  # eo1
+        return not config.supervise_padding_actions
+    if config.type in OVER_ACTIONS + OVER_SAMPLES:
+        return config.type in OVER_ACTIONS
+    return None
+
+
+def unknown_average(config, parts: int) -> list[str]:
+    """A warning where a step's batch is computed in several parts, and nothing says how their losses make up the whole one's.
+
+    Args:
+        parts: micro-batches of a step in all processes.
+    """
+    has_padding = any(config.action_delta_indices or [])  # beyond an episode's end
+    if parts == 1 or not has_padding or loss_averages_over_actions(config) is not None:
+        return []
+    return [
+        f"each step adds up {parts} parts of its batch, and policy {config.type} does not say what its loss averages over: "
+        "their gradients are weighted equally, which is not the gradient of the whole batch if the loss counts only some "
+        f"actions. Set loss_averages_over_actions = True or False in {type(config).__name__} if that is a class of yours"
+    ]
 
 
 def set_vqbet_phase(policy, step: int) -> None:

@@ -22,7 +22,7 @@ class Page(str):
         return f'<iframe srcdoc="{html.escape(self)}" width="100%" height="620" frameborder="0"></iframe>'
 
     def save(self, path: str | Path) -> Path:
-        Path(path).write_text(self)
+        Path(path).write_text(self, encoding="utf-8")
         return Path(path)
 
 

@@ -105,12 +105,57 @@ class Distributed:
 
     @contextlib.contextmanager
     def main_first(self):
-        """Within this, the main process runs before the others: they find what it downloads or writes."""
+        """Within this, the main process runs before the others: they find what it downloads or writes.
+
+        Raises:
+            UserError: in every process, the main one's.
+        """
         if not self.is_main:
-            self.barrier()
-        yield
+            self._raise_error_of_main(None)
+        try:
+            yield
+        except UserError as error:
+            if self.is_main:
+                self._raise_error_of_main(error)
+            raise
         if self.is_main:
-            self.barrier()
+            self._raise_error_of_main(None)
+
+    def on_main(self, call, told=lambda result: None):
+        """The result of `call`, which only the main process makes; the others get `told(result)`, pickled.
+
+        Raises:
+            UserError: in every process, that of the call.
+        """
+        result = None
+        error = None
+        if self.is_main:
+            try:
+                result = call()
+            except UserError as raised:
+                error = raised
+        self._raise_error_of_main(error)
+        if self.gloo_group is None:
+            return result
+        others = self.broadcast(told(result) if self.is_main else None)
+        return result if self.is_main else others
+
+    def _raise_error_of_main(self, error: UserError | None) -> None:
+        """Raise the UserError that the main process has met, if any, in every process."""
+        text = self.broadcast(None if error is None else str(error))
+        if error is not None:
+            raise error
+        if text is not None:
+            raise UserError(text)
+
+    def broadcast(self, value):
+        """What the main process passes, in every process."""
+        if self.gloo_group is None:
+            return value
+        values = [value]
+        with self.detect_lost_peer():
+            dist.broadcast_object_list(values, src=0, group=self.gloo_group)
+        return values[0]
 
     def all_reduce_max(self, *numbers: int) -> list[int]:
         """The maximum of each number over the processes."""
@@ -129,6 +174,15 @@ class Distributed:
         with self.detect_lost_peer():
             dist.all_gather(numbers, value.detach().double().cpu(), group=self.gloo_group)
         return [number.item() for number in numbers]
+
+    def all_gather_object(self, value) -> list:
+        """What each process passes, by rank."""
+        if self.gloo_group is None:
+            return [value]
+        values = [None] * self.size
+        with self.detect_lost_peer():
+            dist.all_gather_object(values, value, group=self.gloo_group)
+        return values
 
     def mean(self, value: torch.Tensor) -> float:
         """The mean of a number over the processes."""

@@ -48,10 +48,12 @@ class Evaluation:
     Attributes:
         metrics: a line of metrics.jsonl.
         errors: on held-out episodes.
+        is_stopped: whether the run was stopped before all was measured.
     """
 
     metrics: dict
     errors: OpenLoopErrors | None
+    is_stopped: bool
 
     def summary_line(self) -> str:
         """The metrics for people."""
@@ -82,9 +84,9 @@ class Evaluator:
     Attributes:
         held_out: (E,) positions in `source.episodes` to validate on, possibly none.
         policy, preprocess, postprocess: the run's own. The policy is None in a process that evaluates nothing.
-        simulation: of `open_simulation`.
+        simulation: of `open_simulation`; None in a process that evaluates nothing.
         warn: called with a line for people.
-        is_stopped: whether the run is to end; asked before every step of a simulation.
+        is_stopped: whether the run is to end; asked before every batch and every step of a simulation.
     """
 
     config: TrainConfig
@@ -105,7 +107,7 @@ class Evaluator:
         return len(self.held_out) > 0 and self._is_time(step, saving, self.config.val_freq)
 
     def _simulation_is_due(self, step: int, saving: bool) -> bool:
-        return self.simulation is not None and self._is_time(step, saving, self.config.eval_freq)
+        return bool(self.config.eval_env) and self._is_time(step, saving, self.config.eval_freq)
 
     def _is_time(self, step: int, saving: bool, freq: int | None) -> bool:
         if step == self.config.steps:
@@ -121,14 +123,20 @@ class Evaluator:
         policy = LoadedPolicy(self.policy, self.preprocess, self.postprocess)
         metrics = {}
         errors = None
+        is_stopped = False
         if self._validation_is_due(step, saving):
             errors = self._validate(policy, loader)
             if errors is not None:
                 metrics |= errors.metrics()
+            is_stopped = errors is None and self.is_stopped()
         if self._simulation_is_due(step, saving):
-            metrics |= self._simulate(policy)
+            is_stopped = is_stopped or self.is_stopped()
+            if not is_stopped:
+                success = self._simulate(policy)
+                metrics |= success
+                is_stopped = not success and self.is_stopped()
         self.policy.train()
-        return Evaluation(metrics, errors)
+        return Evaluation(metrics, errors, is_stopped)
 
     def _validate(self, policy: LoadedPolicy, loader: Loader) -> OpenLoopErrors | None:
         starts = self.source.starts[self.held_out]
@@ -137,7 +145,7 @@ class Evaluator:
         # No more samples at a time than training has shown to fit the memory.
         batch_size = min(BATCH_SIZE, loader.local_batch_size // self.config.grad_accumulation_steps)
         try:
-            return measure(policy, loader, rows, self.config.seed, batch_size)
+            return measure(policy, loader, rows, self.config.seed, batch_size, self.is_stopped)
         except Exception as error:
             if is_out_of_memory(error):  # train() says what to do about that
                 raise
@@ -155,7 +163,7 @@ class Evaluator:
         finally:
             policy.reset()
         if len(episodes) < len(seeds):
-            self.warn("the run was stopped during a simulation, which gives no success rate")
+            self.warn("the run was stopped during a simulation, which gives no success rate: resuming repeats it")
             return {}
         result = summary(episodes)
         return {f"eval_{name}": result[name] for name in ("success_rate", "success_low", "success_high")}

@@ -18,6 +18,7 @@ from processors.augment import augment
 from processors.pipelines import to_float_batch
 from runtime import STEP, NoHostSync, make_scaler, seed_all
 from training.distributed import Distributed
+from training.means import scalars
 
 
 @dataclass
@@ -25,7 +26,7 @@ class StepResult:
     """What an optimizer step gives, on the device."""
 
     loss: Tensor  # mean over this process's samples
-    sub_losses: dict | None  # the policy's own numbers about its last micro-batch
+    sub_losses: list[dict]  # the policy's own numbers about each of this process's micro-batches
     grad_norm: Tensor  # norm of the whole batch's gradient, before clipping
 
 
@@ -65,13 +66,15 @@ class Learner:
 
         count = self.config.grad_accumulation_steps
         mean_loss = torch.zeros((), device=self.distributed.device)
+        sub_losses = []
         with self.distributed.detect_lost_peer():
             for number, micro_batch in enumerate(micro_batches(batch, count), start=1):
                 set_vqbet_phase(self.policy, step)
                 with self.distributed.sync_gradients(self.model, last=number == count):
-                    loss, sub_losses = self.forward(micro_batch)
+                    loss, numbers = self.forward(micro_batch)
                     self.distributed.backward(self.model, self.scaler.scale(loss / count))
                 mean_loss = mean_loss + loss.detach() / count
+                sub_losses.append(numbers)
             grad_norm = self.distributed.optimizer_step(self.policy, self.optimizer, self.scaler, self.clip_norm)
 
         self.ema.update(step + 1)
@@ -79,8 +82,8 @@ class Learner:
             self.policy.update()  # tdmpc's own moving average, which lerobot-train calls here too
         return StepResult(mean_loss, sub_losses, grad_norm)
 
-    def forward(self, batch: dict) -> tuple[Tensor, dict | None]:
-        """The policy's loss of a micro-batch, and its sub-losses."""
+    def forward(self, batch: dict) -> tuple[Tensor, dict]:
+        """The policy's loss of a micro-batch, and the numbers among its sub-losses, which weigh as the loss does."""
         # Cameras leave the loader as uint8, and become floats on the device.
         batch = to_float_batch(batch, self.meta, self.distributed.device)
         weight = batch.pop("weight").mean()
@@ -91,10 +94,9 @@ class Learner:
         with no_host_sync, self.distributed.autocast(self.config.precision):
             loss, sub_losses = self.model(self.preprocess(batch))
         # A loss that is a mean over unpadded actions counts by how many there are in this part of the whole batch.
-        is_part = self.distributed.size * self.config.grad_accumulation_steps > 1
-        if is_part and loss_averages_over_actions(self.policy.config):
-            loss = loss * weight
-        return loss, sub_losses
+        if parts_of_batch(self.config, self.distributed) > 1 and loss_averages_over_actions(self.policy.config):
+            return loss * weight, scalars(sub_losses, weight)
+        return loss, scalars(sub_losses)
 
     def load(self, checkpoint: Path, scaler: dict) -> None:
         """Load what a checkpoint holds of the training: trained weights, the optimizer's state, the scaler's.
@@ -147,6 +149,11 @@ class Learner:
             yield
         finally:
             self.ema.swap()
+
+
+def parts_of_batch(config: TrainConfig, distributed: Distributed) -> int:
+    """Micro-batches that a step's batch is computed in, by all processes."""
+    return distributed.size * config.grad_accumulation_steps
 
 
 def build_learner(config: TrainConfig, distributed: Distributed, policy, preprocess, meta) -> Learner:

@@ -7,7 +7,7 @@ N frames or samples, B samples of a batch, T steps of a chunk from now on, A joi
 import glob
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -286,7 +286,14 @@ def compare(policy, source: Source, episode: int, fps: float | None = None) -> E
 
 
 @torch.no_grad()
-def measure(policy, loader: Loader, rows: Tensor, seed: int, batch_size: int = BATCH_SIZE) -> OpenLoopErrors:
+def measure(
+    policy,
+    loader: Loader,
+    rows: Tensor,
+    seed: int,
+    batch_size: int = BATCH_SIZE,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> OpenLoopErrors | None:
     """Compare the chunks that a policy predicts with the recording, and compute its loss. Leaves it in eval mode.
 
     Randomness is a function of (seed, batch): the same weights give the same numbers.
@@ -295,6 +302,7 @@ def measure(policy, loader: Loader, rows: Tensor, seed: int, batch_size: int = B
         policy: a LoadedPolicy.
         loader: makes the batches.
         rows: (N,) rows of the loader's source, a sample each.
+        is_stopped: asked before every batch; if it says True, nothing is returned.
     """
     model = policy.policy.eval()
     meta = loader.source.meta
@@ -308,6 +316,8 @@ def measure(policy, loader: Loader, rows: Tensor, seed: int, batch_size: int = B
     error_sum = 0.0  # (T, A) from the first batch on, as is the count
     error_count = 0.0
     for number, batch_rows in enumerate(rows.split(batch_size)):
+        if is_stopped():
+            return None
         seed_all(seed, VALIDATE, number)
         batch = loader.batch_of(batch_rows)
         inputs = policy.preprocess(to_float_batch(batch, meta, policy.device))

@@ -42,6 +42,7 @@ from processors.pipelines import (
 )
 from processors.statistics import IMAGENET, needed_statistics, stats_problems, usable_stats
 from runtime import thread_count
+from training.distributed import Distributed
 
 PICTURES = ("video", "image")  # dtypes of cameras
 
@@ -136,7 +137,7 @@ class PolicyPlan:
     warnings: list[str]
 
 
-def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, device: torch.device) -> PolicyPlan:
+def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, distributed: Distributed) -> PolicyPlan:
     """What the policy is built from: the checkpoint, --policy_path, or settings of its own.
 
     Raises:
@@ -146,7 +147,7 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, de
     base = None
     if checkpoint is None and config.policy_path:
         fetched = hub.fetch(config.policy_path, "--policy_path")
-        verify_policy(fetched)  # before another folder that may lie in it is looked for
+        distributed.on_main(lambda: verify_policy(fetched))  # before another folder that may lie in it is looked for
         folder = resolve_policy_folder(fetched)
         base = str(folder.resolve()) if Path(config.policy_path).expanduser().exists() else config.policy_path
 
@@ -166,11 +167,11 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, de
 
     # The policy's own config.
     if folder is None:
-        policy = policy_config(config.policy, config.policy_args, str(device))
+        policy = policy_config(config.policy, config.policy_args, str(distributed.device))
         policy.input_features = inputs
         policy.output_features = outputs
     else:
-        policy = load_policy_config(folder, config.policy_args if base else None, str(device))
+        policy = load_policy_config(folder, config.policy_args if base else None, str(distributed.device))
         source.require(feature_problems(policy, inputs, outputs, folder.name, given, source.left_out))
         source.require(task_problems(policy, source, folder.name))
     if base:  # pictures may have another size than those that the base was trained on

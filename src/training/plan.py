@@ -86,7 +86,7 @@ class RunPlan:
         train_episodes, held_out: (E,) positions in `source.episodes` to train on and to validate on.
         data: what a checkpoint records of the data.
         policy: what the policy and its processors are built from.
-        simulation: the simulation of --eval_env, open and checked; None without one.
+        simulation: the simulation of --eval_env, open and checked; None without one, and in all processes but the main one.
         checkpoint_bytes: estimated size of one checkpoint; None if only the built policy shows it.
     """
 
@@ -147,8 +147,14 @@ def plan_run(settings: dict) -> RunPlan:
     given = gather_settings(settings)
     with ExitStack() as cleanup:
         distributed = cleanup.enter_context(make_distributed(given.get("device") or "auto"))
-        with distributed.main_first():
-            chosen = choose_run(given, distributed, cleanup)
+        # The main process hashes the checkpoint and takes the folder, and tells the others which they are.
+        chosen = distributed.on_main(
+            lambda: choose_run(given, distributed, cleanup), told=lambda chosen: replace(chosen, folder=None)
+        )
+        if chosen.checkpoint is not None and not chosen.checkpoint.is_dir():
+            # This is another machine, with a disk of its own: what comes from the Hub or lerobot-train is here in its own cache.
+            chosen.checkpoint, _ = find_checkpoint(given["resume_from_checkpoint"], chosen.output_dir)
+        distributed.use(chosen.config.device)
         warnings = chosen.warnings
         runtime.set_numerics(chosen.config.deterministic)
 
@@ -162,25 +168,25 @@ def plan_run(settings: dict) -> RunPlan:
             config.batch_size, config.grad_accumulation_steps
         )  # raises where it does not divide
         split = split_episodes(source, config, chosen.state)
-        data = describe_data(source, split.held_out)
+        data = distributed.on_main(lambda: describe_data(source, split.held_out), told=lambda data: data)
         warnings += compare_data(chosen.state, data)
 
         # The policy: its settings and processors, without weights.
-        policy = plan_policy(config, chosen.checkpoint, source, distributed.device)
+        policy = plan_policy(config, chosen.checkpoint, source, distributed)
         # As a trial: tokenizers are fetched here.
         preprocess, postprocess = build_processors(copy.deepcopy(policy), source.meta)
         normalised = [*policy.config.input_features, "action"]
         require_statistics(preprocess, postprocess, normalised, str(policy.folder or policy.config.type))
         if policy.unused:
             leave_out(source, policy.unused)  # after `describe_data`, whose hash is of all that was opened
-        simulation = open_simulation(config, policy.config, preprocess)
+        simulation = distributed.on_main(lambda: open_simulation(config, policy.config, preprocess))
         if simulation is not None:
             cleanup.callback(simulation.close)
         warnings += policy.warnings
         warnings += compare_learning_rates(chosen.state, policy.config, config)
         size = checkpoint_bytes(policy, source.meta)
         if size is not None:
-            require_room(chosen.output_dir, size)
+            distributed.on_main(lambda: require_room(chosen.output_dir, size))
         warnings += source.warnings
 
         notes = unused_notes(policy, source)
@@ -265,7 +271,10 @@ def merge_lengths(from_file: dict, settings: dict) -> dict:
 
 
 def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> ChosenRun:
-    """Find the output folder, take it for this run until `cleanup` is closed, and find the checkpoint to resume from."""
+    """Find the output folder, take it for this run until `cleanup` is closed, and find the checkpoint to resume from.
+
+    The main process calls this.
+    """
     asked = given.get("resume_from_checkpoint")
     output_dir = given.get("output_dir")
     names_no_checkpoint = asked in (None, "latest", "auto")
@@ -282,7 +291,7 @@ def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> Cho
     folder = None
     if output_dir is not None:
         output_dir = Path(output_dir)
-        folder = take_folder(output_dir, distributed, cleanup)
+        folder = take_folder(output_dir, cleanup)
 
     # The checkpoint, and what it recorded.
     checkpoint, warnings = find_checkpoint(asked, output_dir)
@@ -307,17 +316,15 @@ def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> Cho
 
     if output_dir is None:
         output_dir = folder_of_checkpoint(asked, checkpoint, config)
-        folder = take_folder(output_dir, distributed, cleanup)
+        folder = take_folder(output_dir, cleanup)
     if folder is not None:
         warnings += folder.warnings
     warnings += check_branch(output_dir, checkpoint, state)
     return ChosenRun(config, output_dir, folder, checkpoint, state, warnings)
 
 
-def take_folder(output_dir: Path, distributed: Distributed, cleanup: ExitStack) -> RunFolder | None:
-    """Make the output folder this run's own until `cleanup` is closed; None in a process that writes nothing there."""
-    if not distributed.is_main:
-        return None
+def take_folder(output_dir: Path, cleanup: ExitStack) -> RunFolder:
+    """Make the output folder this run's own until `cleanup` is closed."""
     return cleanup.enter_context(sole_writer(output_dir))
 
 

@@ -181,6 +181,10 @@ class Report:
             self._write()
             self.trackers.log(line)
 
+    def forget_evaluation(self, step: int) -> None:
+        """Drop what was measured at a step before a stop: all of it is measured again."""
+        self.history[:] = [line for line in self.history if line["step"] != step or "loss" in line]
+
     def rewrite_metrics(self) -> None:
         """Write metrics.jsonl afresh if that was not done: the lines that an earlier run wrote past our checkpoint go."""
         if not self.is_written:
@@ -238,7 +242,7 @@ class Report:
 
     def save_card(self, checkpoint: Path) -> None:
         """Write the finished policy's model card, README.md."""
-        (self.output_dir / "README.md").write_text(model_card(checkpoint))
+        (self.output_dir / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
 
 
 def header(plan, policy, start_step: int) -> str:
@@ -327,15 +331,6 @@ def closing_message(result: TrainResult, plan, start_step: int) -> str:
     dataset = shlex.quote(config.dataset_id[0])
     episode = str(plan.source.episodes[0]).rpartition("#")[2]  # of several datasets, the first one's
     return f"{end}\nnext: python src/infer.py {checkpoint} --dataset_id {dataset} --episode {episode}"
-
-
-def scalars(sub_losses: dict | None) -> dict[str, float]:
-    """The numbers among a policy's sub-losses: Python's, and tensors without dimensions."""
-    numbers = {}
-    for name, value in (sub_losses or {}).items():
-        if isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0:
-            numbers[name] = float(value)
-    return numbers
 
 
 def training_info(policy, dataset_id: list[str], history: list[dict], device, step: int) -> dict:
