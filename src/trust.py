@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 import sys
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from unittest.mock import patch
 
@@ -220,10 +220,11 @@ def no_remote_code(what: str):
 
 
 def default_repos() -> set[str]:
-    """The Hub ids that the settings of LeRobot's policies have by default."""
+    """The Hub ids that the settings of LeRobot's policies and processor steps have by default."""
+    steps = [ProcessorStepRegistry.get(name) for name in ProcessorStepRegistry.list()]
     repos = set()
-    for config_class in PreTrainedConfig.get_known_choices().values():
-        defaults = [f.default for f in fields(config_class) if isinstance(f.default, str)]
+    for owner in [*PreTrainedConfig.get_known_choices().values(), *filter(is_dataclass, steps)]:
+        defaults = [f.default for f in fields(owner) if isinstance(f.default, str)]
         repos.update(default for default in defaults if "/" in default and not default.startswith("."))
     return repos
 

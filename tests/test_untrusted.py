@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -75,8 +76,8 @@ def program(marker: Path) -> dict:
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize("road", [
     "policy_path", "resume", "infer", "evaluate", "serve", "onnx", "lerobot", "load_policy", "lerobot_policy",
-    "lerobot_resume"])  # fmt: skip
-def test_no_road_runs_a_class_that_a_pipeline_names(planted, made, tmp_path, capsys, name, road):
+    "lerobot_resume", "hub_policy", "hub_policy_path", "hub_resume"])  # fmt: skip
+def test_no_road_runs_a_class_that_a_pipeline_names(planted, made, tmp_path, capsys, monkeypatch, name, road):
     folder, marker = planted
     data = str(made("no_camera"))
     if road.startswith("lerobot_"):
@@ -85,9 +86,16 @@ def test_no_road_runs_a_class_that_a_pipeline_names(planted, made, tmp_path, cap
         plant(folder / "pretrained_model", name, program(marker))
     else:
         plant(folder, name, program(marker))
-        if road in ("resume", "lerobot"):
+        if road in ("resume", "lerobot", "hub_resume"):
             write_manifest(folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **options: str(folder))
+    monkeypatch.setattr("checkpoints.folder.newest_checkpoint", lambda repo, what, sort_key: folder)
     roads = {
+        "hub_policy": lambda: load_policy("me/evil", device="cpu"),
+        "hub_policy_path": lambda: train(
+            **small("act", dataset_id=data, policy_args=None), policy_path="me/evil", output_dir=str(tmp_path / "run")
+        ),
+        "hub_resume": lambda: train(resume_from_checkpoint="me/evil", output_dir=str(tmp_path / "run")),
         "policy_path": lambda: train(
             **small("act", dataset_id=data, policy_args=None), policy_path=str(folder), output_dir=str(tmp_path / "run")
         ),
@@ -148,7 +156,6 @@ def test_a_file_of_another_form_is_one_line(planted, content, name):
 
 def test_steps_by_class_are_loaded_where_that_is_safe(planted, monkeypatch):
     """LeRobot's own, those of an installed plugin, and those of a module that the user's program has imported."""
-    from lerobot.processor import ObservationProcessorStep
 
     class Mine(ObservationProcessorStep):
         def observation(self, observation):
@@ -337,6 +344,28 @@ def test_a_folder_named_as_lerobots_repo_is_not_it(transformers_stub, tmp_path, 
     refused = pytest.raises(UserError, match="the Python files of lerobot/fast-action-tokenizer")
     with refused, trust.no_remote_code("FOLDER"):
         transformers_stub.cached_file("lerobot/fast-action-tokenizer", "tokenizer.py")
+
+
+def test_a_tokenizer_that_is_loaded_late_is_loaded_where_code_is_refused(planted, transformers_stub, monkeypatch):
+    """As groot's step does, at its first batch."""
+    monkeypatch.setattr(ProcessorStepRegistry, "_registry", dict(ProcessorStepRegistry._registry))
+
+    @ProcessorStepRegistry.register("late_step")
+    class Late(ObservationProcessorStep):
+        @property
+        def proc(self):
+            return transformers_stub.cached_file("me/evil", "tokenizer.py")
+
+        def observation(self, observation):
+            return observation
+
+        def transform_features(self, features):
+            return features
+
+    folder, _ = planted
+    plant(folder, PIPELINES[1], {"registry_name": "late_step"})
+    with pytest.raises(UserError, match="it asks to run the Python files of me/evil"):
+        load_processors(folder, "cpu")
 
 
 def evil_tokenizer(folder: Path, marker: Path) -> Path:

@@ -270,7 +270,7 @@ def load_processors(folder: Path, device: str, overrides: dict | None = None):
     invalid = (OSError, ValueError, SafetensorError)
     what = f"the processors in {folder} cannot be loaded"
     with as_user_error(what, invalid=invalid), no_remote_code(str(folder)):
-        return make_pre_post_processors(
+        preprocessor, postprocessor = make_pre_post_processors(
             None,
             pretrained_path=str(folder),
             preprocessor_overrides=settings_of_steps(
@@ -278,6 +278,11 @@ def load_processors(folder: Path, device: str, overrides: dict | None = None):
             ),
             postprocessor_overrides=settings_of_steps(after, folder, overrides),
         )
+        for step in (*preprocessor.steps, *postprocessor.steps):
+            getattr(
+                step, "proc", None
+            )  # groot loads its tokenizer when it is first asked for: here, where code is refused
+    return preprocessor, postprocessor
 
 
 def settings_of_steps(steps: list[dict], folder: Path, overrides: dict) -> dict:
