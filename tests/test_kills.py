@@ -86,6 +86,23 @@ def test_killed_before_every_file_operation_of_replacing(whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [4, 5])
+def test_replaced_folders_are_left_to_the_run_that_began_there(whole, tmp_path, seed):
+    """The run that was there before ends with a line, and the new one is the run that nobody disturbed."""
+    message = lives(tmp_path / "run", {**SETTINGS, "save_freq": 1}, "replaced", 6, seed)
+    firsts = [life["status"] for life in message[::2]]
+    assert set(firsts) <= {0, 2}  # 0: it had finished before
+    assert 2 in firsts
+    assert [life["status"] for life in message[1::2]] == [0] * 6
+    log = (tmp_path / "run.log").read_text()
+    lines = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert len(lines) == firsts.count(2)
+    assert all("during this run" in line for line in lines)
+    assert "Traceback" not in log
+    assert_equal(whole, tmp_path / "run")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "seed"), [("SIGKILL", 1), ("SIGKILL", 2), ("SIGTERM", 3)])
 def test_stopped_at_random_moments(whole, tmp_path, name, seed):
     message = lives(tmp_path / "run", SETTINGS, "signal", name, seed)

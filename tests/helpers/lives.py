@@ -3,6 +3,8 @@
     python tests/helpers/lives.py SETTINGS.json signal SIGKILL 7    killed at random moments, drawn with seed 7
     python tests/helpers/lives.py SETTINGS.json operation 3 40      killed before the 3rd file operation of its first save,
                                                                     then before the 40th
+    python tests/helpers/lives.py SETTINGS.json replaced 4 7        four times its folder is deleted or moved at a random moment,
+                                                                    and another life begins in its place
 
 After every life, each checkpoint-* folder must be complete. The last life is not killed. Prints one JSON line for each life.
 """
@@ -11,6 +13,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -104,6 +107,29 @@ def killed_at_random(settings: dict, number: int, seed: int) -> None:
             return
 
 
+def replaced_at_random(settings: dict, trials: int, seed: int) -> None:
+    """Lives whose folder is taken away at a random moment, and at once begun again by another life, which is not disturbed."""
+    rng = random.Random(seed)
+    output_dir = Path(settings["output_dir"])
+    for trial in range(trials):
+        shutil.rmtree(output_dir, ignore_errors=True)
+        before = times_started(settings)
+        first = start_life(settings, None)
+        while times_started(settings) == before:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1.0))
+        output_dir.rename(output_dir.with_name(f"moved {trial}"))
+        if trial % 2:
+            shutil.rmtree(output_dir.with_name(f"moved {trial}"), ignore_errors=True)
+        second = start_life(settings, None)
+        _, status = os.waitpid(first, 0)
+        print(
+            json.dumps({"status": os.waitstatus_to_exitcode(status), "operation": None, "checkpoints": []}), flush=True
+        )
+        _, status = os.waitpid(second, 0)
+        record_end(settings, None, status)
+
+
 def main(path: str, how: str, *args: str) -> None:
     import train  # noqa: F401  imported once, for every life
 
@@ -114,6 +140,8 @@ def main(path: str, how: str, *args: str) -> None:
         for operation in args:
             whole_life(settings, int(operation))
         whole_life(settings, None)
+    elif how == "replaced":
+        replaced_at_random(settings, *map(int, args))
     else:
         name, seed = args
         killed_at_random(settings, getattr(signal, name), int(seed))
