@@ -266,7 +266,7 @@ def test_video_cut_short_after_it_was_checked(copy_of, tmp_path):
     source = open_source(str(root))
     video = next((root / "videos").glob("*/*/*.mp4"))
     video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"file-000\.mp4: frames \d+ to \d+ cannot be decoded"):
+    with pytest.raises(UserError, match=r"file-000\.mp4: frames \d+ to \d+, from episode \d frame \d+ on, cannot be decoded"):
         open_or_build(source, tmp_path / "cache")
     assert all(name.startswith(".") for name in stores(tmp_path / "cache"))
 

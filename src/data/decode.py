@@ -15,12 +15,12 @@ from torch import Tensor
 from data.frame_times import FrameTimes
 from data.pictures import decode_picture
 from data.source import Source
-from data.videos import Videos
 from errors import UserError, one_line
 
 LIBRARIES = ("torchcodec", "pyav")  # they may round a pixel differently
 OPEN_READERS = 64  # a few MB each
 CHUNK = 16  # frames decoded at a time: 15 MB at 480x640, which malloc reuses; fresh memory costs more than the copy
+UNSPECIFIED = 2  # FFmpeg's number for a file that names no colour matrix
 NEAR = 8  # frames ahead up to which PyAV decodes on instead of seeking, which is slower
 
 
@@ -46,7 +46,7 @@ class TorchcodecReader:
         """(n, C, H, W) uint8 frames of ascending numbers.
 
         Raises:
-            ValueError: torchcodec gives a frame of another time.
+            ValueError: torchcodec gives other frames.
         """
         first = numbers[0]
         last = numbers[-1]
@@ -54,10 +54,10 @@ class TorchcodecReader:
             batch = self.decoder.get_frames_in_range(first, last + 1)
         else:
             batch = self.decoder.get_frames_at(indices=numbers)
-        seconds = self.times.seconds[numbers]
-        error = np.abs(batch.pts_seconds.numpy() - seconds)
-        if (error > float(self.times.time_base) / 2).any():
-            raise ValueError(f"asked for the frame at {seconds[error.argmax()]:.4f} s, torchcodec gave another one")
+        seconds = batch.pts_seconds.numpy()
+        expected = self.times.seconds[numbers]
+        if len(seconds) != len(expected) or (np.abs(seconds - expected) > float(self.times.time_base) / 2).any():
+            raise ValueError(f"expected frames at {expected} s, got {seconds}")
         return batch.data
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class PyavReader:
         pixels = []
         for number in numbers:
             self._go_to(number)
-            pixels.append(torch.from_numpy(self.frame.to_ndarray(format="rgb24")))  # (H, W, C), LeRobot's conversion
+            pixels.append(torch.from_numpy(rgb_of(self.frame)))  # (H, W, C)
         frames = torch.stack(pixels).permute(0, 3, 1, 2)  # (n, C, H, W)
         if self.times.rotation:
             frames = frames.rot90(self.times.rotation // 90, dims=(2, 3))
@@ -118,10 +118,21 @@ class PyavReader:
         self.container.close()
 
 
+def rgb_of(frame) -> np.ndarray:
+    """(H, W, 3) uint8 pixels of PyAV's frame, by the colour matrix and range that its file names, as torchcodec does."""
+    if frame.colorspace == UNSPECIFIED:
+        return frame.to_ndarray(format="rgb24")
+    other = 5 if frame.colorspace == 1 else 1  # PyAV applies the frame's own matrix only where it differs from this
+    rgb = frame.reformat(
+        format="rgb24", src_colorspace=frame.colorspace, dst_colorspace=other, src_color_range=frame.color_range
+    )
+    return rgb.to_ndarray()
+
+
 def open_reader(path: Path, times: FrameTimes, video_decoder: type | None) -> TorchcodecReader | PyavReader:
-    """Open a video with torchcodec's VideoDecoder, or with PyAV if it is None or does not read this file right."""
+    """Open a video with torchcodec's VideoDecoder, or with PyAV if it is None."""
     # Some versions of torchcodec apply a rotation flag, others ignore it.
-    if video_decoder is not None and times.suits_torchcodec and not times.rotation:
+    if video_decoder is not None and not times.rotation:
         decoder = video_decoder(str(path), custom_frame_mappings=times.mappings(), num_ffmpeg_threads=1)
         return TorchcodecReader(decoder, times)
     import av
@@ -140,7 +151,7 @@ class Decoder:
     def __init__(self, source: Source, image_size: list[int] | None):
         self.source = source
         self.image_size = image_size
-        self.idle: list[tuple[Path, TorchcodecReader | PyavReader]] = []  # open readers, least recently used first
+        self.idle: list[tuple[tuple, TorchcodecReader | PyavReader]] = []  # open readers, least recently used first
         self.lock = threading.Lock()  # held while `idle` changes
 
     @functools.cached_property
@@ -182,40 +193,49 @@ class Decoder:
         if key in self.source.images:
             frames = torch.stack([self._read_picture(key, row) for row in rows.tolist()])
         else:
-            files, numbers = self.source.locate(key, rows)
-            assert (files == files[0]).all()
-            frames = self._read_video(self.source.videos[key], int(files[0]), numbers.tolist())
+            frames = self._read_video(key, rows)
         return resize(frames, self.image_size)
 
-    def _read_video(self, videos: Videos, file: int, numbers: list[int]) -> Tensor:
-        path = videos.files[file]
-        times = videos.times[file]
-        name = f"{path}: frames {numbers[0]} to {numbers[-1]}"
-        try:
-            with self._reader(path, times) as reader:
-                frames = reader.read(numbers)
-        except (RuntimeError, OSError, ValueError, IndexError) as error:  # FFmpeg's, by either library
-            raise UserError(f"{name} cannot be decoded: {one_line(error)[:200]}") from error
-        expected = (len(numbers), 3, times.height, times.width)
+    def _read_video(self, key: str, rows: Tensor) -> Tensor:
+        files, numbers = self.source.locate(key, rows)
+        file = int(files[0])
+        assert (files == file).all()
+        path = self.source.videos[key].files[file]
+        times = self.source.videos[key].times[file]
+        frames = None
+        # Both give the same pixels, and PyAV finds frames that torchcodec does not, such as the last of an open group.
+        for video_decoder in dict.fromkeys([self.torchcodec[0], None]):
+            try:
+                with self._reader(path, times, video_decoder) as reader:
+                    frames = reader.read(numbers.tolist())
+                break
+            except (RuntimeError, OSError, ValueError, IndexError) as error:  # FFmpeg's, by either library
+                reason = error
+        which = f"{path}: frames {numbers[0]} to {numbers[-1]}, from {self.source.name_row(int(rows[0]))} on,"
+        remedy = "Leave that episode out with --episodes"
+        if frames is None:
+            raise UserError(f"{which} cannot be decoded: {one_line(reason)[:200]}. {remedy}") from reason
+        expected = (len(rows), 3, times.height, times.width)
         if frames.shape != expected:  # a video may change its size on the way
-            raise UserError(f"{name} decode to another size: expected {expected}, got {tuple(frames.shape)}")
+            raise UserError(f"{which} have another size: expected {expected}, got {tuple(frames.shape)}. {remedy}")
         return frames
 
     @contextlib.contextmanager
-    def _reader(self, path: Path, times: FrameTimes):
+    def _reader(self, path: Path, times: FrameTimes, video_decoder: type | None):
         """Lend an open reader of a file to one thread. A reader that failed is not used again."""
+        wanted = (path, video_decoder)
         with self.lock:
-            idle = next((entry for entry in reversed(self.idle) if entry[0] == path), None)
+            idle = next((entry for entry in reversed(self.idle) if entry[0] == wanted), None)
             if idle is not None:
                 self.idle.remove(idle)
-        reader = idle[1] if idle is not None else open_reader(path, times, self.torchcodec[0])
+        reader = idle[1] if idle is not None else open_reader(path, times, video_decoder)
         try:
             yield reader
         except BaseException:
             reader.close()
             raise
         with self.lock:
-            self.idle.append((path, reader))
+            self.idle.append((wanted, reader))
             surplus = self.idle[:-OPEN_READERS]
             del self.idle[:-OPEN_READERS]
         for _, reader in surplus:

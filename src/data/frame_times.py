@@ -22,7 +22,7 @@ from data.files import LFS_POINTER, is_lfs_pointer
 from errors import one_line
 from runtime import progress_interval, thread_count, user_cache_dir
 
-LAYOUT = 1  # part of a cache file's name
+LAYOUT = 2  # part of a cache file's name
 RIGHT_ANGLES = (0, 90, 180, 270)
 
 
@@ -38,7 +38,6 @@ class FrameTimes:
         height, width: pixels, as the frames are shown.
         rotation: degrees, counter-clockwise, by which the stored pixels are turned to be shown.
         unreadable: how many frames the file lists and does not give: none of a whole file without an edit list.
-        suits_torchcodec: whether torchcodec finds every frame, see `seeks_by_pts`.
     """
 
     pts: np.ndarray
@@ -49,7 +48,6 @@ class FrameTimes:
     width: int
     rotation: int = 0
     unreadable: int = 0
-    suits_torchcodec: bool = False
 
     @property
     def seconds(self) -> np.ndarray:
@@ -92,7 +90,6 @@ def read_frame_times(path: Path) -> FrameTimes:
                 raise ValueError("it holds no video")
             listed = list_packets(container, stream)
             time_base = stream.time_base  # freed with the container
-            is_mp4 = "mp4" in container.format.name.split(",")
         pts = listed.pts
         if not listed.is_complete:
             pts = pts_by_decoding(path)
@@ -119,7 +116,6 @@ def read_frame_times(path: Path) -> FrameTimes:
         width=width,
         rotation=rotation,
         unreadable=listed.unreadable,
-        suits_torchcodec=is_mp4 and seeks_by_pts(pts, key_pts, key_dts),  # its seeks miss frames in .mkv and .ts
     )
 
 
@@ -162,8 +158,9 @@ def list_packets(container, stream) -> PacketList:
             first_packet = packet
         if first_frame is None:
             first_frame = next(iter(packet.decode()), None)
-        if packet.is_keyframe and None not in (packet.pts, packet.dts):
-            key_dts[packet.pts] = packet.dts
+        if packet.is_keyframe and packet.pts is not None:
+            # Matroska has no decoding times for the first packets, and seeks by presentation time.
+            key_dts[packet.pts] = packet.pts if packet.dts is None else packet.dts
         if not packet.is_discard:
             pts.append(packet.pts)
     if first_frame is None:  # still in the decoder
@@ -188,17 +185,6 @@ def pts_by_decoding(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
         stream = container.streams.best("video")
         return np.array(sorted(frame.pts for frame in container.decode(stream) if frame.pts is not None), np.int64)
-
-
-def seeks_by_pts(pts: np.ndarray, key_pts: np.ndarray, key_dts: np.ndarray) -> bool:
-    """Whether a seek to a key frame's presentation time, as torchcodec does it, ends at that key frame or before.
-
-    It ends at the last key frame whose decoding time is not later. Where key frames are close and B-frames lie between them,
-    that may be the next one. Arguments as in FrameTimes.
-    """
-    targets = np.union1d(key_pts[key_pts >= pts[0]], pts[:1])
-    reached = np.searchsorted(key_dts, targets, side="right") - 1
-    return bool((reached >= 0).all() and (key_pts[reached] <= targets).all())
 
 
 def rotation_of(frame) -> int:
@@ -303,7 +289,6 @@ def read_cache(path: Path) -> dict[tuple, FrameTimes]:
                     width=file["width"],
                     rotation=file["rotation"],
                     unreadable=file["unreadable"],
-                    suits_torchcodec=file["suits_torchcodec"],
                 )
                 for i, file in enumerate(files)
             }
@@ -323,7 +308,6 @@ def write_cache(path: Path, times: dict[tuple, FrameTimes]) -> None:
             "width": of_file.width,
             "rotation": of_file.rotation,
             "unreadable": of_file.unreadable,
-            "suits_torchcodec": of_file.suits_torchcodec,
         }
         for identity, of_file in times.items()
     ]

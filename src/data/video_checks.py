@@ -38,9 +38,7 @@ def video_problem(source: Source, key: str, file: int) -> str | None:
         return f"has {frames} frames, but its episodes have {rows} rows"
     if (times.height, times.width) != (height, width):
         turned = f", turned by {times.rotation} degrees by its rotation flag" if times.rotation else ""
-        return (
-            f"is shown at {times.height}x{times.width}{turned}, but info.json says {height}x{width}: correct info.json"
-        )
+        return f"is shown at {times.height}x{times.width}{turned}, but info.json says {height}x{width}: correct its shape there"
     if frames > 1:
         rate = 1 / float(np.median(np.diff(times.seconds)))
         if abs(rate - fps) > MAX_RATE_ERROR * fps:
@@ -55,7 +53,7 @@ def video_warnings(source: Source) -> list[str]:
         rotations = Counter(times.rotation for times in videos.times if times.rotation)
         for rotation, files in rotations.items():
             warnings.append(
-                f"{key}: {files} videos have a rotation flag, their frames are turned by {rotation} degrees"
+                f"{key}: the rotation flag of its videos turns their frames by {rotation} degrees ({files} of {len(videos.files)})"
             )
         warnings += clock_warnings_of(source, key, videos)
     return warnings
@@ -66,9 +64,10 @@ def clock_warnings_of(source: Source, key: str, videos: Videos) -> list[str]:
     regular = source.frame_index.double() / source.meta.fps
     in_table = source.columns.get("timestamp", regular).double()
     errors = clock_errors(source, videos, in_table.numpy())  # (N,)
-    if errors.max() <= MAX_CLOCK_ERROR or clock_errors(source, videos, regular.numpy()).max() <= MAX_CLOCK_ERROR:
+    limit = MAX_CLOCK_ERROR + max(float(times.time_base) for times in videos.times)  # to which a clock is rounded
+    if errors.max() <= limit or clock_errors(source, videos, regular.numpy()).max() <= limit:
         return []
-    doubtful = np.flatnonzero(errors > MAX_CLOCK_ERROR)
+    doubtful = np.flatnonzero(errors > limit)
     return [
         f"{key}: the clock of its videos is up to {errors.max():.2g} s off the table's timestamps in {len(doubtful)} of "
         f"{source.rows} frames, first in {source.name_row(int(doubtful[0]))}: frames are read in their order, not by time"

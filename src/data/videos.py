@@ -60,9 +60,10 @@ def find_videos(meta, key: str, episodes: list[int]) -> Videos:
 
 
 def skip_undescribed(videos: Videos, meta, key: str, episodes: list[int]) -> list[str]:
-    """Place the episodes of a v3.0 video that holds more frames than they have rows, as after an episode was deleted by hand.
+    """Place the episodes of v3.0 videos that hold frames of an episode that was deleted from the metadata by hand.
 
-    Each begins at the frame of its from_timestamp in meta/episodes. A video where these do not fit its frames stays as it is.
+    Only where an episode is missing in the metadata, the video's clock is regular, and from_timestamp and to_timestamp of the
+    others leave a gap that its frames fill. Other videos stay as they are, and are refused for their number of frames.
 
     Args:
         videos: as `find_videos` gives it, with its times; changed.
@@ -71,34 +72,52 @@ def skip_undescribed(videos: Videos, meta, key: str, episodes: list[int]) -> lis
     Returns:
         A line for each video whose frames are partly left out.
     """
-    columns = [meta.episodes[f"videos/{key}/from_timestamp"][:], meta.episodes[f"videos/{key}/to_timestamp"][:]]
-    columns += [meta.episodes["length"][:], meta.episodes["episode_index"][:]]
+    names = [f"videos/{key}/from_timestamp", f"videos/{key}/to_timestamp", "episode_index", "length"]
+    described = meta.episodes["episode_index"][:]
+    count = max(meta.info.total_episodes, max(described, default=-1) + 1)
+    if len(described) == count or names[1] not in meta.episodes.column_names:
+        return []
+    spans = [span for span in zip(*(meta.episodes[name][:] for name in names), strict=True) if None not in span]
     path_of = video_paths(meta, key)
-    half_frame = 0.5 / meta.fps
     warnings = []
     for file, path in enumerate(videos.files):
         times = videos.times[file]
         if isinstance(times, str) or len(times.pts) <= videos.rows_per_file[file]:
             continue
-        seconds = times.seconds - times.seconds[0]  # (F,)
-        firsts: dict[int, int] = {}  # each episode's first frame
-        end = 0
-        for begin, until, length, episode in sorted(zip(*columns, strict=True)):
-            if path_of[episode] != path:
-                continue
-            first = int(np.searchsorted(seconds, begin - half_frame))
-            fits = end <= first <= len(seconds) - length and abs(seconds[first] - begin) <= half_frame
-            if not fits or abs(until - begin - length / meta.fps) > half_frame:
-                break
-            firsts[episode] = first
-            end = first + length
-        else:
-            for position in np.flatnonzero(videos.file_index == file):
-                videos.first_frame[position] = firsts[episodes[position]]
-            undescribed = len(seconds) - videos.rows_per_file[file]
-            warnings.append(
-                f"{path.relative_to(meta.root)} holds {undescribed} frames of episodes that meta/episodes does not describe: "
-                "they are left out"
-            )
-            videos.rows_per_file[file] = len(seconds)
+        of_file = sorted(span for span in spans if path_of[span[2]] == path)
+        first_frames = frames_by_clock(times, of_file, may_have_tail=max(described) + 1 < count)
+        if first_frames is None:
+            continue
+        for position in np.flatnonzero(videos.file_index == file):
+            videos.first_frame[position] = first_frames[episodes[position]]
+        frames = len(times.pts)
+        warnings.append(
+            f"{path.relative_to(meta.root)}: {frames - videos.rows_per_file[file]} of its {frames} frames are of an episode that "
+            "meta/episodes does not describe: they are left out"
+        )
+        videos.rows_per_file[file] = frames
     return warnings
+
+
+def frames_by_clock(times: FrameTimes, spans: list[tuple], may_have_tail: bool) -> dict[int, int] | None:
+    """{episode: its first frame} by the times at which episodes begin and end; None where these do not fit the frames.
+
+    Args:
+        times: of a video with a regular clock; with another one nothing fits.
+        spans: (seconds of begin, seconds of end, episode, rows) of the episodes in it, in order.
+        may_have_tail: whether frames may follow the last of them.
+    """
+    gaps = np.diff(times.seconds)
+    gap = float(np.median(gaps))
+    if np.abs(gaps - gap).max() > 0.1 * gap:
+        return None
+    first_frames = {}
+    end = 0
+    for begin, until, episode, rows in spans:
+        first = round(begin / gap)
+        if first < end or abs(first * gap - begin) > 0.25 * gap or abs((first + rows) * gap - until) > 0.25 * gap:
+            return None
+        first_frames[episode] = first
+        end = first + rows
+    frames = len(times.pts)
+    return first_frames if end == frames or (may_have_tail and end < frames) else None

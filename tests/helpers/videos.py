@@ -36,6 +36,7 @@ def write_video(
     b_frames: int = 0,
     hidden: int = 0,
     time_base: Fraction = Fraction(1, 16000),
+    options: dict | None = None,
 ) -> None:
     """Write a video of numbered pictures.
 
@@ -48,6 +49,7 @@ def write_video(
         b_frames: how many B-frames may follow each other.
         hidden: how many frames to put in front that an edit list hides (in .mp4).
         time_base: seconds, the clock's unit.
+        options: of the encoder.
     """
     import av
 
@@ -65,7 +67,7 @@ def write_video(
         stream.codec_context.gop_size = gop
         stream.codec_context.max_b_frames = b_frames
         if codec == "libx264":
-            stream.options = {"crf": "18", "sc_threshold": "0"}
+            stream.options = options or {"crf": "18", "sc_threshold": "0"}
         for picture, seconds in zip(pictures, times, strict=True):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts = round(seconds / time_base)
