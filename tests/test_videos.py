@@ -101,7 +101,7 @@ def test_every_row_has_its_own_picture(library, tmp_path, clock):
         (times - min(times.min(), 0.0) + offset).tolist(),
         codec=clock["codec"],
         gop=clock["gop"],
-        b_frames=clock["b_frames"],
+        b_frames=clock["b_frames"] if clock["codec"] == "libx264" else 0,  # mpeg4's may end after the file's edit list
         hidden=hidden,
         time_base=clock["time_base"],
     )
