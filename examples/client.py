@@ -17,7 +17,7 @@ import numpy as np
 
 
 def pack_array(array) -> dict:
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array)
     return {"dtype": str(array.dtype), "shape": list(array.shape), "data": array.tobytes()}
 
 

@@ -37,9 +37,8 @@ from errors import UserError, one_line
 
 DTYPES = ("uint8", "float32", "float64", "int64", "int32")
 MOST_PIXELS = 4096  # a side of a picture
-MOST_ITEMS = (
-    10_000  # numbers, names and values in a request, beside what its arrays hold: a byte of each takes 60 in memory
-)
+# Numbers, names and values in a request, beside what its arrays hold. An empty list is a byte there, and 64 in memory.
+MOST_ITEMS = 10_000
 LONGEST_TEXT = 4096
 LARGEST_MAX_MB = 1000
 MOST_CONNECTIONS = 64
@@ -90,7 +89,7 @@ def pack(tree) -> bytes:
 
 
 def pack_array(array) -> dict:
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array)
     return {"dtype": str(array.dtype), "shape": list(array.shape), "data": array.tobytes()}
 
 
@@ -157,7 +156,7 @@ def unpack_array(item: dict):
 
 
 def is_size(size) -> bool:
-    return isinstance(size, int) and 1 <= size <= MOST_PIXELS
+    return type(size) is int and 1 <= size <= MOST_PIXELS  # True is an int, but not for numpy
 
 
 class PolicyServer:
@@ -235,7 +234,10 @@ class PolicyServer:
             protocol = server()
             connection = Connection(client, since=loop.time())
             self.connections[protocol] = connection
-            connection.transport, _ = await loop.connect_accepted_socket(lambda protocol=protocol: protocol, client)
+            try:
+                connection.transport, _ = await loop.connect_accepted_socket(lambda protocol=protocol: protocol, client)
+            except OSError:  # it has left meanwhile
+                client.close()
 
     def count_connections(self) -> int:
         """How many are open. Forgets the others."""
@@ -299,25 +301,20 @@ class PolicyServer:
                 async for chunk in request.content.iter_any():
                     body += chunk
                     if len(body) > self.max_bytes:
-                        limit = f"{self.max_bytes / 1e6:g} MB"
-                        raise RefusedRequestError(
-                            413, f"the body is too large: expected at most {limit} (raise it with --max_mb)"
-                        )
+                        expected = f"expected at most {self.max_bytes / 1e6:g} MB (raise it with --max_mb)"
+                        raise RefusedRequestError(413, f"the body is too large: {expected}")
                     connection.held = len(body)
                     self.free_bytes()
-                    if connection.reading is None:
+                    if connection.reading is None:  # it was this one
                         raise TimeoutError
         except (web.RequestPayloadError, ConnectionError) as error:
             raise UserError(f"the body does not arrive as its headers say: {one_line(error)}") from error
         except TimeoutError:
             if connection.reading is None:
-                raise RefusedRequestError(
-                    503, "the server holds too many requests, and yours for longest. Ask again"
-                ) from None
-            expected = f"{self.request_seconds:g} seconds"
-            raise RefusedRequestError(
-                408, f"the body takes too long to send: expected all of it in {expected}"
-            ) from None
+                message = "the requests of all clients are too large, and this one is sent for longest. Ask again"
+                raise RefusedRequestError(503, message) from None
+            expected = f"expected all of it in {self.request_seconds:g} seconds"
+            raise RefusedRequestError(408, f"the body takes too long to send: {expected}") from None
         finally:
             connection.reading = None
         return body
@@ -327,7 +324,8 @@ class PolicyServer:
         while sum(entry.held for entry in self.connections.values()) > self.max_held:
             reading = [entry for entry in self.connections.values() if entry.reading is not None]
             longest = min(reading, key=lambda entry: entry.since)
-            longest.reading.reschedule(0)  # its time is over
+            if not longest.reading.expired():
+                longest.reading.reschedule(0)  # its time is over
             longest.reading = None
             longest.held = 0
 
