@@ -2,7 +2,9 @@
 
 import gc
 import os
+import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,13 +49,54 @@ def test_a_choice_of_episodes_observations_and_size(made):
         assert "observation.images.top" not in batch
 
 
-def test_rows_as_numbers_and_slices(made):
+@pytest.mark.parametrize(
+    ("rows", "frames"),
+    [
+        (4, [4]),
+        (slice(3, 6), [3, 4, 5]),
+        (slice(None, None, -16), [10, 3, 0]),
+        ((1, 2), [1, 2]),
+        (np.array([1, 2], np.uint8), [1, 2]),
+        (torch.tensor([5, 0]), [5, 0]),
+        (np.arange(33) < 2, [0, 1]),
+        ([], []),
+    ],
+)
+def test_rows_in_every_form(made, rows, frames):
+    with open_dataset(made("no_camera")) as dataset:
+        assert dataset[rows]["frame_index"].tolist() == frames
+
+
+def test_rows_that_are_not_there(made):
     dataset = open_dataset(made("no_camera"))
-    assert dataset[4]["frame_index"].tolist() == [4]
     assert dataset[-1]["episode_index"].tolist() == [2]
-    assert dataset[3:6]["frame_index"].tolist() == [3, 4, 5]
     with pytest.raises(IndexError):
         dataset[[99]]
+
+
+@pytest.mark.parametrize("episodes", ["0,2", [0, 2], range(0, 3, 2), np.array([0, 2])])
+def test_episodes_in_every_form(made, episodes):
+    assert open_dataset(made("no_camera"), episodes, "state").episodes == [0, 2]
+
+
+@pytest.mark.parametrize("image_size", [32, [32], [0, 1], [1, 2, 3]])
+def test_a_wrong_image_size(made, image_size):
+    with pytest.raises(UserError, match=r"image_size: expected \[height, width\]"):
+        open_dataset(made("video"), image_size=image_size)
+
+
+def test_closed_copied_and_read_in_other_processes(made):
+    dataset = open_dataset(made("video"))
+    before = dataset[[3]]["observation.images.top"]
+    copy = pickle.loads(pickle.dumps(dataset))
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=[[3], [4]], num_workers=1, collate_fn=lambda rows: rows[0]
+    )
+    assert torch.equal(next(iter(loader))["observation.images.top"], before)
+    dataset.close()
+    dataset.close()
+    assert torch.equal(dataset[[3]]["observation.images.top"], before)
+    assert torch.equal(copy[[3]]["observation.images.top"], before)
 
 
 def test_a_dataset_with_problems_opens_and_has_no_batches(copy_of):

@@ -1,15 +1,18 @@
 """The door for notebooks: `open_dataset(folder_or_hub_id)`, to look at what a run would train on."""
 
-from dataclasses import dataclass
-from functools import cached_property
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data.frames import Frames
 from data.loader import Loader
 from data.opening import open_source
 from data.source import Source
+from errors import UserError
 
 
 @dataclass
@@ -24,6 +27,8 @@ class Dataset(Source):
     """
 
     image_size: list[int] | None = None
+    _loader: Loader | None = field(default=None, init=False, repr=False)
+    _loader_pid: int = field(default=0, init=False, repr=False)
 
     @property
     def stats(self) -> dict:
@@ -35,7 +40,7 @@ class Dataset(Source):
         return self.rows
 
     def __getitem__(self, rows) -> dict:
-        """The batch of the given rows, which may be a list, a slice or a single number.
+        """The batch of the given rows: a number, a slice, a list, an array of numbers or a mask.
 
         Returns:
             LeRobot's keys: cameras (B, C, h, w) uint8, columns (B, ...) tensors, `task` a list of B texts.
@@ -45,17 +50,29 @@ class Dataset(Source):
             IndexError: a row is not within the dataset.
         """
         self.require()
-        return self._loader.batch_of(torch.arange(len(self))[rows].reshape(-1).contiguous())
+        if not isinstance(rows, slice):
+            rows = np.asarray(list(rows) if isinstance(rows, tuple) else rows)
+            if rows.size == 0:
+                rows = rows.astype(np.int64)
+        chosen = np.arange(len(self))[rows].reshape(-1).copy()
+        return self._rows_loader().batch_of(torch.from_numpy(chosen))
 
-    @cached_property
-    def _loader(self) -> Loader:
-        """A loader without windows; it starts no thread."""
-        return Loader(self, Frames(self, self.image_size), deltas={}, batch_size=1, seed=0)
+    def _rows_loader(self) -> Loader:
+        """A loader without windows, which starts no thread of its own; another one in a forked process."""
+        if self._loader is None or self._loader_pid != os.getpid():
+            self._loader = Loader(self, Frames(self, self.image_size), deltas={}, batch_size=1, seed=0)
+            self._loader_pid = os.getpid()
+        return self._loader
+
+    def __getstate__(self) -> dict:
+        """What a copy has: all but open videos."""
+        return {**vars(self), "_loader": None}
 
     def close(self) -> None:
-        """Close the videos. Safe to call twice."""
-        if "_loader" in vars(self):
+        """Close the videos. Asking for rows opens them again."""
+        if self._loader is not None:
             self._loader.close()
+            self._loader = None
 
     def __enter__(self):
         return self
@@ -66,20 +83,26 @@ class Dataset(Source):
 
 def open_dataset(
     dataset_id: str | Path,
-    episodes: str | None = None,
-    observations: list[str] | None = None,
+    episodes: str | int | Iterable[int] | None = None,
+    observations: str | list[str] | None = None,
     image_size: list[int] | None = None,
 ) -> Dataset:
     """Open and check a dataset, to look at its rows, problems and statistics.
 
     Args:
         dataset_id: a folder, or a Hub id, whose files are downloaded first.
-        episodes: which episodes, such as "0:40,45"; None for all.
+        episodes: which episodes, such as "0:40,45" or [0, 1, 2]; None for all.
         observations: names or patterns of the cameras and states to read, as for --observations; None for all.
         image_size: (h, w) that pictures are resized to; None for as recorded.
 
     Raises:
         UserError: there is no such dataset, it is in another format, or an episode or observation is not there.
     """
+    if episodes is not None and not isinstance(episodes, str):
+        episodes = ",".join(str(int(episode)) for episode in np.atleast_1d(np.asarray(episodes)))
+    if isinstance(observations, str):
+        observations = [observations]
+    if image_size is not None and (np.shape(image_size) != (2,) or min(image_size) < 1):
+        raise UserError(f"image_size: expected [height, width] in pixels, got {image_size!r}")
     source = open_source(str(dataset_id), episodes=episodes, observations=observations)
     return Dataset(**vars(source), image_size=image_size)
