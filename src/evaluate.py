@@ -240,7 +240,9 @@ def report_folder(checkpoint: str, output_dir: str | None, kind: str) -> Path:
     try:
         (folder / kind).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder / kind} cannot be written: {reason_of_disk(error)}. Pass another --output_dir") from error
+        raise UserError(
+            f"{folder / kind} cannot be written: {reason_of_disk(error)}. Pass another --output_dir"
+        ) from error
     return folder / kind
 
 

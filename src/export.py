@@ -52,12 +52,14 @@ def main(argv: list[str]) -> int:
 
 
 def export_run(checkpoint: Path, output: Path) -> None:
+    from checkpoints.writer import share_weights  # slow: imports torch
     from exchange.lerobot_runs import to_lerobot  # slow: imports torch and LeRobot
 
     if not os.path.isfile(checkpoint / MANIFEST):
         raise UserError(f"{checkpoint} is no checkpoint: expected a checkpoint-<step> folder for --format lerobot")
     verify(checkpoint)
     folder = to_lerobot(checkpoint, output)
+    share_weights(folder, as_file=folder / "pretrained_model" / "train_config.json")
     print(folder)
     print(f"next: lerobot-train --resume=true --config_path={folder}/pretrained_model/train_config.json")
 

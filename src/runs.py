@@ -164,7 +164,7 @@ def describe_store(folder: Path, days_unused: float) -> str:
 
 
 def delete(folder: Path) -> bool:
-    """Delete a store; False if a process is writing it now."""
+    """Delete a store; False if a process is writing it now, or the disk does not let it go."""
     from filelock import FileLock, Timeout
 
     visible_name = folder.name.removeprefix(".")
@@ -176,6 +176,9 @@ def delete(folder: Path) -> bool:
                 folder = folder.rename(gone)
             shutil.rmtree(folder)
     except Timeout:
+        return False
+    except OSError as error:
+        print_warnings([f"{folder} could not be deleted ({reason_of_disk(error)})"])
         return False
     return True
 

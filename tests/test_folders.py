@@ -13,6 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import train as train_module
@@ -35,7 +36,8 @@ from helpers.runs import assert_same_run, read_metrics, small
 from policy.loaded import load_policy
 from runs import main
 from train import train
-from training.evaluation import Evaluation, Evaluator
+from training import evaluation
+from training.open_loop import OpenLoopErrors
 
 
 @pytest.fixture
@@ -140,6 +142,7 @@ class Replaced(contextlib.ExitStack):
         else:
             self.run.rename(self.run.with_name("moved"))
         shutil.copytree(self.other, self.run)  # the other run has got so far already
+        (self.run / "tensorboard").mkdir()
         self.enter_context(sole_writer(self.run))
         self.before = content(self.run)
 
@@ -152,6 +155,7 @@ def test_a_run_whose_folder_was_replaced_touches_nothing_there(
 ):
     run = tmp_path / "run"
     settings |= {"save_async": save_async, "keep_last": 1, "save_freq": 3, "steps": 9, "log_freq": 100}
+    settings |= {"tracker": "tensorboard"}
     with Replaced(run, finished, how) as replaced:
         if moment == "log":
             before_step(monkeypatch, 5, replaced)
@@ -455,7 +459,11 @@ def test_best_is_on_the_newest_branch_and_never_nan(tmp_path):
 
 def test_best_json_follows_a_run_that_goes_back(settings, tmp_path, monkeypatch):
     losses = iter([2.0, 1.0, 9.0, 9.5])
-    monkeypatch.setattr(Evaluator, "results", lambda *args, **more: Evaluation({"val_loss": next(losses)}, None))
+
+    def measured(*args, **kwargs):
+        return OpenLoopErrors(loss=next(losses), error=None, std=np.ones(3), names=["a", "b", "c"], fps=10)
+
+    monkeypatch.setattr(evaluation, "measure", measured)
     settings |= {"val_fraction": 0.3}
     run = tmp_path / "run"
     best = []

@@ -340,9 +340,13 @@ def write_files(folder: Path, snapshot: Snapshot) -> None:
     for alias, source in ALIASES.items():
         is_adapter = snapshot.adapters is not None and source == WEIGHTS
         link(folder / source, folder / (ADAPTER if is_adapter else alias))
-    # safetensors gives its files to their owner only, whatever the umask says.
-    mode = (folder / "trainer_state.json").stat().st_mode
-    for path in folder.glob("*.safetensors"):
+    share_weights(folder, as_file=folder / "trainer_state.json")
+
+
+def share_weights(folder: Path, as_file: Path) -> None:
+    """Give the weights below a folder the permissions of another file: safetensors lets only their owner read them."""
+    mode = as_file.stat().st_mode
+    for path in folder.rglob("*.safetensors"):
         with contextlib.suppress(PermissionError):  # of a disk that has no permissions
             path.chmod(mode)
 

@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -93,19 +94,21 @@ def read_history(output_dir: Path, warn: Callable[[str], None] = lambda text: No
 
 
 def is_metrics(line) -> bool:
-    """Whether a value is what a run writes as a line: a step, and numbers (also in lists, or by name), or null."""
+    """Whether a value is what a run writes as a line: a step and numbers, of which some are in lists or by name."""
     if not isinstance(line, dict):
         return False
     step = line.get("step")
     if not isinstance(step, int) or isinstance(step, bool):
         return False
+    if "eval_success_rate" in line and not {"eval_success_low", "eval_success_high"} <= line.keys():
+        return False
     for value in line.values():
         values = [value]
         if isinstance(value, dict):
-            values = list(value.values())
+            values = value.values()
         elif isinstance(value, list):
             values = value
-        if not all(item is None or (isinstance(item, (int, float)) and not isinstance(item, bool)) for item in values):
+        if not all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in values):
             return False
     return True
 
@@ -133,7 +136,7 @@ def runs_page(runs: dict[str, list[dict]]) -> Page:
             "run": name,
             "steps": last(history, "step"),
             "loss": last(history, "loss"),
-            "lowest validation loss": min(logged(history, "val_loss"), default=None),
+            "lowest validation loss": min(filter(math.isfinite, logged(history, "val_loss")), default=None),
             "success rate": last(history, "eval_success_rate"),
             "samples/s (median)": statistics.median_high(speeds) if speeds else None,
         }

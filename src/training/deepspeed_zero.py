@@ -7,7 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from errors import UserError
 from runtime import autocast
-from training.distributed import Distributed, parameter_names
+from training.distributed import Distributed, check_moments, parameter_names
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam and AdamW
 
@@ -119,6 +119,7 @@ class DeepSpeedDistributed(Distributed):
         count = sum(len(group["params"]) for group in state["param_groups"])
         if count != len(self.names):
             raise ValueError(f"expected {len(self.names)} parameters, got {count}")
+        check_moments(dict(policy.named_parameters()), self.names, state["state"])
 
         # The engine allocates its state in the first step: allocate it now.
         zero = self.engine.optimizer

@@ -356,7 +356,7 @@ class Distributed:
             raise ValueError(
                 f"expected {len(optimizer.param_groups)} parameter groups, got {len(state['param_groups'])}"
             )
-        check_moments(policy, optimizer, state["state"])
+        check_moments(dict(policy.named_parameters()), parameter_names(policy, optimizer), state["state"])
         settings = []
         groups = []
         for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
@@ -378,18 +378,19 @@ def parameter_names(policy, optimizer) -> list[str]:
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def check_moments(policy, optimizer, entries: dict) -> None:
+def check_moments(parameters: dict, names: list[str], entries: dict) -> None:
     """Raise a ValueError for a moment that has not its parameter's shape, of which PyTorch takes any.
 
     Args:
+        parameters: {name: parameter} of the policy.
+        names: of the parameters, in the order in which the optimizer numbers them.
         entries: {number of a parameter: its state}.
     """
-    parameters = dict(policy.named_parameters())
-    names = parameter_names(policy, optimizer)
     for number, entry in entries.items():
         if not isinstance(number, int) or not 0 <= number < len(names):
             raise ValueError(f"expected the state of {len(names)} parameters, got parameter {number!r}")
-        expected = tuple(parameters[names[number]].shape)
+        parameter = parameters[names[number]]
+        expected = tuple(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed's stage 3 keeps a part of it
         for key in MOMENTS:
             moment = entry.get(key)
             if moment is not None and tuple(getattr(moment, "shape", ())) != expected:

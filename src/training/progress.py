@@ -189,6 +189,8 @@ class Report:
         """Write metrics.jsonl afresh if that was not done: the lines that an earlier run wrote past our checkpoint go."""
         if not self.is_written:
             self._write()
+        with contextlib.suppress(OSError):  # of a disk that does not say; the next line of metrics meets that too
+            self.check_folder()  # before trackers write there
 
     def _write(self) -> None:
         """Append the last line to metrics.jsonl, or write all of them the first time and after a disk was full."""
@@ -208,9 +210,7 @@ class Report:
             with contextlib.suppress(OSError):  # which a disk that is read-only refuses too
                 temporary.unlink(missing_ok=True)
             if not self.is_full:  # one warning, not one for each line
-                self.warn(
-                    f"cannot write {self.path}: {reason_of_disk(error)}. Its lines are added once there is room"
-                )
+                self.warn(f"cannot write {self.path}: {reason_of_disk(error)}. Its lines are added once there is room")
             self.is_written = False
             self.is_full = True
 
