@@ -292,7 +292,8 @@ def write_checkpoint(
             unflushed = flush(path) or unflushed
         check()
         if os.path.lexists(checkpoint):  # an earlier branch of this run wrote this step
-            if os.path.lexists(backup):  # which could not be deleted before
+            shutil.rmtree(backup, ignore_errors=True)
+            if os.path.lexists(backup):  # a link, or what cannot be deleted: only its name must be free
                 with contextlib.suppress(OSError):
                     discard(backup)
             os.rename(checkpoint, backup)
