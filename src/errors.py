@@ -38,6 +38,11 @@ def first_of(names: list[str], most: int = 10) -> str:
     return f"{list(names[:most])}{more}"
 
 
+def plural(count: int, noun: str) -> str:
+    """A number of things: `1 row`, `2 rows`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def likeliest_pairs(wanted: dict, candidates: dict) -> dict[str, str]:
     """Which of the candidates each wanted name probably means: of the same kind, and nearest in name; each once.
 
@@ -74,6 +79,17 @@ def rename_flag(pairs: dict[str, str], given: dict[str, str] | None = None) -> s
     names_before = {new: old for old, new in given.items()}
     merged = given | {names_before.get(old, old): new for old, new in pairs.items()}
     return "--rename " + " ".join(shlex.quote(f"{old}={new}") for old, new in merged.items())
+
+
+def rename_remedy(pairs: dict[str, str], given: dict[str, str]) -> str:
+    """`Pass --rename ...` as by `rename_flag`, without pairs by which a name would stay: those given undo themselves."""
+    names_before = {new: old for old, new in given.items()}
+    kept = {old: new for old, new in pairs.items() if names_before.get(old) != new}
+    undone = {names_before[old] for old in pairs.keys() - kept.keys()}
+    still_given = {old: new for old, new in given.items() if old not in undone}
+    if not kept and not still_given:
+        return "Leave --rename out"
+    return f"Pass {rename_flag(kept, still_given)}"
 
 
 def one_line(error: BaseException) -> str:
@@ -164,6 +180,8 @@ def reason_of(error: Exception, offline: str) -> str | None:
     network += (errors.LocalEntryNotFoundError,)  # offline, and not in the cache
     if isinstance(error, ImportError):
         return f"a package is missing. {one_line(error)}"
+    if isinstance(error, errors.GatedRepoError):
+        return "the Hub lets in only who asked. Request access on the repo's page there, then run `hf auth login`"
     if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
         return "the Hub has no such repo or revision. Check the name, or run `hf auth login` if it is private"
     # transformers hides the failed request behind an OSError of its own

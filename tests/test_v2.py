@@ -1,6 +1,7 @@
 """Formats v2.0, v2.1 and odd v3.0: which files are read, what is said of those that cannot be, and episodes by their own index."""
 
 import json
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -62,7 +63,8 @@ def test_v2_is_read(tmp_path, version, by_episode):
     root = write_v2(tmp_path / "data", LENGTHS, version=version, cameras=(CAMERA,), by_episode=by_episode)
     with open_dataset(root) as dataset:
         expect_rows(open_source(str(root)), LENGTHS)
-        assert dataset.warnings == []
+        expected = ["meta/episodes_stats.jsonl is missing, the statistics are those of meta/stats.json"]
+        assert dataset.warnings == (expected if version == "v2.1" and not by_episode else [])
         assert dataset.tasks == {0: "lift", 1: "push"}
         assert dataset.stats["action"]["max"].tolist() == [3.0, 5.0, 4.0]
         assert dataset.stats["action"]["count"].tolist() == [18]
@@ -105,8 +107,63 @@ def test_info_that_does_not_fit(tmp_path, change, said):
     assert said in message_of(root)
 
 
-def test_storage_format_parquet_is_read(tmp_path):
-    expect_rows(open_source(str(write_v2(tmp_path / "data", {0: 3}, storage_format="parquet"))), {0: 3})
+@pytest.mark.parametrize("name", ["parquet", None])
+def test_storage_format_parquet_is_read(tmp_path, name):
+    expect_rows(open_source(str(write_v2(tmp_path / "data", {0: 3}, storage_format=name))), {0: 3})
+
+
+# Statistics by episode.
+
+
+def edit_stats(root, change):
+    path = root / "meta" / "episodes_stats.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    write_lines(path, change(lines) or lines)
+
+
+def mean_of(source):
+    return source.meta.stats["action"]["mean"].tolist()
+
+
+def test_statistics_of_episodes_that_are_no_longer_described(tmp_path):
+    root = write_v2(tmp_path / "data", LENGTHS)
+    whole = mean_of(open_source(str(root)))
+    edit_stats(root, lambda lines: [*lines, {**lines[3], "episode_index": 7}])
+    source = open_source(str(root))
+    assert mean_of(source) == whole
+    assert source.warnings == []
+
+
+def test_an_episode_without_statistics(tmp_path):
+    root = write_v2(tmp_path / "data", LENGTHS)
+    whole = mean_of(open_source(str(root)))
+    edit_stats(root, lambda lines: lines[:3])
+    source = open_source(str(root))
+    assert mean_of(source) == pytest.approx(whole)
+    assert source.warnings[0] == "meta/episodes_stats.jsonl is left out: it has no statistics of episode 3"
+    assert "computed from the 18 rows of the table" in source.warnings[1]
+
+
+@pytest.mark.parametrize("wrong", [[1, 2], [[1, 2], [3]], 3.0, [[[1, 2, 3]], [[1, 2, 3]]]])
+def test_statistics_that_do_not_merge_are_left_out(tmp_path, wrong):
+    root = write_v2(tmp_path / "data", LENGTHS)
+    whole = open_source(str(root)).meta.stats
+    edit_stats(root, lambda lines: lines[1]["stats"]["action"].update(mean=wrong))
+    source = open_source(str(root))
+    assert source.problems == []
+    assert source.warnings[0].startswith("meta/episodes_stats.jsonl: the statistics of action do not fit each other (")
+    assert "meta/episodes_stats.jsonl lacks mean std min max of action: computed" in source.warnings[1]
+    assert mean_of(source) == pytest.approx(whole["action"]["mean"].tolist())
+    assert source.meta.stats["observation.state"]["mean"].tolist() == whole["observation.state"]["mean"].tolist()
+
+
+def test_camera_statistics_that_do_not_merge_are_no_obstacle(tmp_path):
+    """ImageNet's are used."""
+    root = write_v2(tmp_path / "data", LENGTHS, cameras=(CAMERA,))
+    values = {name: [0.5, 0.5] for name in ("mean", "std", "min", "max")} | {"count": [5]}
+    edit_stats(root, lambda lines: [line["stats"].update({CAMERA: values}) for line in lines] and lines)
+    settings = small("flow", dataset_id=str(root), steps=1, output_dir=str(tmp_path / "run"))
+    assert train(**settings).steps == 1
 
 
 # File names.
@@ -149,15 +206,67 @@ def test_folders_that_the_template_has_wrong(tmp_path):
         "video_path": "videos/chunk-{episode_index:03d}/{video_key}/episode_{episode_index:06d}.mp4",
     }
     root = write_v2(tmp_path / "data", LENGTHS, version="v2.0", cameras=(CAMERA, "second"), by_episode=False, **wrong)
+    told = "not where data_path of info.json says, read from data/chunk-000"
     with open_dataset(root) as dataset:
         expect_rows(open_source(str(root)), LENGTHS)
-        assert dataset.warnings == []
+        assert dataset.warnings[0] == f"3 files, such as data/chunk-001/episode_000001.parquet: {told}"
+        assert [line.rpartition("read from ")[2] for line in dataset.warnings] == [
+            "data/chunk-000",
+            f"videos/chunk-000/{CAMERA}",
+            "videos/chunk-000/second",
+        ]
         assert [shown_number(picture) for picture in dataset[15:]["second"]] == numbers_of(3, 3)
+
+
+@pytest.mark.parametrize("copies", ["data/before_fix", f"videos/old_takes/{CAMERA}"])
+def test_a_copy_in_another_folder_does_not_stand_in_for_a_missing_file(tmp_path, copies):
+    root = write_v2(tmp_path / "data", LENGTHS, cameras=(CAMERA,))
+    place = table_of(root, 2).parent if copies.startswith("data") else video_of(root, 2).parent
+    shutil.copytree(place, root / copies)
+    gone = next(place.glob("episode_000002.*"))
+    gone.unlink()
+    message = message_of(root)
+    assert f"{gone.relative_to(root)} is missing (episode 2)" in message
+    assert message.endswith("To leave those episodes out, pass --episodes 0:2,3")
+    expect_rows(open_source(str(root), episodes="0:2,3"), {0: 5, 1: 4, 3: 3})
+
+
+def test_all_files_of_a_kind_in_another_folder(tmp_path):
+    root = write_v2(tmp_path / "data", LENGTHS, cameras=(CAMERA,))
+    (root / "videos" / "chunk-000").rename(root / "videos" / "clips")
+    (root / "data" / "chunk-000").rename(root / "data" / "tables")
+    (root / "data" / "tables" / "episode_000002.parquet").unlink()
+    message = message_of(root)
+    assert "data/chunk-000/episode_000002.parquet is missing (episode 2)" in message
+    source = open_source(str(root), episodes="0:2,3")
+    expect_rows(source, {0: 5, 1: 4, 3: 3})
+    told = "not where data_path of info.json says, read from data/tables"
+    assert source.warnings[0] == f"3 files, such as data/chunk-000/episode_000000.parquet: {told}"
+
+
+def test_the_file_of_another_episode_does_not_stand_in(tmp_path):
+    root = write_v2(tmp_path / "data", {0: 4, 1: 4}, cameras=(CAMERA,), video_path="videos/{video_key}/{episode}/v.mp4")
+    video = root / "videos" / CAMERA / "0" / "v.mp4"
+    video.parent.mkdir(parents=True)
+    video_of(root, 0).rename(video)
+    assert f"videos/{CAMERA}/1/v.mp4 is missing (episode 1)" in message_of(root)
+
+
+def test_v3_rows_in_a_folder_of_older_copies_are_not_read(copy_of):
+    root = copy_of("many_files")
+    shutil.copytree(root / "data" / "chunk-000", root / "data" / "backup")
+    v3_tables(root)[-1].unlink()
+    assert v3_tables(root)[-1].parent.name == "chunk-000"
+    assert "is missing" in message_of(root)
 
 
 @pytest.mark.parametrize(
     ("setting", "template", "said"),
     [
+        ("data_path", "", "expected the name of a file with placeholders"),
+        ("data_path", "data/{episode_index:0999999999d}.parquet", "expected a width of at most 255, got 0999999999d"),
+        ("data_path", "data/{episode_index:0{chunks}d}.parquet", "cannot be filled in"),
+        ("data_path", "data/" + "x" * 300 + "{episode_index}.parquet", "expected names of at most 255 bytes"),
         ("data_path", "data/{shard}.parquet", "has the placeholder {shard}: expected one of episode_index, "),
         ("data_path", "data/{}.parquet", "has the placeholder {}: expected"),
         ("data_path", "data/{episode_index.real}.parquet", "has the placeholder {episode_index.real}: expected"),
@@ -334,7 +443,7 @@ def test_episodes_whose_files_are_not_whole(tmp_path, kind, harm, said):
         harm(kind(root, episode))
     message = message_of(root)
     assert f"{kind(root, 1).relative_to(root)} {said}" in message
-    assert "and 1 more files like it (2 episodes, 1,5)" in message
+    assert "and 1 more file like it (2 episodes, 1,5)" in message
     assert message.endswith("To leave those episodes out, pass --episodes 0,2:4,6")
     assert len(message.splitlines()) == 1
     expect_rows(open_source(str(root), episodes=message.split()[-1]), {0: 5, 2: 6, 3: 3, 6: 4})
@@ -447,6 +556,22 @@ def test_v3_episodes_out_of_order_or_over_two_files(copy_of):
     assert all(torch.equal(source.columns[key], values) for key, values in expected.items())
 
 
+@pytest.mark.parametrize("left", [b"PAR1" + bytes(300), b""])
+def test_v3_recording_that_was_interrupted(copy_of, left):
+    root = copy_of("many_files")
+    episodes = open_source(str(root)).episodes
+    unfinished = root / "meta" / "episodes" / "chunk-000" / "file-009.parquet"
+    unfinished.write_bytes(left)
+    source = open_source(str(root))
+    assert source.problems == []
+    assert source.episodes == episodes
+    assert source.warnings[0].startswith(f"{unfinished} cannot be read: ")
+    assert source.warnings[0].endswith("The episodes that it describes are left out")
+    for path in unfinished.parent.glob("*.parquet"):  # one that is not the last
+        path.rename(path.with_name(path.name.replace("file-009", "file--01")))
+    assert "cannot be read" in message_of(root)
+
+
 def test_v3_several_files_of_episodes_in_any_order(copy_of):
     root = copy_of("many_files")
     expected = open_source(str(root))
@@ -485,6 +610,51 @@ def test_damaged_lines(tmp_path, text, said):
     message = message_of(root)
     assert said in message
     assert len(message.splitlines()) == 1
+
+
+def test_texts_with_other_line_breaks(tmp_path):
+    """JSON allows these characters as they are, and str.splitlines splits at them."""
+    root = write_v2(tmp_path / "data", {0: 3, 1: 2})
+    texts = ["lift\u2028it", "push\x85it \u2029"]
+    lines = [json.dumps({"task_index": i, "task": text}, ensure_ascii=False) for i, text in enumerate(texts)]
+    (root / "meta" / "tasks.jsonl").write_text("\r\n".join(lines), encoding="utf-8")
+    assert open_source(str(root)).tasks == dict(enumerate(texts))
+
+
+@pytest.mark.parametrize("name", ["tasks.jsonl", "episodes.jsonl", "info.json"])
+def test_metadata_that_is_not_in_utf8(tmp_path, name):
+    root = write_v2(tmp_path / "data", {0: 3, 1: 2})
+    path = root / "meta" / name
+    path.write_bytes(path.read_bytes() + '{"note": "la bo\xeete"}\n'.encode("latin-1"))
+    assert re.search(
+        rf"{name} line \d: expected text in UTF-8, got byte 0xee\. Save the file as UTF-8$", message_of(root)
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["meta", "meta/info.json", "meta/tasks.jsonl", "data/chunk-000/episode_000001.parquet"]
+)
+def test_what_may_not_be_read(tmp_path, name):
+    """As another user, since root may read everything."""
+    root = write_v2(tmp_path / "data", {0: 3, 1: 2})
+    open_source(str(root))  # what is imported late, that user may not read
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
+        folder.chmod(0o755)
+    (root / name).chmod(0)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.setegid(65534)
+        os.seteuid(65534)
+    try:
+        message = message_of(root)
+    finally:
+        if is_root:
+            os.seteuid(0)
+            os.setegid(0)
+    (root / name).chmod(0o755)
+    assert name in message
+    assert "Permission denied" in message
+    assert "\n" not in message
 
 
 def test_lines_out_of_order_twice_alike_and_without_tasks(tmp_path):
@@ -666,3 +836,80 @@ def test_hub_repos_that_are_no_dataset(hub, tmp_path):
     hub.repos["me/newer"] = [{}, {"meta/info.json": (root / "meta" / "info.json").read_bytes()}]
     hub.tags["me/newer"] = {"v3.1": 1}
     assert "expected codebase_version v3.0, v2.1 or v2.0, got 'v3.1'" in message_of("me/newer")
+
+
+def offline(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def test_many_files_in_other_folders_on_the_hub(hub, tmp_path):
+    """So many that they are asked for by a pattern."""
+    lengths = dict.fromkeys(range(205), 1)
+    root = write_v2(tmp_path / "data", lengths, data_path="tables/{episode_chunk}/e{episode_index}.parquet")
+    for episode in lengths:
+        table = root / "tables" / "0" / f"e{episode}.parquet"
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table_of(root, episode).rename(table)
+    upload(hub, root)
+    source = open_source("me/data")
+    assert source.problems == []
+    assert source.episodes == list(lengths)
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+@pytest.mark.parametrize("reachable", [True, False])
+def test_a_recording_in_lerobots_folder_that_is_not_whole(hub, monkeypatch, tmp_path, copy_of, version, reachable):
+    """Its own problems are told, whether the Hub knows no such dataset or cannot be asked."""
+    made_here = copy_of("many_files") if version == "v3.0" else write_v2(tmp_path / "data", LENGTHS, cameras=(CAMERA,))
+    root = tmp_path / "lerobot" / "me" / "data"
+    shutil.copytree(made_here, root)
+    gone = v3_tables(root)[0] if version == "v3.0" else video_of(root, 2)
+    gone.unlink()
+    if not reachable:
+        offline(monkeypatch)
+    source = open_source("me/data")
+    assert f"{gone.relative_to(root)} is missing" in source.problems[0]
+    assert source.remedy.startswith("To leave those episodes out, pass --episodes ")
+    assert len(source.problems) == (1 if reachable else 2)
+    if not reachable:
+        assert source.problems[1].startswith("what is missing was not downloaded: dataset me/data: the network request")
+    if source.remedy:
+        assert open_source("me/data", episodes=source.remedy.rpartition(" ")[2]).problems == []
+
+
+@pytest.mark.parametrize("tags", [(), ("v2.1",)])
+def test_a_cached_dataset_is_read_offline(hub, monkeypatch, tmp_path, tags):
+    root = write_v2(tmp_path / "data", LENGTHS, cameras=(CAMERA,))
+    upload(hub, root, *tags)
+    expect_rows(open_source("me/data", episodes="1,3"), {1: 4, 3: 3})
+    offline(monkeypatch)
+    expect_rows(open_source("me/data", episodes="1,3"), {1: 4, 3: 3})
+    message = message_of("me/data")
+    assert "episode_000000.parquet is missing, and 1 more file like it" in message
+    assert "what is missing was not downloaded: dataset me/data: the network request failed" in message
+    assert "the network request failed" in message_of("me/other")
+
+
+def test_a_repo_that_is_gated(hub, monkeypatch):
+    refused = (403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "restricted"}, {"error": "restricted"})
+    monkeypatch.setattr(hub, "answer", lambda *request: refused)
+    assert "Request access on the repo's page" in message_of("me/data")
+
+
+def test_a_revision_in_the_name():
+    assert message_of("me/data@v2.1").endswith("Pass me/data --revision v2.1")
+
+
+def test_a_dataset_root_that_holds_another_dataset(hub, tmp_path):
+    root = write_v2(tmp_path / "data", LENGTHS)
+    card = "Look at it: https://huggingface.co/spaces/lerobot/visualize_dataset?path=me/data\n"
+    (root / "README.md").write_text(card)
+    upload(hub, root)
+    here = str(tmp_path / "here")
+    assert open_source("me/data", dataset_root=here).warnings == []
+    assert open_source("me/data", dataset_root=here).warnings == []
+    assert open_source("me/other", dataset_root=here).warnings == [
+        f"{here}/README.md is that of dataset me/data, not of me/other: is {here} the folder you mean?"
+    ]

@@ -1,19 +1,22 @@
 """Where the tables and videos of a dataset's episodes are, and what messages say of those that cannot be read."""
 
 import contextlib
+import glob
 import json
 import os
 import re
 import string
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
 
 from data.episodes import counted
-from errors import UserError, one_line
+from errors import UserError, one_line, plural, reason_of_disk
 
 LFS_HEADER = b"version https://git-lfs.github.com/spec/v1"
+LONGEST_NAME = 255  # bytes that file systems allow
 LFS_POINTER = "is a Git LFS pointer and not the file itself (run `git lfs pull` in the dataset's folder)"
 
 
@@ -40,7 +43,35 @@ def reading(path: Path):
     try:
         yield
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)[:200]}. Copy or download it again") from error
+        raise UserError(f"{path} cannot be read: {arrow_reason(error)}. Copy or download it again") from error
+
+
+def arrow_reason(error: Exception) -> str:
+    """Why Arrow cannot read a file, without the file's name and the question that it puts before its reason."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    text = one_line(error)
+    return (text.rpartition("': ")[2] or text)[:200].rstrip(".")
+
+
+def read_text(path: Path) -> str:
+    """The text of a metadata file.
+
+    Raises:
+        UserError: the file is missing, a Git LFS pointer, not in UTF-8, or may not be read.
+    """
+    check_readable(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason_of_disk(error)}") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path} line {line}: expected text in UTF-8, got byte {content[error.start]:#x}. Save the file as UTF-8"
+        ) from None
 
 
 def read_json(path: Path) -> dict:
@@ -49,10 +80,10 @@ def read_json(path: Path) -> dict:
     Raises:
         UserError: the file is missing or damaged.
     """
-    check_readable(path)
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        content = json.loads(text)
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {one_line(error)}. Copy or download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}. Copy or download it again")
@@ -73,7 +104,8 @@ def data_paths(meta) -> dict[int, Path] | None:
     columns = {"data/chunk_index", "data/file_index"}
     if not columns <= set(meta.episodes.column_names) or any(None in meta.episodes[name][:] for name in columns):
         return None
-    return episode_paths(meta, "data_path", "data", {})
+    paths = episode_paths(meta, "data_path", "data", {})
+    return paths | misplaced(meta.root / "data", paths) if is_v2(meta) else paths
 
 
 def video_paths(meta, key: str) -> dict[int, Path]:
@@ -82,11 +114,12 @@ def video_paths(meta, key: str) -> dict[int, Path]:
     Raises:
         UserError: the template in info.json cannot be filled in, or leads out of the dataset.
     """
-    return episode_paths(meta, "video_path", f"videos/{key}", {"video_key": key, "key": key})
+    paths = episode_paths(meta, "video_path", f"videos/{key}", {"video_key": key, "key": key})
+    return paths | misplaced(meta.root / "videos", paths, key) if is_v2(meta) else paths
 
 
 def episode_paths(meta, setting: str, columns: str, more_fields: dict[str, str]) -> dict[int, Path]:
-    """The template of info.json for every described episode.
+    """The template of info.json for every described episode, whether the file is there or not.
 
     Args:
         setting: name of the template, `data_path` or `video_path`.
@@ -110,8 +143,6 @@ def episode_paths(meta, setting: str, columns: str, more_fields: dict[str, str])
             "file": int(file),
         }
         paths[episode] = meta.root / filled_in(meta, setting, fields | more_fields)
-    if is_v2(meta):
-        paths = with_misplaced(meta.root / columns.partition("/")[0], paths, more_fields.get("video_key"))
     return paths
 
 
@@ -123,41 +154,85 @@ def filled_in(meta, setting: str, fields: dict) -> str:
     """
     template = getattr(meta.info, setting)
     where = f"{meta.root / 'meta' / 'info.json'}: {setting} {template!r}"
-    if not isinstance(template, str):
+    if not isinstance(template, str) or os.path.normpath(template) == os.curdir:
         raise UserError(f"{where}: expected the name of a file with placeholders such as {{episode_index:06d}}")
     try:
-        for _, name, _, _ in string.Formatter().parse(template):
+        for _, name, width, _ in string.Formatter().parse(template):
             if name is not None and name not in fields:
                 raise UserError(
                     f"{where} has the placeholder {{{name}}}: expected one of {', '.join(fields)}. Correct it"
                 )
+            if any(int(number) > LONGEST_NAME for number in re.findall(r"\d+", (width or "").format(**fields))):
+                raise UserError(f"{where}: expected a width of at most {LONGEST_NAME}, got {width:.20}. Correct it")
         path = template.format(**fields)
     except (ValueError, KeyError, IndexError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{where} cannot be filled in: {one_line(error)}. Correct it") from None
+    if any(len(os.fsencode(name)) > LONGEST_NAME for name in path.split("/")):
+        raise UserError(f"{where}: expected names of at most {LONGEST_NAME} bytes, got {len(path)}. Correct it")
     normal = os.path.normpath(path)
     if os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir:
         raise UserError(f"{where} leads out of the dataset, to {path}. Give a path within its folder")
     return normal
 
 
-def with_misplaced(folder: Path, paths: dict[int, Path], key: str | None) -> dict[int, Path]:
-    """`paths`, but files that are not there and have one namesake below `folder`, of the same camera, are that one.
+def pattern_of(meta, setting: str, key: str = "*") -> str:
+    """A pattern that matches all files of a template of info.json, of camera `key`. `*` matches a slash too."""
+    pattern = ""
+    for text, name, _, _ in string.Formatter().parse(getattr(meta.info, setting)):
+        pattern += glob.escape(text)
+        if name is not None:
+            pattern += glob.escape(key) if name in ("video_key", "key") else "*"
+    return os.path.normpath(pattern)
 
-    The folders in some published templates are not those of the files.
+
+def misplaced(folder: Path, paths: dict[int, Path], key: str | None = None) -> dict[int, Path]:
+    """{episode: file} of those of `paths` that are not there and have one namesake below `folder`, of the same camera.
+
+    The folders in some published templates are not those of the files. Where some of the files are at their own place, a
+    namesake counts only in a folder that differs by its number: another may hold an older copy.
     """
-    if all(path.is_file() for path in paths.values()):
-        return paths
+    absent = {episode: path for episode, path in paths.items() if not path.is_file()}
+    if not absent:
+        return {}
+    own = set(paths.values())
+    names = Counter(path.name for path in own)
+    places = set()
+    if len(absent) < len(paths):
+        places = {without_numbers(path) for path in paths.values()}
     namesakes: dict[str, list[Path]] = {}
     for path in folder.rglob("*"):
-        if key is None or key in path.parts:
+        fits = key is None or key in path.parts
+        if fits and names[path.name] == 1 and path not in own and (not places or without_numbers(path) in places):
             namesakes.setdefault(path.name, []).append(path)
-    found = {}
-    for episode, path in paths.items():
-        candidates = namesakes.get(path.name, [])
-        found[episode] = candidates[0] if len(candidates) == 1 and not path.is_file() else path
-    return found
+    found = {episode: namesakes.get(path.name, []) for episode, path in absent.items()}
+    return {episode: candidates[0] for episode, candidates in found.items() if len(candidates) == 1}
+
+
+def without_numbers(path: Path) -> str:
+    """A file's path with every number as 0, which is the same for the files of one template."""
+    return re.sub(r"\d+", "0", str(path))
+
+
+def misplaced_lines(meta) -> list[str]:
+    """A line for the tables, and for each camera's videos, that are in other folders than info.json says."""
+    if not is_v2(meta):
+        return []
+    kinds = [("data_path", "data", {}, data_paths(meta))]
+    for key in meta.video_keys:
+        kinds.append(("video_path", f"videos/{key}", {"video_key": key, "key": key}, video_paths(meta, key)))
+    lines = []
+    for setting, columns, more_fields, found in kinds:
+        told = episode_paths(meta, setting, columns, more_fields)
+        moved = [episode for episode in told if found[episode] != told[episode]]
+        if moved:
+            place = found[moved[0]].relative_to(meta.root)
+            lines.append(
+                f"{examples(meta.root, [told[episode] for episode in moved])}: not where {setting} of info.json says, "
+                f"read from {place.parent}"
+            )
+    return lines
 
 
 def is_hidden(path: Path) -> bool:
@@ -203,7 +278,7 @@ def file_lines(root: Path, faults: dict[Path, str], holds: dict[Path, list[int]]
         episodes = [episode for path in files for episode in holds.get(path, [])]
         line = f"{files[0].relative_to(root)} {faults[files[0]]}"
         if len(files) > 1:
-            line += f", and {len(files) - 1} more files like it"
+            line += f", and {plural(len(files) - 1, 'more file')} like it"
         lines.append(f"{line} ({counted(episodes)})" if episodes else line)
     return lines
 

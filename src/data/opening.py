@@ -7,20 +7,31 @@ from pathlib import Path
 import hub
 from data.checks import content_problems, content_warnings, info_problems, table_problems
 from data.episodes import counted, parse_episodes, ranges
-from data.files import data_paths, episodes_by_file, examples, file_lines, is_v2, read_json, stray_files, video_paths
+from data.files import (
+    data_paths,
+    episodes_by_file,
+    examples,
+    file_lines,
+    is_v2,
+    misplaced_lines,
+    pattern_of,
+    read_json,
+    stray_files,
+    video_paths,
+)
 from data.frame_times import frame_times_of
 from data.names import joint_names
 from data.observations import choose_observations, observation_names, observations_flag, rename_features
 from data.pictures import read_pictures
 from data.source import Source, read_columns
-from data.statistics import complete_statistics, statistics_problems, statistics_warnings
+from data.statistics import complete_statistics, statistics_file, statistics_problems, statistics_warnings
 from data.tables import read_tables
 from data.tasks import complete_task_index, set_tasks
 from data.v2 import fill_v2_metadata
 from data.v3 import fill_v3_metadata
 from data.video_checks import video_faults, video_warnings
 from data.videos import find_videos, skip_undescribed
-from errors import UserError, as_user_error
+from errors import UserError, as_user_error, find_path, plural
 
 REQUIRED = ("codebase_version", "fps", "features")  # in meta/info.json
 VERSIONS = ("v3.0", "v2.1", "v2.0")  # of the format, the best first
@@ -79,8 +90,9 @@ def open_source(
         selected = sorted({*selected, *parse_episodes(val_episodes, lengths, "--val_episodes")})
 
     # The files of the selected episodes.
+    not_downloaded = []
     if not Path(dataset_id).expanduser().is_dir():
-        download(meta, dataset_id, dataset_root, revision, selected)
+        not_downloaded = download(meta, dataset_id, dataset_root, revision, selected)
 
     # The table, one row a frame, of the episodes that are whole.
     problems = set_tasks(meta)
@@ -88,7 +100,9 @@ def open_source(
     source = Source(
         dataset_id, meta, table.episodes, table.starts, table.ends, table.files, left_out=left_out, renamed=names
     )
-    source.warnings = episode_warnings(meta, table.files) + table.warnings
+    source.warnings = meta.warnings + episode_warnings(meta, table.files) + table.warnings
+    if table.problems:
+        table.problems += not_downloaded
     source.problems = problems + table.problems
     if not table.episodes:
         return source
@@ -114,6 +128,8 @@ def open_source(
         source.warnings += complete_statistics(source)
     faults = video_faults(source)
     lines = table.problems + video_lines(source, faults)
+    if lines and not table.problems:
+        lines += not_downloaded
     source.problems = problems + lines
     if lines and not problems:
         flags = {flag: episodes}
@@ -131,16 +147,18 @@ def open_metadata(dataset_id: str, dataset_root: str | None = None, revision: st
     Raises:
         UserError: there is no such dataset, or it is in another format.
     """
-    folder = Path(dataset_id).expanduser()
-    if folder.is_dir():
+    folder = find_path(dataset_id, "dataset")
+    if folder is not None and folder.is_dir():
         meta = read_metadata(dataset_id, folder, folder.resolve().name)
-    elif re.fullmatch(hub.HUB_ID, dataset_id) and not folder.exists():
+    elif re.fullmatch(hub.HUB_ID, dataset_id) and folder is None:
+        name, _, given = dataset_id.partition("@")
+        if given:
+            raise UserError(f"dataset {dataset_id}: a revision has a flag of its own. Pass {name} --revision {given}")
         meta = open_hub(dataset_id, dataset_root, revision)
-    elif folder.exists():
+    elif folder is not None:
         raise UserError(f"dataset {dataset_id} is a file: expected the folder of a LeRobot dataset, or a Hub id")
     else:
         raise UserError(f"no dataset {dataset_id}: there is no such folder, and a Hub id is written user/name")
-    set_camera_axes(meta)
     for key, feature in meta.features.items():
         if key not in meta.camera_keys:
             feature["names"] = joint_names(feature)  # LeRobot's policies take them for a flat list
@@ -155,7 +173,7 @@ def read_metadata(dataset_id: str, folder: Path, repo_id: str):
     """
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
-    if not (folder / "meta" / "info.json").exists():
+    if find_path(folder / "meta" / "info.json", "dataset") is None:
         raise UserError(not_a_dataset(dataset_id, folder))
     info = read_info(folder / "meta" / "info.json")
     meta = LeRobotDatasetMetadata.__new__(LeRobotDatasetMetadata)  # its constructor reads whole v3.0 folders only
@@ -163,6 +181,7 @@ def read_metadata(dataset_id: str, folder: Path, repo_id: str):
     meta.repo_type = "dataset"
     meta.root = folder
     meta.revision = info["codebase_version"]
+    meta.warnings = []  # what reading the metadata left out, a line each; ours, not LeRobot's
     with opening(dataset_id):
         if info["codebase_version"] == "v3.0":
             fill_v3_metadata(meta, info)
@@ -193,7 +212,7 @@ def read_info(path: Path) -> dict:
             f"{path}: expected codebase_version {', '.join(VERSIONS[:-1])} or {VERSIONS[-1]}, got {version!r}. "
             "Use a copy of the dataset in one of these formats"
         )
-    if info.get("storage_format", "parquet") != "parquet":
+    if info.get("storage_format") not in (None, "parquet"):
         raise UserError(
             f"{path}: expected storage_format parquet or none, got {info['storage_format']!r}, which is not read. "
             "Use a copy of the dataset that is stored as Parquet"
@@ -204,6 +223,7 @@ def read_info(path: Path) -> dict:
     problems = info_problems(info)
     if problems:
         raise UserError(f"{path}: {'; '.join(problems)}")
+    set_camera_axes(info["features"])
     # LeRobot would warn of other fields, and check sizes that only its recorder uses.
     known = {field.name for field in fields(DatasetInfo) if not field.name.endswith("_size_in_mb")}
     return {name: value for name, value in info.items() if name in known and value is not None}
@@ -239,11 +259,13 @@ def episode_warnings(meta, tables: list[Path]) -> list[str]:
     Args:
         tables: files that were read.
     """
-    warnings = []
+    warnings = misplaced_lines(meta)
     count = len(meta.episodes)
+    if meta.info.codebase_version == "v2.1" and statistics_file(meta) == "meta/stats.json" and meta.stats:
+        warnings.append("meta/episodes_stats.jsonl is missing, the statistics are those of meta/stats.json")
     if meta.info.total_episodes != count:
         warnings.append(
-            f"info.json counts {meta.info.total_episodes} episodes, its metadata describes {count}: these are read"
+            f"info.json counts {plural(meta.info.total_episodes, 'episode')}, its metadata describes {count}: these are read"
         )
     empty = set(meta.episodes["episode_index"][:]) - set(episode_lengths(meta))
     if empty:
@@ -302,17 +324,52 @@ def remedy_of(flags: dict[str, str | None], lengths: dict[int, int], whole: set[
 
 
 def open_hub(dataset_id: str, dataset_root: str | None, revision: str | None):
-    """Read the metadata of a Hub dataset: a folder's that LeRobot keeps it in, else downloaded."""
+    """Read the metadata of a Hub dataset: a folder's that LeRobot keeps it in, else downloaded.
+
+    Where nothing can be downloaded, what is on disk already is read: the newest snapshot in the cache, or that folder.
+    """
     from lerobot.datasets.utils import has_legacy_hub_download_metadata
     from lerobot.utils.constants import HF_LEROBOT_HOME
 
     kept = Path(dataset_root).expanduser() if dataset_root else HF_LEROBOT_HOME / dataset_id
-    if (kept / "meta" / "info.json").is_file() and (dataset_root or not has_legacy_hub_download_metadata(kept)):
+    is_kept = (kept / "meta" / "info.json").is_file() and (dataset_root or not has_legacy_hub_download_metadata(kept))
+    if is_kept:
         meta = read_metadata(dataset_id, kept, dataset_id)
         # A folder of an older LeRobot may hold a part of the dataset, of another revision.
         if dataset_root or not is_v2(meta) or (revision is None and has_all_files(meta)):
+            meta.warnings += other_dataset(dataset_id, kept)
             return meta
-    return read_metadata(dataset_id, fetch(dataset_id, dataset_root, revision, ["meta/*"]), dataset_id)
+    try:
+        folder = fetch(dataset_id, dataset_root, revision, ["meta/*"])
+    except UserError:
+        if dataset_root or revision is not None:
+            raise
+        folder = cached_snapshot(dataset_id)
+        if folder is None and not is_kept:
+            raise
+        folder = folder or kept
+    return read_metadata(dataset_id, folder, dataset_id)
+
+
+def other_dataset(dataset_id: str, folder: Path) -> list[str]:
+    """A line where the dataset card in a folder, as LeRobot writes it, is that of another dataset."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return []
+    named = re.search(r"visualize_dataset\?path=([\w.-]+/[\w.-]+)", card.read_text(errors="replace"))
+    if named is None or named[1] == dataset_id:
+        return []
+    return [f"{card} is that of dataset {named[1]}, not of {dataset_id}: is {folder} the folder you mean?"]
+
+
+def cached_snapshot(dataset_id: str) -> Path | None:
+    """The snapshot of a Hub dataset that was downloaded last; None if there is none."""
+    from huggingface_hub.file_download import repo_folder_name
+    from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
+
+    snapshots = Path(HF_LEROBOT_HUB_CACHE) / repo_folder_name(repo_id=dataset_id, repo_type="dataset") / "snapshots"
+    found = sorted(snapshots.glob("*/meta/info.json"), key=lambda path: path.lstat().st_mtime)
+    return found[-1].parent.parent if found else None
 
 
 def fetch(dataset_id: str, dataset_root: str | None, revision: str | None, patterns: list[str]) -> Path:
@@ -320,6 +377,8 @@ def fetch(dataset_id: str, dataset_root: str | None, revision: str | None, patte
     from huggingface_hub import snapshot_download
     from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
 
+    if dataset_root:  # the card says later which dataset is in there
+        patterns = ["README.md", *patterns]
     with opening(dataset_id):
         folder = snapshot_download(
             dataset_id,
@@ -353,21 +412,42 @@ def needed_files(meta, episodes: list[int]) -> list[Path]:
     return list(dict.fromkeys(path for paths in maps for episode, path in paths.items() if episode in wanted))
 
 
-def download(meta, dataset_id: str, dataset_root: str | None, revision: str | None, episodes: list[int]) -> None:
-    """Download the files of `episodes` that are not on disk yet, and set `meta.root` to where they are."""
+def download(meta, dataset_id: str, dataset_root: str | None, revision: str | None, episodes: list[int]) -> list[str]:
+    """Download the files of `episodes` that are not on disk yet, and set `meta.root` to where they are.
+
+    Returns:
+        Why that failed, in at most one line. A recording of one's own need not be on the Hub: then there is no line.
+    """
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        download_missing(meta, dataset_id, dataset_root, revision, episodes)
+    except UserError as error:
+        cause = error.__cause__
+        if isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
+            return []
+        return [f"what is missing was not downloaded: {error}"]
+    return []
+
+
+def download_missing(
+    meta, dataset_id: str, dataset_root: str | None, revision: str | None, episodes: list[int]
+) -> None:
+    """As `download`, but raises a UserError where it fails."""
     tables_named = data_paths(meta) is not None
     missing = [path for path in needed_files(meta, episodes) if not path.is_file()]
     if not missing and (tables_named or any((meta.root / "data").glob("*/*.parquet"))):
         return
-    # Thousands of names would be matched with thousands of files.
-    patterns = ["data/*", *(f"videos/*{glob.escape(key)}/*" for key in meta.video_keys)]
-    if tables_named and len(missing) < 200:
-        exact = [glob.escape(path.relative_to(meta.root).as_posix()) for path in missing]
-        folder = fetch(dataset_id, dataset_root, revision, ["meta/*", *exact])
-        meta.root = folder
+    if tables_named:
+        patterns = [glob.escape(path.relative_to(meta.root).as_posix()) for path in missing]
+        if len(missing) >= 200:  # thousands of names would be matched with thousands of files
+            patterns = [pattern_of(meta, "data_path")]
+            patterns += [pattern_of(meta, "video_path", key) for key in meta.video_keys]
+        meta.root = fetch(dataset_id, dataset_root, revision, ["meta/*", *patterns])
         if all(path.is_file() for path in needed_files(meta, episodes)):
             return
     # Where files are not in the folders that info.json says.
+    patterns = ["data/*", *(f"videos/*{glob.escape(key)}/*" for key in meta.video_keys)]
     meta.root = fetch(dataset_id, dataset_root, revision, ["meta/*", *patterns])
 
 
@@ -378,10 +458,11 @@ def opening(dataset_id: str):
     )
 
 
-def set_camera_axes(meta) -> None:
+def set_camera_axes(features: dict) -> None:
     """Write every camera's shape as (height, width, channels) and name its axes so, as LeRobot's decoders give it."""
-    for key in meta.camera_keys:
-        feature = meta.features[key]
+    for feature in features.values():
+        if feature.get("dtype") not in ("image", "video"):
+            continue
         shape = tuple(feature["shape"])
         if len(shape) == 3 and shape[0] == 3 and shape[2] != 3:  # channels first
             shape = (*shape[1:], 3)

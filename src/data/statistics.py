@@ -16,7 +16,7 @@ from data.files import check_readable, is_v2
 from data.frames import Frames
 from data.names import joint_names
 from data.source import Source
-from errors import RECOMPUTE_STATISTICS, UserError, one_line
+from errors import RECOMPUTE_STATISTICS, UserError, one_line, plural
 
 BASIC = ("mean", "std", "min", "max")  # what LeRobot has written since its first datasets
 ASCENDING = (("min", "mean", "max"), ("min", "q01", "q10", "q50", "q90", "q99", "max"))
@@ -30,24 +30,32 @@ OUTSIDE = 0.25  # of the range from min to max
 NARROW = 20.0  # of only some episodes: how many times narrower the data of every joint may be
 
 
-def read_statistics(path: Path) -> dict[str, dict[str, np.ndarray]]:
+def read_statistics(path: Path, features: dict) -> dict[str, dict[str, np.ndarray]]:
     """{feature: {statistic: array}} of a stats.json; what is null or missing there is left out, to be computed.
 
     LeRobot's reader would split the names of features at a slash.
+
+    Args:
+        path: the file.
+        features: of info.json, in whose shapes the statistics are returned.
 
     Raises:
         UserError: the file is damaged.
     """
     check_readable(path)
     try:
-        return as_arrays(json.loads(path.read_text()))
+        return as_arrays(json.loads(path.read_text(encoding="utf-8-sig")), features)
     except (OSError, ValueError) as error:
         reason = one_line(error)[:200].rstrip(".")
         raise UserError(f"{path} holds no statistics: {reason}. Delete it: they are computed from the data") from None
 
 
-def as_arrays(stats) -> dict[str, dict[str, np.ndarray]]:
+def as_arrays(stats, features: dict) -> dict[str, dict[str, np.ndarray]]:
     """The statistics of a JSON file as arrays, without nulls and what is no number.
+
+    Args:
+        stats: content of the file.
+        features: of info.json, in whose shapes the statistics are returned.
 
     Raises:
         ValueError: a list of numbers is ragged.
@@ -57,7 +65,24 @@ def as_arrays(stats) -> dict[str, dict[str, np.ndarray]]:
         if isinstance(stats_of_key, dict):
             values = {name: np.atleast_1d(np.array(value)) for name, value in stats_of_key.items()}
             arrays[key] = {name: value for name, value in values.items() if value.dtype.kind in "fiub"}
+            if key in features:
+                arrays[key] = {name: in_own_shape(name, value, features[key]) for name, value in arrays[key].items()}
     return arrays
+
+
+def in_own_shape(name: str, value: np.ndarray, feature: dict) -> np.ndarray:
+    """A statistic in the shape that normalising takes: that of the feature's numbers, or (C, 1, 1) of a camera.
+
+    Other tools write (D, 1), (1, D) or, of a camera, (C,). One that has not that many numbers is returned as it is.
+    """
+    shape = tuple(feature.get("shape") or (1,))
+    if name == "count":
+        return value
+    if feature.get("dtype") in ("video", "image"):
+        shape = (shape[-1], 1, 1)
+    elif value.size != math.prod(shape):
+        shape = shape[-1:]  # LeRobot has them of all numbers, or of the last axis
+    return value.reshape(shape) if value.size == math.prod(shape) else value
 
 
 def merge_statistics(parts: list[dict]) -> dict[str, dict[str, np.ndarray]]:
@@ -144,11 +169,12 @@ def fill_statistics(source: Source, lacking: dict[str, list[str]], num_threads: 
     source.meta.stats = stats
 
     file = statistics_file(source.meta)
+    rows = plural(source.rows, "row")
     lines = []
     if told["columns"]:
-        lines.append(f"{file} lacks {', '.join(told['columns'])}: computed from the {source.rows} rows of the table")
+        lines.append(f"{file} lacks {', '.join(told['columns'])}: computed from the {rows} of the table")
     if told["pictures"]:
-        lines.append(f"{file} lacks {', '.join(told['pictures'])}: computed from frames of the {source.rows} rows")
+        lines.append(f"{file} lacks {', '.join(told['pictures'])}: computed from frames of the {rows}")
     return lines
 
 
@@ -199,7 +225,7 @@ def faults_of(stats: dict, feature: dict) -> list[str]:
     for name in names:
         value = stats[name]
         if value.size not in widths:
-            return [f"expected {math.prod(shape)} numbers as {name}, got {value.size}"]
+            return [f"expected {plural(math.prod(shape), 'number')} as {name}, got {value.size}"]
         values[name] = value.astype(np.float64).ravel()
     if len({value.size for value in values.values()}) > 1:
         sizes = ", ".join(f"{value.size} as {name}" for name, value in values.items())
@@ -264,7 +290,7 @@ def statistics_warnings(source: Source) -> list[str]:
             both = [f"mean {s['mean'][index]:.4g}, std {s['std'][index]:.4g}, {s['min'][index]:.4g} to {s['max'][index]:.4g}"
                     for s in (written, got)]  # fmt: skip
             lines.append(
-                f"{statistics_file(source.meta)} does not fit the table in {wrong.sum()} of {wrong.size} numbers of {key}: "
+                f"{statistics_file(source.meta)} does not fit the table in {wrong.sum()} of {plural(wrong.size, 'number')} of {key}: "
                 f"{joint(source.meta.features[key], wrong.size, wrong)} has {both[0]} there, and {both[1]} in the table. "
                 f"{remedy(source.meta)}"
             )

@@ -14,8 +14,17 @@ import torch
 from torch import Tensor
 
 from data.episodes import counted
-from data.files import LFS_POINTER, data_paths, episodes_by_file, file_lines, is_hidden, is_lfs_pointer
-from errors import UserError, one_line
+from data.files import (
+    LFS_POINTER,
+    arrow_reason,
+    data_paths,
+    episodes_by_file,
+    file_lines,
+    is_hidden,
+    is_lfs_pointer,
+    without_numbers,
+)
+from errors import UserError, one_line, plural
 
 
 @dataclass
@@ -58,6 +67,9 @@ def read_tables(meta, selected: list[int], lengths: dict[int, int]) -> EpisodeTa
     files = present
     if paths is not None:
         files = sorted({paths[episode] for episode in selected})
+        if any(path.is_file() for path in paths.values()):  # a folder of another kind may hold older copies
+            places = {without_numbers(path) for path in paths.values()}
+            present = [path for path in present if without_numbers(path) in places]
     tables, faults = read_files(files, None if len(selected) == len(lengths) else selected)
     counts = {path: count_rows(path, table) for path, table in tables.items()}
 
@@ -125,8 +137,7 @@ def read_files(files: list[Path], episodes: list[int] | None) -> tuple[dict[Path
                 check_episode_index(file, dataset.schema)
                 tables[file] = dataset.to_table(filter=selected)
             except (pa.ArrowInvalid, OSError) as error:
-                # Arrow puts the file's name and a question before its reason.
-                faults[file] = f"cannot be read: {one_line(error).rpartition("': ")[2][:200]}"
+                faults[file] = f"cannot be read: {arrow_reason(error)}"
     return tables, faults
 
 
@@ -142,7 +153,7 @@ def check_episode_index(file: Path, schema: pa.Schema) -> None:
 def count_rows(file: Path, table: pa.Table) -> dict[int, int]:
     """Number of rows of each episode in a table."""
     if table["episode_index"].null_count:
-        raise UserError(f"{file}: {table['episode_index'].null_count} rows have no episode_index")
+        raise UserError(f"{file}: no episode_index in {plural(table['episode_index'].null_count, 'row')}")
     episodes, rows = np.unique(table["episode_index"].to_numpy(), return_counts=True)
     return dict(zip(episodes.tolist(), rows.tolist(), strict=True))
 
@@ -173,7 +184,7 @@ def table_lines(
         lines.append(f"its table has no rows of {counted(absent)}")
     if differ:
         first = differ[0]
-        line = f"episode {first} has {counts[first]} rows in its table, but {lengths[first]} in its metadata"
+        line = f"episode {first} has {plural(counts[first], 'row')} in its table, but {lengths[first]} in its metadata"
         if len(differ) > 1:
             line += f", and so on in {counted(differ)}"
         lines.append(line)

@@ -6,7 +6,8 @@ Statistics are by episode in v2.1, and of the whole dataset in v2.0.
 import json
 from pathlib import Path
 
-from data.files import check_readable
+from data.episodes import counted
+from data.files import read_text
 from data.statistics import as_arrays, merge_statistics, read_statistics
 from errors import UserError, one_line
 
@@ -35,7 +36,8 @@ def fill_v2_metadata(meta, info: dict) -> None:
     tasks = read_json_lines(folder / "tasks.jsonl", {"task_index": int})
     meta.info = DatasetInfo(**converted_info(info))
     meta.tasks = pandas.DataFrame(tasks)
-    meta.stats = read_stats(folder)
+    described = {line["episode_index"] for line in episodes if line["length"] > 0}
+    meta.stats = read_stats(meta, described, info["features"])
     meta.episodes = Dataset.from_list(episode_rows(episodes, meta)) if episodes else None
 
 
@@ -52,18 +54,35 @@ def converted_info(info: dict) -> dict:
     return converted
 
 
-def read_stats(folder: Path) -> dict:
-    """Statistics of the whole dataset, by episode or not; empty where there are none."""
-    by_episode = folder / "episodes_stats.jsonl"
-    if by_episode.exists():
-        lines = read_json_lines(by_episode, {"episode_index": int, "stats": dict})
+def read_stats(meta, described: set[int], features: dict) -> dict:
+    """Statistics of the whole dataset, by episode or not; empty where there are none, or not of every episode.
+
+    Args:
+        meta: LeRobot's metadata, whose `warnings` get a line for what is left out.
+        described: the episodes that have rows.
+        features: as for `as_arrays`.
+    """
+    by_episode = meta.root / "meta" / "episodes_stats.jsonl"
+    if not by_episode.exists():
+        whole = meta.root / "meta" / "stats.json"
+        return read_statistics(whole, features) if whole.exists() else {}
+    lines = read_json_lines(by_episode, {"episode_index": int, "stats": dict})
+    lines = [line for line in lines if line["episode_index"] in described]
+    absent = described - {line["episode_index"] for line in lines}
+    if absent:
+        meta.warnings.append(f"meta/episodes_stats.jsonl is left out: it has no statistics of {counted(absent)}")
+        return {}
+    merged = {}
+    for key in dict.fromkeys(key for line in lines for key in line["stats"]):
         try:
-            return merge_statistics([as_arrays(line["stats"]) for line in lines])
+            parts = [as_arrays({key: line["stats"].get(key)}, features) for line in lines]
+            merged |= merge_statistics(parts)
         except ValueError as error:
-            raise UserError(f"{by_episode} holds statistics that do not fit: {one_line(error)[:200]}") from error
-    if (folder / "stats.json").exists():
-        return read_statistics(folder / "stats.json")
-    return {}
+            meta.warnings.append(
+                f"meta/episodes_stats.jsonl: the statistics of {key} do not fit each other ({one_line(error)[:200].rstrip('.')}): "
+                "they are left out"
+            )
+    return merged
 
 
 def episode_rows(episodes: list[dict], meta) -> list[dict]:
@@ -97,16 +116,16 @@ def read_json_lines(path: Path, fields: dict[str, type]) -> list[dict]:
     Raises:
         UserError: the file is missing, or a line is damaged, incomplete or contradicts another one.
     """
-    check_readable(path)
+    text = read_text(path)
     key = next(iter(fields))
     lines: dict[int, dict] = {}
     first_seen: dict[int, int] = {}  # the number of the line
-    for number, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
-        if not text.strip():
+    for number, content in enumerate(text.split("\n"), start=1):  # a text may hold what str.splitlines splits at
+        if not content.strip():
             continue
         where = f"{path} line {number}"
         try:
-            line = json.loads(text)
+            line = json.loads(content)
         except ValueError as error:
             raise UserError(f"{where} is not valid JSON: {one_line(error)}. Copy or download the file again") from None
         for name, kind in fields.items():

@@ -9,7 +9,7 @@ import pyarrow.parquet
 from data.episodes import counted
 from data.files import check_readable, is_hidden, reading
 from data.statistics import read_statistics
-from errors import UserError
+from errors import UserError, plural
 
 
 def fill_v3_metadata(meta, info: dict) -> None:
@@ -37,15 +37,21 @@ def fill_v3_metadata(meta, info: dict) -> None:
     files = sorted(path for path in folder.glob("episodes/*/*.parquet") if not is_hidden(path))
     if not files:
         raise UserError(f"{folder}/episodes/*/*.parquet is missing. Copy or download the whole dataset again")
-    episodes = read_episodes(files)
+    episodes = read_episodes(files, meta.warnings)
     meta.episodes = Dataset.from_dict(episodes.to_pydict()) if episodes.num_rows else None
     meta.stats = {}
     if (folder / "stats.json").exists():
-        meta.stats = read_statistics(folder / "stats.json")
+        meta.stats = read_statistics(folder / "stats.json", info["features"])
 
 
-def read_episodes(files: list[Path]) -> pa.Table:
+def read_episodes(files: list[Path], warnings: list[str]) -> pa.Table:
     """The rows of meta/episodes, without statistics, by ascending episode.
+
+    A last file that is damaged is left out: a recording that was interrupted leaves one.
+
+    Args:
+        files: those of meta/episodes, in their order.
+        warnings: gets a line for what is left out.
 
     Raises:
         UserError: a file is damaged, or an episode is described twice or without what reading it needs.
@@ -53,9 +59,15 @@ def read_episodes(files: list[Path]) -> pa.Table:
     tables = []
     for file in files:
         check_readable(file)
-        with reading(file):
-            names = pa.parquet.read_schema(file).names
-            tables.append(pa.parquet.read_table(file, columns=[n for n in names if not n.startswith("stats/")]))
+        try:
+            with reading(file):
+                names = pa.parquet.read_schema(file).names
+                tables.append(pa.parquet.read_table(file, columns=[n for n in names if not n.startswith("stats/")]))
+        except UserError as error:
+            if file != files[-1] or not any(table.num_rows for table in tables):
+                raise
+            warnings.append(f"{error}. The episodes that it describes are left out")
+            break
         for name in ("episode_index", "length"):
             if name not in names:
                 raise UserError(f"{file} has no column {name}. Copy or download the dataset again")
@@ -73,7 +85,7 @@ def read_episodes(files: list[Path]) -> pa.Table:
     twice = [episode for episode, count in Counter(index).items() if count > 1]
     if twice:
         raise UserError(
-            f"{files[0].parent.parent} describes {counted(twice)} more than once, in {len(files)} files. "
+            f"{files[0].parent.parent} describes {counted(twice)} more than once, in {plural(len(files), 'file')}. "
             "Remove the file that is left over, or download the dataset again"
         )
     return table if index == sorted(index) else table.sort_by("episode_index")
