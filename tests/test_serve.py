@@ -20,9 +20,10 @@ import pytest
 from aiohttp import web
 
 import serve
+from errors import UserError
 from helpers.paths import ROOT
 from helpers.runs import small
-from policy.loaded import load_policy
+from policy.loaded import load_policy, to_tensor
 from serve import CONNECTIONS, PolicyServer, pack, unpack
 from train import train
 
@@ -213,6 +214,11 @@ def test_bad_requests_are_answered(client, observation, message):
     assert "\n" not in error
     assert response.status == (413 if "too large" in error else 400)
     assert client.health()["status"] == "ok"  # over the same connection
+
+
+def test_an_empty_picture_is_refused_where_any_size_is_taken():
+    with pytest.raises(UserError, match=r"top: expected uint8 of shape \(any, any, 3\)"):
+        to_tensor({"top": np.zeros((0, 4, 3), np.uint8)}, "top", "uint8", (None, None, 3))
 
 
 def test_numbers_of_any_packed_kind_are_taken(client):
