@@ -1,7 +1,10 @@
 """What a table may hold: numbers in any form Arrow has, texts, pictures; what cannot be read is refused with its row."""
 
+import base64
 import decimal
 import io
+import struct
+import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -206,22 +209,132 @@ def test_rows_without_a_text_are_told(copy_of):
     assert problem_of(root).startswith("observation.note: expected texts as info.json says, got int64")
 
 
+def test_a_task_index_of_truth_values(copy_of):
+    root = copy_of("no_camera")
+    set_column(root, "task_index", pa.array([False] * 33))
+    assert problem_of(root) == "task_index: expected whole numbers, got bool. Write the column as int64"
+
+
+@pytest.mark.parametrize("name", ["timestamp", "frame_index", "index", "task_index"])
+def test_two_numbers_where_a_row_has_one(copy_of, name):
+    root = copy_of("no_camera")
+    set_feature(root, name, shape=[2])
+    set_column(root, name, pa.array([[0, 0]] * 33))
+    assert problem_of(root).startswith(f"{name}: expected shape (1,) in info.json, got (2,)")
+
+
+@pytest.mark.parametrize("shape", [[1, 3], [3, 1]])
+def test_an_action_that_is_no_plain_list(copy_of, shape):
+    """The table may nest it: info.json decides, and what the line says to write there trains."""
+    root = copy_of("no_camera")
+    nested = np.array(column(root, "action")).reshape(33, *shape)
+    set_column(root, "action", pa.array(nested.tolist()))
+    set_feature(root, "action", shape=shape)
+    settings = small("flow", dataset_id=str(root), output_dir=str(root / "run"), steps=1)
+    with pytest.raises(UserError, match=r"action: expected a list of numbers, of shape \[3\], got shape") as caught:
+        train(**settings)
+    assert "\n" not in str(caught.value)
+    set_feature(root, "action", shape=[3])
+    assert train(**settings).steps == 1
+
+
+def test_a_state_that_act_cannot_flatten(copy_of):
+    root = copy_of("no_camera")
+    set_feature(root, "observation.state", shape=[1, 3])
+    with pytest.raises(UserError, match=r"observation.state: expected a list of numbers, of shape \[3\]"):
+        train(**small("act", dataset_id=str(root), output_dir=str(root / "act"), steps=1))
+    assert train(**small("flow", dataset_id=str(root), output_dir=str(root / "flow"), steps=1)).steps == 1
+
+
+@pytest.mark.parametrize("shape", [[-3], [True], [3, -1]])
+def test_a_size_that_cannot_be(copy_of, shape):
+    root = copy_of("no_camera")
+    set_feature(root, "action", shape=shape)
+    with pytest.raises(UserError, match="feature action: expected a shape such as"):
+        open_source(str(root))
+
+
+@pytest.mark.parametrize("shape", [[32, 32], [32], [], [0, 0, 3], [32, 32, 3, 1]])
+def test_a_camera_of_another_shape_is_one_line_in_training_too(copy_of, shape):
+    root = copy_of("images")
+    set_feature(root, TOP, shape=shape)
+    expected = f"camera {TOP}: expected shape \\(height, width, 3\\) in info.json"
+    with pytest.raises(UserError, match=expected) as caught:
+        train(**small("flow", dataset_id=str(root), output_dir=str(root / "run"), steps=1))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_float32_cannot_hold_is_told_without_a_warning(copy_of, recwarn):
+    root = copy_of("no_camera")
+    values = np.array(column(root, "action"), np.float64)
+    values[14, 1] = 1e39
+    set_column(root, "action", pa.array(values.tolist(), pa.list_(pa.float64())))
+    assert problem_of(root).startswith("action is not finite in 1 row, first in episode 1 frame 1")
+    assert [str(warning.message) for warning in recwarn if warning.category is RuntimeWarning] == []
+
+
+def test_a_dataset_without_its_column_says_nothing_of_statistics(copy_of):
+    root = copy_of("no_camera")
+    set_feature(root, "observation.force", dtype="float32", shape=[6], names=None)
+    with pytest.raises(UserError, match=r"its table has no column observation\.force") as caught:
+        train(**small("flow", dataset_id=str(root), output_dir=str(root / "run"), steps=1))
+    assert "stats.json" not in str(caught.value)
+
+
+@pytest.mark.parametrize("policy", ["act", "flow"])
+def test_nothing_to_act_on(copy_of, policy):
+    """No policy is offered that would refuse it too."""
+    root = copy_of("no_camera")
+    edit_json(root / "meta" / "info.json", lambda info: info["features"].pop("observation.state"))
+    with pytest.raises(UserError, match="it has no observation that a policy could act on") as caught:
+        train(**small(policy, dataset_id=str(root), output_dir=str(root / "run"), steps=1))
+    assert "--policy flow" not in str(caught.value)
+
+
+def test_a_rename_that_takes_the_state_away(copy_of):
+    root = copy_of("images")
+    settings = small("act", dataset_id=str(root), output_dir=str(root / "run"), steps=1)
+    with pytest.raises(UserError, match="Leave --rename out if that is the state"):
+        train(**settings, rename=["observation.state=observation.other"])
+    rename = ["observation.state=observation.other", f"{TOP}=observation.images.left"]
+    with pytest.raises(UserError) as caught:
+        train(**settings, rename=rename)
+    assert f"Pass --rename {TOP}=observation.images.left if that is the state" in str(caught.value)
+    assert train(**settings, rename=rename[1:]).steps == 1
+
+
 # Row order and clock.
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda index: [*index[:14], index[15], index[14], *index[16:]], "got 2 in 2 rows, first in episode 1 frame 1"),
-        (lambda index: [frame + 1 for frame in index], "got 1 in 33 rows, first in episode 0 frame 0"),
-        (lambda index: list(range(33)), "got 13 in 20 rows, first in episode 1 frame 0"),
-        (lambda index: [*index[:-1], index[-1] + 1], "got 11 in episode 2 frame 10"),
+        (
+            lambda index: [*index[:14], index[15], index[14], *index[16:]],
+            "got 2 in 2 rows, first in episode 1 frame 1. Sort each episode's rows by frame_index",
+        ),
+        (
+            lambda index: [frame + 1 for frame in index],
+            "got 1 in 33 rows, first in episode 0 frame 0. Count each episode's frames from 0, and not from 1 or",
+        ),
+        (
+            lambda index: list(range(33)),
+            "got 13 in 20 rows, first in episode 1 frame 0. Count each episode's frames from 0",
+        ),
+        (
+            lambda index: [index[1] + 5, index[0] + 5, *(frame + 5 for frame in index[2:])],
+            "got 6 in 33 rows, first in episode 0 frame 0. Sort each episode's rows by frame_index and count each episode's",
+        ),
+        (
+            lambda index: [*index[:-1], index[-1] + 1],
+            "got 11 in episode 2 frame 10. Frames are missing, or there twice",
+        ),
     ],
 )
 def test_rows_that_are_not_in_the_order_of_their_frames(copy_of, change, message):
     root = copy_of("no_camera")
     rewrite_column(root, "frame_index", change)
-    expected = f"frame_index: expected 0 to n - 1 in the n rows of each episode, {message}. Sort each episode's rows"
+    expected = f"frame_index: expected 0 to n - 1 in the n rows of each episode, {message}"
     assert problem_of(root).startswith(expected)
     edit_json(root / "meta" / "info.json", lambda info: info["features"].pop("frame_index"))
     assert problem_of(root).startswith(expected)  # the column counts, listed or not
@@ -371,6 +484,66 @@ def test_a_row_without_a_picture_is_named(copy_of, missing):
     pictures[15] = missing
     set_column(root, TOP, pa.array(pictures, pa.struct([("bytes", pa.binary()), ("path", pa.string())])))
     assert problem_of(root).startswith(f"{TOP}: expected a picture in each row, got none in episode 1 frame 2")
+
+
+PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def test_pictures_of_another_size_are_told_before_training(copy_of):
+    root = copy_of("images")
+    frames = stored(root)
+    frames[13] = encoded(np.zeros((24, 32, 3), np.uint8))  # the first of episode 1
+    set_column(root, TOP, pa.array([{"bytes": frame, "path": None} for frame in frames], PICTURE))
+    problem = problem_of(root)
+    assert "by info.json, got 24x32 in episode 1 frame 0" in problem
+    assert "write the shape [24, 32, 3] into info.json" in problem
+    assert open_source(str(root), episodes="0,2").problems == []
+
+
+def test_axes_in_another_order_are_told(copy_of):
+    root = copy_of("images")
+    height, width = pictures_of(open_source(str(root)), [0]).shape[-2:]
+    frames = [encoded(np.zeros((height - 8, width, 3), np.uint8)) for _ in range(33)]
+    set_column(root, TOP, pa.array([{"bytes": frame, "path": None} for frame in frames], PICTURE))
+    set_feature(root, TOP, shape=[width, height - 8, 3], names=["width", "height", "channels"])
+    assert f"write the shape [{height - 8}, {width}, 3] into info.json" in problem_of(root)
+    set_feature(root, TOP, shape=[height - 8, width, 3])  # the remedy
+    assert open_source(str(root)).problems == []
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_picture_files_that_are_missing_are_named(copy_of, content):
+    root = copy_of("images")
+    rows = []
+    for row, frame in enumerate(stored(root)):
+        path = f"pictures/{row:03d}.png"
+        (root / path).parent.mkdir(exist_ok=True)
+        if row not in (14, 20):
+            (root / path).write_bytes(frame)
+        rows.append({"bytes": content, "path": path})
+    set_column(root, TOP, pa.array(rows, PICTURE))
+    expected = f"{TOP}: 2 picture files missing, first pictures/014.png of episode 1 frame 1."
+    assert problem_of(root).startswith(expected)
+    assert open_source(str(root), episodes="0,2").problems == []  # the remedy
+
+
+def test_base64_instead_of_pictures_is_a_short_line(copy_of):
+    root = copy_of("images")
+    set_column(root, TOP, pa.array([base64.b64encode(frame * 20).decode() for frame in stored(root)]))
+    assert len(problem_of(root)) < 300
+
+
+def test_16_bit_colours_are_not_halved(copy_of):
+    root = copy_of("images")
+
+    def part(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    lines = b"".join(b"\0" + bytes(6 * 32) for _ in range(32))
+    png = b"\x89PNG\r\n\x1a\n" + part(b"IHDR", struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0))
+    png += part(b"IDAT", zlib.compress(lines)) + part(b"IEND", b"")
+    set_column(root, TOP, pa.array([{"bytes": png, "path": None}] * 33, PICTURE))
+    assert "expected 8 bits a channel, got a 16-bit RGB picture" in problem_of(root)
 
 
 def test_numbers_instead_of_pictures(copy_of):

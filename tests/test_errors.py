@@ -113,7 +113,7 @@ def test_step_in_the_name_against_trainer_state(capsys, damaged):
 def test_other_dims_than_the_checkpoint(capsys, run, made):
     line = message(capsys, dataset_id=str(made("wide")), resume_from_checkpoint=str(run / "checkpoint-4"), steps=6)
     assert line.endswith(
-        "observation.state: expected 3 numbers, as in checkpoint-4, got 5. Pass the dataset it was trained on, or train a new policy"
+        "observation.state: expected 3 numbers, as in checkpoint-4, got 5 numbers. Pass the dataset it was trained on, or train a new policy"
     )
 
 

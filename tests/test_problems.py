@@ -66,7 +66,7 @@ def test_not_finite(copy_of):
         return values
 
     rewrite_column(root, "action", change)
-    assert "action is not finite in 1 rows, first in episode 1 frame 7" in refusal(root)
+    assert "action is not finite in 1 row, first in episode 1 frame 7" in refusal(root)
 
 
 def test_wrong_fps(copy_of):

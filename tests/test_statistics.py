@@ -4,18 +4,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from lerobot.configs import NormalizationMode
+import torch
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
+from lerobot.policies import make_pre_post_processors
 from safetensors.torch import load_file, save_file
 
 from data.opening import open_source
-from data.statistics import BASIC, camera_statistics, merge_statistics, statistics_warnings
+from data.statistics import BASIC, as_arrays, camera_statistics, merge_statistics, statistics_warnings
 from data.union import unite
 from errors import UserError
 from helpers.dataset_edits import edit_json
 from helpers.runs import small
+from policy.factory import policy_config_class
 from policy.loaded import load_policy
 from processors.pipelines import load_processors
-from processors.statistics import STATS_OF_MODE
+from processors.statistics import STATS_OF_MODE, require_statistics
 from train import train
 
 
@@ -181,7 +184,7 @@ def test_a_camera_by_which_the_policy_normalises(copy_of, tmp_path):
     edit_stats(root, lambda stats: stats[key].update(std=[[[0.1]], [[-0.1]], [[0.1]]]))
     train(**small("flow", dataset_id=str(root), output_dir=str(tmp_path / "on"), steps=1))
     with pytest.raises(
-        UserError, match=rf"expected 3 finite numbers as std of {key}, a std above 0, got \[0\.1, -0\.1, 0\.1\]"
+        UserError, match=rf"expected 3 numbers within 0 to 1 as std of {key}, a std above 0, got \[0\.1, -0\.1, 0\.1\]"
     ):
         train(**small("flow", dataset_id=str(root), output_dir=str(tmp_path / "off"), steps=1, imagenet_stats="off"))
 
@@ -305,15 +308,172 @@ def test_a_policy_without_statistics_does_not_act(trained, made, tmp_path, of, p
 
 def test_a_policy_that_normalises_nothing_needs_none(trained, tmp_path):
     folder = without_statistics(trained, tmp_path / "policy", "action", "policy_postprocessor")
+    edit_json(folder / "config.json", lambda config: config.update(normalization_mapping=IDENTITY))
     for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
-
-        def identity(content):
-            for step in content["steps"]:
-                if "norm_map" in step.get("config", {}):
-                    step["config"]["norm_map"] = dict.fromkeys(step["config"]["norm_map"], "IDENTITY")
-
-        edit_json(folder / name, identity)
+        set_modes(folder / name, IDENTITY)
     load_policy(folder, "cpu").act({"observation.state": np.zeros(3)})
+
+
+IDENTITY = dict.fromkeys(("VISUAL", "STATE", "ACTION"), "IDENTITY")
+
+
+def normalizers(content: dict) -> list[dict]:
+    return [step for step in content["steps"] if "normalizer" in step["registry_name"]]
+
+
+def set_modes(path, modes: dict) -> None:
+    """Change by which mode the steps of a saved pipeline normalise."""
+    edit_json(path, lambda content: [step["config"].update(norm_map=modes) for step in normalizers(content)])
+
+
+def drop_steps(path) -> None:
+    edit_json(path, lambda content: [content["steps"].remove(step) for step in normalizers(content)])
+
+
+def copy_of_policy(checkpoint, folder):
+    return without_statistics(checkpoint, folder, "nothing", "policy")
+
+
+@pytest.mark.parametrize("pipeline", ["policy_preprocessor", "policy_postprocessor"])
+def test_a_policy_whose_pipeline_does_not_normalise_neither_acts_nor_trains(trained, made, tmp_path, pipeline):
+    folder = copy_of_policy(trained, tmp_path / "policy")
+    drop_steps(folder / f"{pipeline}.json")
+    settings = small("flow", dataset_id=str(made("no_camera")), output_dir=str(tmp_path / "run"), steps=1)
+    settings.pop("policy_args")
+    key = "observation.state" if pipeline == "policy_preprocessor" else "action"
+    message = f"{pipeline}.json does not normalise {key}, but config.json says MEAN_STD"
+    with pytest.raises(UserError, match=message):
+        load_policy(folder, "cpu")
+    with pytest.raises(UserError, match=message):
+        train(**settings, policy_path=str(folder))
+    for path in folder.glob("policy_*processor.json"):  # the remedy
+        path.unlink()
+    tuned = train(**settings, policy_path=str(folder)).checkpoint
+    load_policy(tuned, "cpu").act({"observation.state": np.zeros(3)})
+
+
+@pytest.mark.parametrize(
+    ("modes", "message"),
+    [
+        ({}, "does not normalise action, but config.json says MEAN_STD"),
+        (IDENTITY, "does not normalise action, but config.json says MEAN_STD"),
+        ({**IDENTITY, "ACTION": "MIN_MAX"}, "normalises action by MIN_MAX, but config.json says MEAN_STD"),
+    ],
+)
+def test_a_pipeline_that_normalises_otherwise_than_the_policy(trained, tmp_path, modes, message):
+    folder = copy_of_policy(trained, tmp_path / "policy")
+    set_modes(folder / "policy_postprocessor.json", modes)
+    with pytest.raises(UserError, match=f"policy_postprocessor.json {message}"):
+        load_policy(folder, "cpu")
+
+
+def test_a_policy_that_normalises_nothing_needs_no_steps(trained, tmp_path):
+    folder = copy_of_policy(trained, tmp_path / "policy")
+    edit_json(folder / "config.json", lambda config: config.update(normalization_mapping=IDENTITY))
+    drop_steps(folder / "policy_preprocessor.json")
+    drop_steps(folder / "policy_postprocessor.json")
+    load_policy(folder, "cpu").act({"observation.state": np.zeros(3)})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("action.std", lambda value: value * float("nan"), "has nan as std of it"),
+        ("action.mean", lambda value: value + float("inf"), "has inf as mean of it"),
+        ("action.std", lambda value: -value, "as std of it"),
+        ("action.std", lambda value: value[:2], r"has a std of shape \[2\] that does not fit the feature's, \[3\]"),
+        ("action.std", lambda value: value[:1], r"has a std of shape \[1\]"),
+        ("action.mean", lambda value: value[:, None], r"has a mean of shape \[3, 1\]"),
+    ],
+)
+def test_a_policy_with_statistics_that_cannot_be_does_not_act(trained, tmp_path, name, change, message):
+    folder = copy_of_policy(trained, tmp_path / "policy")
+    (path,) = folder.glob("policy_postprocessor*.safetensors")
+    tensors = load_file(path)
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, path)
+    with pytest.raises(UserError, match=f"policy_postprocessor.json normalises action and .*{message}"):
+        load_policy(folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    "kind", ["act", "diffusion", "vqbet", "tdmpc", "flow", "gaussian_actor", "groot", "lingbot_va", "vla_jepa", "evo1"]
+)
+def test_what_lerobot_makes_for_each_policy_is_accepted(kind):
+    """To act, and to train on: its processors need not follow the mapping in the config."""
+    config = policy_config_class(kind)(device="cpu")
+    config.input_features = {
+        "observation.state": PolicyFeature(FeatureType.STATE, (6,)),
+        "observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 96, 96)),
+    }
+    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (6,))}
+    names = ("min", "q01", "q10", "mean", "std", "q90", "q99", "max")
+    shapes = {"observation.state": (6,), "action": (6,), "observation.images.top": (3, 1, 1)}
+    stats = {
+        key: {name: torch.full(shape, 0.1 + 0.1 * i) for i, name in enumerate(names)} for key, shape in shapes.items()
+    }
+    preprocessor, postprocessor = make_pre_post_processors(config, dataset_stats=stats)
+    for keys in (list(config.input_features), [*config.input_features, "action"]):
+        require_statistics(config, preprocessor, postprocessor, keys, kind)
+
+
+# In other shapes.
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (1, 3), (1, 1, 3)])
+def test_statistics_in_another_shape_are_the_same(made, copy_of, shape):
+    root = copy_of("no_camera")
+    edit_stats(root, lambda stats: reshape(stats["action"], shape))
+    source = open_source(str(root))
+    assert source.problems == []
+    recorded = open_source(str(made("no_camera"))).meta.stats["action"]
+    for name, value in recorded.items():
+        np.testing.assert_array_equal(source.meta.stats["action"][name], value)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (3, 1), (1, 3, 1, 1)])
+def test_a_cameras_statistics_in_another_shape_are_the_same(made, copy_of, shape):
+    root, key = copy_of("images"), "observation.images.top"
+    edit_stats(root, lambda stats: reshape(stats[key], shape))
+    recorded = open_source(str(made("images"))).meta.stats[key]
+    for name, value in open_source(str(root)).meta.stats[key].items():
+        np.testing.assert_array_equal(value, recorded[name])
+
+
+def reshape(stats: dict, shape: tuple) -> None:
+    for name, value in stats.items():
+        if name != "count":
+            stats[name] = np.reshape(value, shape).tolist()
+
+
+def test_statistics_of_a_feature_with_two_axes_keep_their_shape():
+    features = {"pose": {"dtype": "float32", "shape": [4, 2]}}
+    arrays = as_arrays({"pose": {"mean": [0.0, 1.0], "std": list(range(8)), "min": [0.0] * 3}}, features)
+    assert {name: value.shape for name, value in arrays["pose"].items()} == {"mean": (2,), "std": (4, 2), "min": (3,)}
+
+
+def test_a_file_with_a_byte_order_mark_is_read(copy_of):
+    root = copy_of("no_camera")
+    stats_file(root).write_bytes(b"\xef\xbb\xbf" + stats_file(root).read_bytes())
+    source = open_source(str(root))
+    assert source.problems + source.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        ([[[120.0]]] * 3, r"\[120.0, 120.0, 120.0\]"),
+        ([[[0.5]]] * 4, r"\[0.5, 0.5, 0.5, 0.5\]"),
+        ([[[0.5]]], r"\[0.5\]"),
+    ],
+)
+def test_a_cameras_statistics_of_other_units_or_channels(copy_of, value, got):
+    root, key = copy_of("images"), "observation.images.top"
+    edit_stats(root, lambda stats: stats[key].update(mean=value))
+    settings = small("flow", dataset_id=str(root), output_dir=str(root / "run"), steps=1, imagenet_stats="off")
+    with pytest.raises(UserError, match=f"expected 3 numbers within 0 to 1 as mean of {key}, a std above 0, got {got}"):
+        train(**settings)
+    stats_file(root).unlink()  # the remedy
+    assert train(**settings).steps == 1
 
 
 def test_every_mode_of_lerobot_is_known():

@@ -14,7 +14,7 @@ from data.observations import observation_names, observations_flag
 from data.pictures import picture_problems
 from data.source import Source
 from data.tasks import tasks_file
-from errors import rename_flag
+from errors import plural, rename_flag
 
 MAX_DRIFT = 1e-3  # seconds that timestamps may differ from frame_index / fps without a warning
 
@@ -42,7 +42,8 @@ def text_warnings(source: Source) -> list[str]:
         empty = [] if isinstance(values, Tensor) else [row for row, text in enumerate(values) if text is None]
         if empty:
             first = source.name_row(empty[0])
-            warnings.append(f"{key} has no text in {len(empty)} rows, first in {first}: it is None in a batch")
+            rows = plural(len(empty), "row")
+            warnings.append(f"{key} has no text in {rows}, first in {first}: it is None in a batch")
     return warnings
 
 
@@ -64,10 +65,15 @@ def info_problems(info: dict) -> list[str]:
         if not is_dtype(feature.get("dtype")):
             expected = "expected a dtype such as float32, image, video or string"
             problems.append(f"feature {key}: {expected}, got {feature.get('dtype', 'none')!r}. Write it into info.json")
-        if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) for size in shape):
+        if not isinstance(shape, (list, tuple)) or not all(is_size(size) for size in shape):
             expected = "expected a shape such as [6] or [480, 640, 3]"
             problems.append(f"feature {key}: {expected}, got {feature.get('shape', 'none')!r}. Write it into info.json")
     return problems
+
+
+def is_size(size) -> bool:
+    """Whether a number of info.json can be a size within a shape. A feature of no numbers has 0."""
+    return isinstance(size, int) and not isinstance(size, bool) and size >= 0
 
 
 def is_dtype(name) -> bool:
@@ -92,7 +98,7 @@ def metadata_problems(meta) -> list[str]:
     reasons = {}  # of each camera that cannot be trained on
     for key in meta.camera_keys:
         shape = meta.features[key]["shape"]
-        if len(shape) != 3 or shape[2] != 3:
+        if len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
             reasons[key] = f"camera {key}: expected shape (height, width, 3) in info.json, got {shape}"
     for key in meta.video_keys:
         needed = {f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")}
@@ -120,7 +126,7 @@ def value_problems(source: Source) -> list[str]:
             continue
         rows = (~torch.isfinite(values)).reshape(len(values), -1).any(dim=1).nonzero()[:, 0]
         problems.append(
-            f"{key} is not finite in {len(rows)} rows, first in {source.name_row(int(rows[0]))}: "
+            f"{key} is not finite in {plural(len(rows), 'row')}, first in {source.name_row(int(rows[0]))}: "
             "remove that episode or correct the value"
         )
     return problems

@@ -9,11 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.observations import observation_names, observations_flag
 from data.pictures import read_pictures, rows_without_picture
 from data.source import episode_spans, flat_values, is_list, one_piece, table_features
-from errors import UserError, nearest
+from errors import UserError, nearest, plural
 
 NO_VALUE = "no value"
+SINGLE = ("timestamp", "frame_index", "index", "task_index")  # of which a row has one each
 REMEDY = "Leave that episode out with --episodes, or correct the table"
 
 
@@ -24,12 +26,15 @@ def column_problems(meta, table: pa.Table) -> list[str]:
         problems.append(
             f"its table has no column task_index, which says which of the {len(meta.tasks)} tasks a row belongs to"
         )
+    present = [key for key in observation_names(meta) if key in table.column_names or key in meta.video_keys]
     for key, feature in table_features(meta).items():
         problem = None
         if key not in table.column_names:
             if key != "task_index":
                 hint = nearest(key, table.column_names) or "."
                 problem = f"its table has no column {key}, which info.json lists{hint} Remove it from info.json"
+                if key in observation_names(meta) and present:
+                    problem += f", or leave it out: {observations_flag(present, {})}"
         elif feature["dtype"] == "image":
             problem = picture_problem(key, table)
         elif feature["dtype"] == "string":
@@ -71,6 +76,10 @@ def number_problem(key: str, feature: dict, table: pa.Table) -> str | None:
     if not is_number(kind):
         return f"{key}: expected numbers as info.json says ({feature['dtype']}), got {kind}. Correct the table or info.json"
     shape = tuple(feature["shape"])
+    if key in SINGLE and math.prod(shape) != 1:
+        return f"{key}: expected shape (1,) in info.json, got {shape}. Correct info.json, and the table if it has more"
+    if key == "task_index" and pa.types.is_boolean(kind):
+        return f"{key}: expected whole numbers, got {kind}. Write the column as int64"
     rows, got = misfits(values, shape)
     if len(rows) == 0:
         return None
@@ -100,18 +109,33 @@ def leaf_type(kind: pa.DataType) -> pa.DataType:
 
 
 def order_problem(table: pa.Table) -> str | None:
-    """frame_index is 0 to n - 1 within each episode. Without that column, rows are frames in the order of the table."""
+    """frame_index is 0 to n - 1 within each episode. Without that column, rows are frames in the order of the table.
+
+    The line says what mends it: sorting, counting from 0, or, where frames are missing or there twice, neither.
+    """
     if "frame_index" not in table.column_names:
         return None
     frame_index = flat_values(table["frame_index"])  # (N,)
+    if frame_index.dtype == bool:
+        frame_index = frame_index.astype(np.int64)
     _, starts, ends = (np.asarray(part) for part in episode_spans(table))
     expected = np.arange(len(frame_index)) - np.repeat(starts, ends - starts)
     wrong = np.flatnonzero(frame_index != expected)
     if len(wrong) == 0:
         return None
+    firsts = np.repeat(starts, ends - starts)  # (N,) row
+    in_order = frame_index[np.lexsort((frame_index, firsts))]  # (N,) sorted within each episode
+    remedies = []
+    if (in_order != frame_index).any():
+        remedies.append("sort each episode's rows by frame_index")
+    if (in_order[firsts] != 0).any():
+        remedies.append("count each episode's frames from 0, and not from 1 or over the whole dataset")
+    if (in_order - in_order[firsts] != expected).any():
+        remedies = ["frames are missing, or there twice: leave out those episodes with --episodes"]
+    remedy = " and ".join(remedies)
     return (
         f"frame_index: expected 0 to n - 1 in the n rows of each episode, got {frame_index[wrong[0]]} in "
-        f"{name_rows(table, wrong)}. Sort each episode's rows by frame_index, or remove those with gaps"
+        f"{name_rows(table, wrong)}. {remedy[0].upper()}{remedy[1:]}"
     )
 
 
@@ -130,7 +154,7 @@ def misfits(values: pa.Array, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
         lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
         if size is not None and (lengths != size).any():
             wrong = lengths != size
-            return np.unique(rows[wrong]), numbers(lengths[wrong][0])
+            return np.unique(rows[wrong]), plural(lengths[wrong][0], "number")
         rows = np.repeat(rows, lengths)
         values = one_piece(values.flatten())
     null = values.is_null().to_numpy(zero_copy_only=False)
@@ -138,7 +162,7 @@ def misfits(values: pa.Array, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
         return np.unique(rows[null]), NO_VALUE
     per_row = np.bincount(rows, minlength=count)
     wrong = np.flatnonzero(per_row != math.prod(shape))
-    return wrong, numbers(per_row[wrong[0]]) if len(wrong) else ""
+    return wrong, plural(per_row[wrong[0]], "number") if len(wrong) else ""
 
 
 def depth(kind: pa.DataType) -> int:
@@ -148,10 +172,6 @@ def depth(kind: pa.DataType) -> int:
         levels += 1
         kind = kind.value_type
     return levels
-
-
-def numbers(count: int) -> str:
-    return "1 number" if count == 1 else f"{count} numbers"
 
 
 def name_rows(table: pa.Table, rows: np.ndarray) -> str:

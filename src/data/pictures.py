@@ -4,6 +4,8 @@ N rows.
 """
 
 import io
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.files import LFS_POINTER, is_lfs_pointer
-from errors import UserError, one_line
+from errors import UserError, one_line, plural
 
 FIELDS = (("bytes", pa.binary()), ("path", pa.string()))  # of a picture, as LeRobot stores it
 PICTURE = pa.struct(FIELDS)
+LONGEST_NAME = 80  # characters of a file's name in a message
+TURNED = (5, 6, 7, 8)  # orientations in EXIF data by which height and width change places
+DEEP = re.compile(r";16[BLN]")  # in Pillow's raw mode, of 16 bits a channel: as RGB they would lose half of them
 CLIPPED = ("I", "F")  # Pillow's modes of more than 8 bits begin so: as RGB they would be clipped to white
 
 
@@ -85,10 +90,20 @@ def open_picture(pictures: pa.ChunkedArray, root: Path, row: int):
     if not stored["bytes"] and is_lfs_pointer(root / stored["path"]):
         raise ValueError(f"{root / stored['path']} {LFS_POINTER}")
     image = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else root / stored["path"])
-    if image.mode.startswith(CLIPPED):
+    raw_modes = [str(tile[3]) for tile in getattr(image, "tile", [])]
+    if image.mode.startswith(CLIPPED) or any(DEEP.search(mode) for mode in raw_modes):
         image.close()
-        raise ValueError(f"expected 8 bits a channel, got a {image.mode} picture. Convert the pictures to 8-bit RGB")
+        bits = image.mode if image.mode.startswith(CLIPPED) else f"16-bit {image.mode}"
+        raise ValueError(f"expected 8 bits a channel, got a {bits} picture. Convert the pictures to 8-bit RGB")
     return image
+
+
+def picture_size(image) -> tuple[int, int]:
+    """(height, width) of Pillow's image once it is turned upright."""
+    from PIL import ExifTags
+
+    width, height = image.size
+    return (width, height) if image.getexif().get(ExifTags.Base.Orientation) in TURNED else (height, width)
 
 
 def decode_picture(pictures: pa.ChunkedArray, root: Path, row: int) -> np.ndarray:
@@ -106,13 +121,54 @@ def decode_picture(pictures: pa.ChunkedArray, root: Path, row: int) -> np.ndarra
 
 
 def picture_problems(source) -> list[str]:
-    """The first picture of every episode opens, and has 8 bits a channel: a line for each camera. The rest when decoded."""
+    """What is wrong with the pictures, a line for each camera: files that are missing, or an episode's first picture.
+
+    That one opens, has 8 bits a channel, and the size in info.json. All others are looked at when they are decoded.
+    """
     problems = []
-    for key, pictures in source.images.items():
-        for row in source.starts.tolist():
-            try:
-                open_picture(pictures, source.meta.root, row).close()
-            except (OSError, SyntaxError, ValueError) as error:
-                problems.append(f"{key}: the picture of {source.name_row(row)} cannot be read: {one_line(error)}")
-                break
+    for key in source.images:
+        problem = missing_files(source, key) or first_picture_problem(source, key)
+        if problem is not None:
+            problems.append(problem)
     return problems
+
+
+def missing_files(source, key: str) -> str | None:
+    """A line where pictures that are files of their own are not there."""
+    missing = []  # (row, path)
+    first = 0
+    for chunk in source.images[key].chunks:
+        size = pc.fill_null(pc.binary_length(chunk.field("bytes")), 0)
+        outside = np.flatnonzero(pc.equal(size, 0).to_numpy(zero_copy_only=False))
+        paths = chunk.field("path").take(pa.array(outside)).to_pylist()
+        for row, path in zip(outside.tolist(), paths, strict=True):
+            if not os.path.isfile(source.meta.root / path):
+                missing.append((first + row, path))
+        first += len(chunk)
+    if not missing:
+        return None
+    row, path = missing[0]
+    if len(path) > LONGEST_NAME:
+        path = f"{path[:LONGEST_NAME]}..."
+    return (
+        f"{key}: {plural(len(missing), 'picture file')} missing, first {path} of {source.name_row(row)}. "
+        "Copy them again, or leave those episodes out with --episodes"
+    )
+
+
+def first_picture_problem(source, key: str) -> str | None:
+    """A line for the first episode whose first picture cannot be read, or has another size than info.json says."""
+    expected = tuple(source.meta.features[key]["shape"][:2])
+    for row in source.starts.tolist():
+        try:
+            with open_picture(source.images[key], source.meta.root, row) as image:
+                height, width = picture_size(image)
+        except (OSError, SyntaxError, ValueError) as error:
+            return f"{key}: the picture of {source.name_row(row)} cannot be read: {one_line(error)[:300]}"
+        if (height, width) != expected:
+            return (
+                f"{key}: expected pictures of height and width {expected[0]}x{expected[1]} by info.json, got "
+                f"{height}x{width} in {source.name_row(row)}. If all are of that size, write the shape "
+                f"[{height}, {width}, 3] into info.json"
+            )
+    return None

@@ -109,7 +109,8 @@ class Source:
         """(height, width) of each camera, in each of several datasets."""
         if self.recorded_sizes is not None:
             return [size for sizes in self.recorded_sizes.values() for size in sizes]
-        return [tuple(self.meta.features[key]["shape"][:2]) for key in self.meta.camera_keys]
+        shapes = [tuple(self.meta.features[key]["shape"]) for key in self.meta.camera_keys]
+        return [shape[:2] for shape in shapes if len(shape) == 3]  # one of other axes is among the problems
 
     def recorded_size(self, key: str, row: int) -> tuple[int, int]:
         """(height, width) of a camera's pictures in the dataset that a row belongs to."""
@@ -195,7 +196,8 @@ def read_columns(meta, table: pa.Table) -> dict[str, Tensor | list[str]]:
             if shape == (1,):  # LeRobot reads it as a scalar
                 shape = ()
             values = flat_values(table[key])
-            values = values.astype(number_dtype(key, feature, values))  # a copy, since Arrow's memory is read-only
+            with np.errstate(over="ignore"):  # what float32 cannot hold is inf, and told as such
+                values = values.astype(number_dtype(key, feature, values))  # a copy, since Arrow's memory is read-only
             columns[key] = torch.from_numpy(values.reshape(table.num_rows, *shape))
     return columns
 
@@ -205,6 +207,7 @@ def number_dtype(key: str, feature: dict, values: np.ndarray) -> type:
     if "f" in (np.dtype(feature["dtype"]).kind, values.dtype.kind):
         lost = 0.0
         if key == "timestamp":
-            lost = np.abs(values.astype(np.float64) - values.astype(np.float32)).max(initial=0)
+            with np.errstate(over="ignore"):
+                lost = np.abs(values.astype(np.float64) - values.astype(np.float32)).max(initial=0)
         return np.float64 if lost > MAX_ROUNDING else np.float32
     return DTYPES.get(values.dtype.kind, np.int64)

@@ -166,7 +166,7 @@ def load_policy(
     config = load_policy_config(folder, overrides, str(pick_device(device)))
     policy = build_policy(config, None, folder).eval()
     preprocess, postprocess = load_processors(folder, config.device)
-    require_statistics(preprocess, postprocess, list(config.input_features), str(folder))
+    require_statistics(config, preprocess, postprocess, list(config.input_features), str(folder))
     return LoadedPolicy(
         policy,
         preprocess,

@@ -3,6 +3,7 @@
 B samples, T steps of history (an axis that is absent without history), C channels, H and W pixels, D numbers.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from lerobot.processor import ImageCropResizeProcessorStep, NormalizerProcessorS
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError
 
-from errors import UserError, as_user_error, likeliest_pairs, rename_flag
+from errors import UserError, as_user_error, likeliest_pairs, plural, rename_flag, rename_remedy
 from processors.state_only import StateToEnvironmentState
 from processors.statistics import EMPTY_CAMERA
 from runtime import to_device
@@ -32,8 +33,13 @@ def policy_features(meta, image_size: list[int] | None) -> tuple[dict, dict]:
         meta: LeRobot's metadata of the dataset.
         image_size: (H, W) to which cameras are resized; None for no resize.
     """
-    texts = {key for key, feature in meta.features.items() if feature["dtype"] == "string"}
-    features = dataset_to_policy_features({key: f for key, f in meta.features.items() if key not in texts})
+    described = {}
+    for key, feature in meta.features.items():
+        if key in meta.camera_keys and len(feature["shape"]) != 3:
+            feature = {**feature, "shape": (1, 1, 3)}  # one of the dataset's problems, which LeRobot would raise here
+        if feature["dtype"] != "string":
+            described[key] = feature
+    features = dataset_to_policy_features(described)
     inputs, outputs = {}, {}
     for key, feature in features.items():
         if feature.type is FeatureType.VISUAL and image_size is not None:
@@ -91,14 +97,20 @@ def feature_problems(
             if key in names_of_left_out:
                 remedy = f"Add {names_of_left_out[key]} to --observations"
             elif key in pairs.values():
-                remedy = f"Pass {rename_flag(pairs, rename)} if it has another name here, or train a new policy"
+                remedy = f"{rename_remedy(pairs, rename)} if it has another name here, or train a new policy"
             problems.append(f"it has no {key}, which {holder} was trained on. {remedy}")
         elif wanted.type is not FeatureType.VISUAL and tuple(wanted.shape) != tuple(features[key].shape):
             problems.append(
-                f"{key}: expected {wanted.shape[0]} numbers, as in {holder}, got {features[key].shape[0]}. "
+                f"{key}: expected {size_text(wanted)}, as in {holder}, got {size_text(features[key])}. "
                 "Pass the dataset it was trained on, or train a new policy"
             )
     return problems
+
+
+def size_text(feature: PolicyFeature) -> str:
+    """How many numbers a feature has: `3 numbers`, or its shape where that is not a plain list."""
+    shape = list(feature.shape)
+    return plural(shape[0], "number") if len(shape) == 1 else f"shape {shape}"
 
 
 def kind_of(feature: PolicyFeature) -> str | tuple:
@@ -170,23 +182,47 @@ def policy_problems(config, image_size: list[int] | None, rename: dict[str, str]
     for key in config.image_features:
         if not key.startswith("observation.") or (image_size is not None and "image" not in key):
             pairs[key] = f"observation.images.{key.removeprefix('observation.')}"
-    flag = rename_flag(pairs, rename)
+    remedy_of_names = rename_remedy(pairs, rename)
 
     problems = []
-    if lacks_state:
+    if not config.input_features:
+        remedy = "Pass a dataset with a camera or a state"
+        if left_out:
+            remedy = f"Add some of {', '.join(left_out)} to --observations"
+        problems.append(f"it has no observation that a policy could act on. {remedy}")
+    elif lacks_state:
         remedy = "Pass --policy flow"
         if "observation.state" in left_out:
             remedy = "Add observation.state to --observations, or pass --policy flow"
         elif is_state_offered:
-            remedy = f"Pass {flag} if that is the state, or --policy flow"
+            remedy = f"{remedy_of_names} if that is the state, or pass --policy flow"
         problems.append(f"it has no observation.state, which policy {config.type} needs. {remedy}")
     for key in config.image_features:
         if not key.startswith("observation."):
-            problems.append(f"camera {key}: expected a name that begins with observation., got {key}. Pass {flag}")
+            problems.append(
+                f"camera {key}: expected a name that begins with observation., got {key}. {remedy_of_names}"
+            )
         elif key in pairs:
             problems.append(
                 f"camera {key}: expected a name with image in it, without which LeRobot does not resize, got {key}. "
-                f"Pass {flag}"
+                f"{remedy_of_names}"
+            )
+    return problems
+
+
+def shape_problems(config) -> list[str]:
+    """A line for an action, or a state that only flow would flatten, that is not a plain list of numbers."""
+    features = dict(config.output_features)
+    if config.type != "flow" and "observation.state" in config.input_features:
+        features["observation.state"] = config.input_features["observation.state"]
+    problems = []
+    for key, feature in features.items():
+        shape = list(feature.shape)
+        count = math.prod(shape)
+        if feature.type is not FeatureType.VISUAL and (len(shape) != 1 or count < 1):
+            remedy = f"Write the shape [{count}] into info.json" if count > 0 else "Pass a dataset that records it"
+            problems.append(
+                f"{key}: expected a list of numbers, of shape [{count or 'n'}], got shape {shape}. {remedy}"
             )
     return problems
 

@@ -1,5 +1,6 @@
 """Statistics of a dataset that normalising can use and undo."""
 
+import math
 from copy import deepcopy
 
 import torch
@@ -17,6 +18,10 @@ STATS_OF_MODE = {
 }
 IMAGENET = {name: torch.tensor(value, dtype=torch.float32) for name, value in IMAGENET_STATS.items()}
 EMPTY_CAMERA = ".empty_camera_"  # part of the names of cameras that LeRobot's VLAs add and fill in themselves
+# Policies of LeRobot whose processors do not follow the mapping in their config.
+NORMALISE_THEMSELVES = ("groot",)  # in steps of their own
+UNDONE_BY = {"lingbot_va": "QUANTILES"}  # the mode by which the action is unnormalised
+ROUNDING = 1e-3  # by which the statistics of pictures may leave 0 to 1
 RANGES = (("min", "max"), ("q01", "q99"), ("q10", "q90"))
 
 
@@ -83,16 +88,11 @@ def needed_statistics(config) -> dict[str, tuple[str, ...]]:
         config: the policy's config.
     """
     needed = {}
-    for key, feature in {**config.input_features, **config.output_features}.items():
-        names = statistics_of(config.normalization_mapping.get(feature.type.value))
+    for key in features_of(config):
+        names = STATS_OF_MODE.get(wanted_mode(config, key, undone=key == "action"))
         if names and EMPTY_CAMERA not in key:
             needed[key] = names
     return needed
-
-
-def statistics_of(mode) -> tuple[str, ...]:
-    """Names of the statistics that one of LeRobot's normalization modes, or none, needs."""
-    return STATS_OF_MODE.get(getattr(mode, "value", "IDENTITY"), ())
 
 
 def stats_problems(config, stats: dict) -> list[str]:
@@ -103,7 +103,7 @@ def stats_problems(config, stats: dict) -> list[str]:
         stats: statistics under the policy's names.
     """
     problems = []
-    features = {**config.input_features, **config.output_features}
+    features = features_of(config)
     for key, needed in needed_statistics(config).items():
         stats_of_key = stats.get(key, {})
         is_picture = features[key].type is FeatureType.VISUAL
@@ -115,48 +115,124 @@ def stats_problems(config, stats: dict) -> list[str]:
         for name in needed:
             if is_picture and name in stats_of_key and stats_of_key[name] is not IMAGENET.get(name):
                 values = torch.as_tensor(stats_of_key[name], dtype=torch.float64)
-                unusable = not values.isfinite().all() or (name == "std" and not (values > 0).all())
-                if unusable or values.numel() not in (1, features[key].shape[0]):
-                    expected = f"expected {features[key].shape[0]} finite numbers as {name} of {key}, a std above 0"
-                    problems.append(
-                        f"meta/stats.json: {expected}, got {values.flatten().tolist()}. {DELETE_STATISTICS}"
-                    )
+                within = (values >= -ROUNDING) & (values <= 1 + ROUNDING)  # NaN is not
+                unusable = not within.all() or (name == "std" and not (values > 0).all())
+                channels = features[key].shape[0]
+                if unusable or values.numel() != channels:
+                    expected = f"expected {channels} numbers within 0 to 1 as {name} of {key}, a std above 0"
+                    got = values.flatten().tolist()
+                    problems.append(f"meta/stats.json: {expected}, got {got[:10]}. {DELETE_STATISTICS}")
     return problems
 
 
-def require_statistics(preprocessor, postprocessor, inputs: list[str], holder: str) -> None:
-    """Refuse saved pipelines that normalise, or undo, without statistics: LeRobot would pass the numbers on as they are.
+def require_statistics(config, preprocessor, postprocessor, inputs: list[str], holder: str) -> None:
+    """Refuse pipelines that do not normalise, or undo it, as the policy's config says: LeRobot would pass numbers on as they are.
 
     Args:
+        config: the policy's config.
         preprocessor, postprocessor: LeRobot's pipelines.
         inputs: features that the policy gets from the preprocessor.
         holder: the policy's folder.
 
     Raises:
-        UserError: a normalised feature has no statistics.
+        UserError: a step is missing, normalises in another way, or has no statistics or such that cannot be.
     """
-    lacking = []
-    for pipeline, file in ((preprocessor, "policy_preprocessor.json"), (postprocessor, "policy_postprocessor.json")):
-        for step in pipeline.steps:
-            for key in features_of_step(step, inputs):
-                kind = step.features[key].type if key in step.features else FeatureType.ACTION
-                held = step.state_dict()
-                missing = [name for name in statistics_of(step.norm_map.get(kind)) if f"{key}.{name}" not in held]
-                if missing:
-                    lacking.append(f"{file} normalises {key} and has no {' and '.join(missing)} of it")
-    if lacking:
-        raise UserError(
-            f"{holder}: {'; '.join(lacking)}. The numbers would not be in the robot's units. Train it on a dataset, whose "
-            "statistics it takes: train.py --policy_path"
-        )
+    if config.type in NORMALISE_THEMSELVES:
+        return
+    faults = []
+    absent = False
+    for pipeline, file, keys in (
+        (preprocessor, "policy_preprocessor.json", inputs),
+        (postprocessor, "policy_postprocessor.json", ["action"]),
+    ):
+        # Steps of a plugin may normalise in their own way.
+        is_known = all(type(step).__module__.startswith(("lerobot.", "processors.")) for step in pipeline.steps)
+        for key in keys:
+            if EMPTY_CAMERA in key:
+                continue
+            wanted = wanted_mode(config, key, undone=pipeline is postprocessor)
+            found = [step for step in pipeline.steps if mode_in_step(step, key) != "IDENTITY"]
+            if is_known and not found and wanted != "IDENTITY":
+                absent = True
+                faults.append(f"{file} does not normalise {key}, but config.json says {wanted}")
+            for step in found:
+                mode = mode_in_step(step, key)
+                if is_known and mode != wanted:
+                    faults.append(f"{file} normalises {key} by {mode}, but config.json says {wanted}")
+                else:
+                    fault = fault_in_step(step, key, mode, features_of(config).get(key))
+                    faults += [f"{file} normalises {key} and has {fault}"] if fault else []
+    if faults:
+        remedy = "Train it on a dataset, whose statistics it takes: train.py --policy_path"
+        if absent:
+            remedy += ", once policy_preprocessor.json and policy_postprocessor.json are deleted, which makes new ones"
+        raise UserError(f"{holder}: {'; '.join(faults)}. The numbers would not be in the robot's units. {remedy}")
 
 
-def features_of_step(step, inputs: list[str]) -> list[str]:
-    """The features that a step normalises: observations that the policy gets, or the action where it is undone."""
-    if isinstance(step, UnnormalizerProcessorStep):
-        return ["action"]
-    if not isinstance(step, NormalizerProcessorStep):
-        return []
+def features_of(config) -> dict:
+    """The inputs and outputs of a policy."""
+    return {**(config.input_features or {}), **(config.output_features or {})}
+
+
+def wanted_mode(config, key: str, undone: bool) -> str:
+    """Name of the mode by which a policy's config says that a feature is normalised, or by which that is undone."""
+    if undone and config.type in UNDONE_BY:
+        return UNDONE_BY[config.type]
+    feature = features_of(config).get(key)
+    kind = feature.type.value if feature else "ACTION"  # published bases may leave out the action
+    return name_of_mode(config.normalization_mapping.get(kind))
+
+
+def name_of_mode(mode) -> str:
+    """The name of one of LeRobot's normalization modes, where None stands for IDENTITY."""
+    return getattr(mode, "value", "IDENTITY")
+
+
+def mode_in_step(step, key: str) -> str:
+    """Name of the mode by which a step normalises a feature, or undoes it for the action."""
+    if isinstance(step, UnnormalizerProcessorStep) and key == "action":
+        return name_of_mode(step.norm_map.get(FeatureType.ACTION))
+    if not isinstance(step, NormalizerProcessorStep) or key not in step.features:
+        return "IDENTITY"
     chosen = step.normalize_observation_keys
-    keys = [key for key in inputs if key in step.features and EMPTY_CAMERA not in key]
-    return [key for key in keys if chosen is None or key in chosen or key == "action"]
+    if chosen is not None and key not in chosen and key != "action":
+        return "IDENTITY"
+    return name_of_mode(step.norm_map.get(step.features[key].type))
+
+
+def fault_in_step(step, key: str, mode: str, feature) -> str | None:
+    """What is wrong with the statistics by which a step normalises a feature; None if nothing is.
+
+    Args:
+        feature: the policy's, for a step that does not describe it; None if it has none.
+    """
+    names = STATS_OF_MODE[mode]
+    held = step.state_dict()
+    missing = [name for name in names if f"{key}.{name}" not in held]
+    if missing:
+        return f"no {' and '.join(missing)} of it"
+    values = {name: held[f"{key}.{name}"].double() for name in names}
+    feature = step.features.get(key, feature)
+    for name, value in values.items():
+        if feature is not None and not fits(value, feature):
+            shape = list(feature.shape)
+            return f"a {name} of shape {list(value.shape)} that does not fit the feature's, {shape}"
+        wrong = ~value.isfinite()
+        if name == "std":
+            wrong |= value < 0
+        if wrong.any():
+            return f"{value[wrong][0]:g} as {name} of it"
+    low, high = (values[name] for name in names)
+    if mode != "MEAN_STD" and (low > high).any():
+        return f"a {names[0]} above the {names[1]} of it"
+    return None
+
+
+def fits(value: torch.Tensor, feature) -> bool:
+    """Whether LeRobot's normalising takes a statistic for what it is: one number a channel, or one for each of a vector's."""
+    shape = tuple(feature.shape)
+    if feature.type is FeatureType.VISUAL:
+        return value.numel() == shape[0] and tuple(value.shape[-3:]) == (shape[0], 1, 1)
+    if math.prod(shape) == 1:
+        return value.numel() == 1
+    return value.numel() in (math.prod(shape), shape[-1]) and value.shape[-1:] == shape[-1:]

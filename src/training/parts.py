@@ -37,6 +37,7 @@ from processors.pipelines import (
     rename_problems,
     resize_of,
     set_rename,
+    shape_problems,
     twice_named,
     window_deltas,
 )
@@ -197,7 +198,10 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
         source.warnings += fill_statistics(source, lacking, thread_count(config.num_threads))
         stats = usable_stats(source.meta, config.imagenet_stats == "on")
         stats = {rename.get(key, key): value for key, value in stats.items()}
-        source.require(stats_problems(policy, stats) + policy_problems(policy, image_size, given, source.left_out))
+        problems = policy_problems(policy, image_size, given, source.left_out)
+        if not source.problems:  # else statistics may be missing because their columns are, and shapes be wrong
+            problems = stats_problems(policy, stats) + shape_problems(policy) + problems
+        source.require(problems)
     source.require(size_problems(source, own_inputs.keys() - set(unused), image_size))
     return PolicyPlan(
         config=policy,

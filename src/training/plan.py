@@ -176,7 +176,7 @@ def plan_run(settings: dict) -> RunPlan:
         # As a trial: tokenizers are fetched here.
         preprocess, postprocess = build_processors(copy.deepcopy(policy), source.meta)
         normalised = [*policy.config.input_features, "action"]
-        require_statistics(preprocess, postprocess, normalised, str(policy.folder or policy.config.type))
+        require_statistics(policy.config, preprocess, postprocess, normalised, str(policy.folder or policy.config.type))
         if policy.unused:
             leave_out(source, policy.unused)  # after `describe_data`, whose hash is of all that was opened
         simulation = distributed.on_main(lambda: open_simulation(config, policy.config, preprocess))
