@@ -292,7 +292,8 @@ def write_checkpoint(
             unflushed = flush(path) or unflushed
         check()
         if os.path.lexists(checkpoint):  # an earlier branch of this run wrote this step
-            shutil.rmtree(backup, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                shutil.rmtree(backup)
             if os.path.lexists(backup):  # a link, or what cannot be deleted: only its name must be free
                 with contextlib.suppress(OSError):
                     discard(backup)
