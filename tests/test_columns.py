@@ -148,7 +148,7 @@ def test_a_feature_of_no_numbers(copy_of):
     source = open_source(str(root))
     assert source.problems == source.warnings == []
     assert source.columns["observation.nothing"].shape == (33, 0)
-    with pytest.raises(UserError, match="no mean and std of observation.nothing to normalise by"):
+    with pytest.raises(UserError, match=r"no mean and std of observation\.nothing to normalise by"):
         train(**small("flow", dataset_id=str(root), output_dir=str(root / "run"), steps=1))
 
 
@@ -299,7 +299,11 @@ def test_a_rename_that_takes_the_state_away(copy_of):
     rename = ["observation.state=observation.other", f"{TOP}=observation.images.left"]
     with pytest.raises(UserError) as caught:
         train(**settings, rename=rename)
-    assert f"Pass --rename {TOP}=observation.images.left if that is the state" in str(caught.value)
+    assert f"Pass --rename {TOP}=observation.images.left if that is the state, or pass --policy flow" in str(
+        caught.value
+    )
+    flow = small("flow", dataset_id=str(root), output_dir=str(root / "flow"), steps=1)
+    assert train(**flow, rename=rename).steps == 1
     assert train(**settings, rename=rename[1:]).steps == 1
 
 

@@ -1,5 +1,7 @@
 """A dataset's statistics: completed where they are missing, refused where they cannot be, told where they do not fit."""
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +17,7 @@ from data.union import unite
 from errors import UserError
 from helpers.dataset_edits import edit_json
 from helpers.runs import small
+from helpers.v2_dataset import write_v2
 from policy.factory import policy_config_class
 from policy.loaded import load_policy
 from processors.pipelines import load_processors
@@ -443,6 +446,20 @@ def reshape(stats: dict, shape: tuple) -> None:
     for name, value in stats.items():
         if name != "count":
             stats[name] = np.reshape(value, shape).tolist()
+
+
+def test_statistics_of_episodes_in_another_shape_are_merged(tmp_path):
+    sources = []
+    for name, shape in (("flat", (3,)), ("nested", (3, 1))):
+        root = write_v2(tmp_path / name, {0: 5, 1: 7})
+        path = root / "meta" / "episodes_stats.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        reshape(lines[1]["stats"]["action"], shape)
+        path.write_text("\n".join(map(json.dumps, lines)))
+        sources.append(open_source(str(root)))
+        assert sources[-1].problems == []
+    for name, value in sources[0].meta.stats["action"].items():
+        np.testing.assert_array_equal(sources[1].meta.stats["action"][name], value)
 
 
 def test_statistics_of_a_feature_with_two_axes_keep_their_shape():
