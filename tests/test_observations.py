@@ -153,6 +153,34 @@ def test_a_camera_without_files_can_be_left_out(tmp_path, copy_of, described):
         assert set(plan.policy.config.input_features) == {TOP, STATE}
 
 
+def declare(root: Path, key: str, **facts) -> None:
+    edit_json(root / "meta" / "info.json", lambda info: info["features"].update({key: facts}))
+
+
+def test_a_declared_camera_without_a_column(tmp_path, copy_of):
+    root = copy_of("video")
+    declare(root, "observation.images.ghost", dtype="image", shape=[64, 96, 3], names=None)
+    message = refusal(tmp_path, root)
+    assert "its table has no column observation.images.ghost, which info.json lists" in message
+    assert flags_in(message) == {"observations": [TOP, STATE]}
+    with planned(tmp_path, root, **flags_in(message)) as plan:
+        assert set(plan.policy.config.input_features) == {TOP, STATE}
+
+
+def test_an_observation_that_cannot_be_read_can_be_left_out(tmp_path, copy_of, trained):
+    root = copy_of("video")
+    declare(root, "observation.points", dtype="pointcloud", shape=None)
+    for settings in ({}, {"observations": ["points", "state"]}):
+        message = refusal(tmp_path, root, **settings)
+        assert "feature observation.points: expected a dtype such as float32" in message
+        assert flags_in(message) == {"observations": [TOP, STATE]}
+    source = open_source(str(root), observations=["top", "state"])
+    assert source.problems == []
+    assert source.left_out == ["observation.points"]
+    declare(root, "action", dtype="pointcloud", shape=[3])
+    assert "feature action: expected a dtype" in refusal(tmp_path, root, observations=["top", "state"])
+
+
 def test_a_policy_that_lacks_what_the_flag_left_out_says_so(tmp_path, made, trained):
     message = refusal(tmp_path, made("two_cameras"), "act", observations=["top"])
     assert "no observation.state, which policy act needs. Add observation.state to --observations" in message
@@ -308,7 +336,8 @@ def test_actions_of_another_name(tmp_path, made, copy_of, trained, capsys):
     root = copy_of("no_camera")
     rename_feature(root, "action", "actions")
     message = refusal(tmp_path, root)
-    assert message.endswith("it has no feature action, did you mean 'actions'? Pass --rename actions=action")
+    told = "it has no feature action, did you mean 'actions'? Pass --rename actions=action"
+    assert message == f"dataset {root}: {told}"
     with planned(tmp_path, root, **flags_in(message)) as plan:
         assert plan.policy.config.action_feature.shape == (3,)
         assert plan.policy.rename == {}
@@ -317,6 +346,12 @@ def test_actions_of_another_name(tmp_path, made, copy_of, trained, capsys):
         assert plan.data == describe_data(source, plan.held_out)
     with planned(tmp_path, [made("no_camera"), root], **flags_in(message)) as plan:
         assert plan.source.rows == 2 * source.rows
+
+    for datasets in ([made("no_camera"), root], [root, made("no_camera")]):
+        message = refusal(tmp_path, datasets)
+        assert flags_in(message) == {"rename": ["actions=action"]}
+        with planned(tmp_path, datasets, **flags_in(message)) as plan:
+            assert plan.source.rows == 2 * source.rows
 
     checkpoint = train(
         **small("flow", dataset_id=str(root), steps=1), **flags_in(message), output_dir=str(tmp_path / "r")
@@ -327,6 +362,27 @@ def test_actions_of_another_name(tmp_path, made, copy_of, trained, capsys):
     assert refusal(tmp_path, made("no_camera"), rename=["observation.state=action"]).startswith(
         "--rename observation.state=action: dataset no_camera has action already"
     )
+
+
+@pytest.mark.parametrize(
+    ("rename", "said"),
+    [
+        (["action=observation.action"], "a policy learns the feature action, by that name"),
+        ([f"{TOP}={FRONT}", f"{TOP}={WRIST}"], f"{TOP} is renamed twice, to {FRONT} too"),
+    ],
+)
+def test_names_that_cannot_be_given(tmp_path, made, rename, said):
+    assert said in refusal(tmp_path, made("video"), rename=rename)
+
+
+def test_a_run_on_several_datasets_goes_on_with_one(tmp_path, made):
+    """The one that has only the new name of the camera, or only the old one."""
+    out = str(tmp_path / "run")
+    settings = small("flow", dataset_id=[str(made("video")), str(made("front"))], steps=1, output_dir=out)
+    train(**settings, **FRONT_IS_TOP)
+    for steps, dataset in ((2, "video"), (3, "front")):
+        more = {"dataset_id": [str(made(dataset))], "steps": steps, "resume_from_checkpoint": "latest"}
+        assert train(**settings | more).steps == steps
 
 
 def test_two_observations_of_one_name_are_refused(tmp_path, made):

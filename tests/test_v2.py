@@ -556,6 +556,24 @@ def test_v3_episodes_out_of_order_or_over_two_files(copy_of):
     assert all(torch.equal(source.columns[key], values) for key, values in expected.items())
 
 
+def test_v3_from_timestamps_that_contradict_the_frames(copy_of):
+    """Two episodes of a video, the second of which is said to begin within the first."""
+    root = copy_of("video")
+    assert open_source(str(root)).warnings == []
+    path = next((root / "meta" / "episodes").glob("*/*.parquet"))
+    table = pq.read_table(path)
+    name = f"videos/{CAMERA}/from_timestamp"
+    begins = table[name].to_pylist()
+    begins[1] -= 0.3
+    column = pa.array(begins)
+    pq.write_table(table.set_column(table.schema.get_field_index(name), name, column), path)
+    source = open_source(str(root))
+    assert source.problems == []
+    (warning,) = source.warnings
+    assert f"{CAMERA}: episode 1 begins at " in warning
+    assert f"its from_timestamp in meta/episodes is {begins[1]:.4g} s" in warning
+
+
 @pytest.mark.parametrize("left", [b"PAR1" + bytes(300), b""])
 def test_v3_recording_that_was_interrupted(copy_of, left):
     root = copy_of("many_files")
@@ -899,7 +917,7 @@ def test_a_repo_that_is_gated(hub, monkeypatch):
 
 
 def test_a_revision_in_the_name():
-    assert message_of("me/data@v2.1").endswith("Pass me/data --revision v2.1")
+    assert "Pass me/data --revision v2.1, or" in message_of("me/data@v2.1")
 
 
 def test_a_dataset_root_that_holds_another_dataset(hub, tmp_path):

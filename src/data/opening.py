@@ -21,14 +21,14 @@ from data.files import (
 )
 from data.frame_times import frame_times_of
 from data.names import joint_names
-from data.observations import choose_observations, observation_names, observations_flag, rename_features
+from data.observations import choose_observations, matches, observation_names, observations_flag, rename_features
 from data.pictures import read_pictures
 from data.source import Source, read_columns
 from data.statistics import complete_statistics, statistics_file, statistics_problems, statistics_warnings
 from data.tables import read_tables
 from data.tasks import complete_task_index, set_tasks
 from data.v2 import fill_v2_metadata
-from data.v3 import fill_v3_metadata
+from data.v3 import fill_v3_metadata, placement_warnings
 from data.video_checks import video_faults, video_warnings
 from data.videos import find_videos, skip_undescribed
 from errors import UserError, as_user_error, find_path, plural
@@ -79,9 +79,9 @@ def open_source(
     """
     # The metadata: features, fps, tasks, and which episodes there are.
     meta = open_metadata(dataset_id, dataset_root, revision)
-    left_out = []
+    left_out = leave_out_unreadable(meta, observations)
     if observations is not None:
-        left_out = choose_observations(meta, observations)
+        left_out += choose_observations(meta, observations)
     names = {action: "action"} if action in meta.features and action != "action" else {}
     rename_features(meta, names)
     lengths = episode_lengths(meta)
@@ -138,6 +138,8 @@ def open_source(
         source.remedy = remedy_of(flags, lengths, whole_episodes(source, faults))
     if not source.problems:
         source.warnings += content_warnings(source) + statistics_warnings(source) + video_warnings(source)
+        if not is_v2(meta):
+            source.warnings += placement_warnings(source)
     return source
 
 
@@ -153,7 +155,10 @@ def open_metadata(dataset_id: str, dataset_root: str | None = None, revision: st
     elif re.fullmatch(hub.HUB_ID, dataset_id) and folder is None:
         name, _, given = dataset_id.partition("@")
         if given:
-            raise UserError(f"dataset {dataset_id}: a revision has a flag of its own. Pass {name} --revision {given}")
+            raise UserError(
+                f"dataset {dataset_id}: a revision is a flag of its own. Pass {name} --revision {given}, or, to other commands "
+                f"than train.py, a folder: hf download {name} --repo-type dataset --revision {given} --local-dir FOLDER"
+            )
         meta = open_hub(dataset_id, dataset_root, revision)
     elif folder is not None:
         raise UserError(f"dataset {dataset_id} is a file: expected the folder of a LeRobot dataset, or a Hub id")
@@ -175,13 +180,15 @@ def read_metadata(dataset_id: str, folder: Path, repo_id: str):
 
     if find_path(folder / "meta" / "info.json", "dataset") is None:
         raise UserError(not_a_dataset(dataset_id, folder))
-    info = read_info(folder / "meta" / "info.json")
+    info, unreadable = read_info(folder / "meta" / "info.json")
     meta = LeRobotDatasetMetadata.__new__(LeRobotDatasetMetadata)  # its constructor reads whole v3.0 folders only
     meta.repo_id = repo_id
     meta.repo_type = "dataset"
     meta.root = folder
     meta.revision = info["codebase_version"]
-    meta.warnings = []  # what reading the metadata left out, a line each; ours, not LeRobot's
+    # These two are ours, not LeRobot's.
+    meta.warnings = []  # what reading the metadata left out, a line each
+    meta.unreadable = unreadable  # {observation: what is wrong with it}, which are not among the features
     with opening(dataset_id):
         if info["codebase_version"] == "v3.0":
             fill_v3_metadata(meta, info)
@@ -192,8 +199,8 @@ def read_metadata(dataset_id: str, folder: Path, repo_id: str):
     return meta
 
 
-def read_info(path: Path) -> dict:
-    """The fields of meta/info.json that LeRobot knows.
+def read_info(path: Path) -> tuple[dict, dict[str, str]]:
+    """The fields of meta/info.json that LeRobot knows, and {observation: what is wrong} of those that cannot be read.
 
     Raises:
         UserError: it is damaged, lacks what every dataset has, or is in a format that is not read.
@@ -220,13 +227,43 @@ def read_info(path: Path) -> dict:
     chunks_size = info.get("chunks_size", 1)
     if not isinstance(chunks_size, int) or chunks_size < 1:
         raise UserError(f"{path}: expected chunks_size of 1 or more, got {chunks_size!r}. Correct it")
+    info["features"], unreadable = split_unreadable(info["features"])
     problems = info_problems(info)
     if problems:
         raise UserError(f"{path}: {'; '.join(problems)}")
     set_camera_axes(info["features"])
     # LeRobot would warn of other fields, and check sizes that only its recorder uses.
     known = {field.name for field in fields(DatasetInfo) if not field.name.endswith("_size_in_mb")}
-    return {name: value for name, value in info.items() if name in known and value is not None}
+    return {name: value for name, value in info.items() if name in known and value is not None}, unreadable
+
+
+def split_unreadable(features) -> tuple[dict, dict[str, str]]:
+    """The features without the observations whose dtype or shape cannot be read, and what is wrong with each of these.
+
+    They are an obstacle only where they are read.
+    """
+    if not isinstance(features, dict):
+        return features, {}
+    unreadable = {}
+    for key, feature in features.items():
+        problems = info_problems({"fps": 1, "features": {key: feature}}) if key.startswith("observation.") else []
+        if problems:
+            unreadable[key] = "; ".join(problems)
+    return {key: feature for key, feature in features.items() if key not in unreadable}, unreadable
+
+
+def leave_out_unreadable(meta, patterns: list[str] | None) -> list[str]:
+    """The names of the observations that cannot be read and that --observations does not choose.
+
+    Raises:
+        UserError: it chooses one of them, or is not given.
+    """
+    for key, problem in meta.unreadable.items():
+        if patterns is None or any(matches(key, pattern) for pattern in patterns):
+            others = observation_names(meta)
+            remedy = f". Or leave it out: {observations_flag(others, {})}" if others else ""
+            raise UserError(f"{meta.root / 'meta' / 'info.json'}: {problem}{remedy}")
+    return list(meta.unreadable)
 
 
 def not_a_dataset(dataset_id: str, folder: Path) -> str:

@@ -92,7 +92,7 @@ def remedy_for(first: Source, other: Source, expected: dict, got: dict, rename: 
     """How to make two datasets alike: with other names, without the observations in which they differ, or both."""
     missing = {name: text for name, text in expected.items() if name not in got and name.startswith("observation.")}
     surplus = {name: text for name, text in got.items() if name not in expected}
-    pairs = likeliest_pairs(missing, surplus)
+    pairs = likeliest_pairs(missing, surplus) | other_action(expected, got) | other_action(got, expected)
     differences = {name for name in expected | got if expected.get(name) != got.get(name)}
     differences -= {*pairs, *pairs.values()}
     observations = dict.fromkeys([*observation_names(first.meta), *observation_names(other.meta)])
@@ -106,6 +106,14 @@ def remedy_for(first: Source, other: Source, expected: dict, got: dict, rename: 
     if differences:
         flags.append(observations_flag(kept, first.renamed | other.renamed))
     return f"Pass {' '.join(flags)}, or train on each by itself"
+
+
+def other_action(has: dict, lacks: dict) -> dict[str, str]:
+    """{name: "action"} of what is like one dataset's action in another one that has none; empty if nothing is."""
+    if "action" not in has or "action" in lacks:
+        return {}
+    candidates = {name: text for name, text in lacks.items() if name not in has}
+    return likeliest_pairs({"action": has["action"]}, candidates)
 
 
 def described(source: Source) -> dict[str, str]:

@@ -8,6 +8,7 @@ import pyarrow.parquet
 
 from data.episodes import counted
 from data.files import check_readable, is_hidden, reading
+from data.source import Source
 from data.statistics import read_statistics
 from errors import UserError, plural
 
@@ -89,3 +90,29 @@ def read_episodes(files: list[Path], warnings: list[str]) -> pa.Table:
             "Remove the file that is left over, or download the dataset again"
         )
     return table if index == sorted(index) else table.sort_by("episode_index")
+
+
+def placement_warnings(source: Source) -> list[str]:
+    """A line for each camera with episodes that begin at another time of their video than meta/episodes says.
+
+    Frames are counted, in the order of from_timestamp; LeRobot looks them up at that time, and finds others then.
+    """
+    warnings = []
+    meta = source.meta
+    for key, videos in source.videos.items():
+        written = dict(
+            zip(meta.episodes["episode_index"][:], meta.episodes[f"videos/{key}/from_timestamp"][:], strict=True)
+        )
+        begins = {}
+        for position, episode in enumerate(source.episodes):
+            times = videos.times[int(videos.file_index[position])]
+            begins[episode] = float(times.seconds[int(videos.first_frame[position])] - times.seconds[0])
+        doubtful = [episode for episode in begins if abs(begins[episode] - written[episode]) > 1.5 / meta.fps]
+        if doubtful:
+            first = doubtful[0]
+            more = f", and so on in {counted(doubtful)}" if len(doubtful) > 1 else ""
+            warnings.append(
+                f"{key}: episode {first} begins at {begins[first]:.4g} s of its video, counted in frames, but its from_timestamp "
+                f"in meta/episodes is {written[first]:.4g} s{more}: frames are read as counted. See whether they are the episode's"
+            )
+    return warnings

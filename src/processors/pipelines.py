@@ -231,7 +231,8 @@ def parse_rename(pairs: list[str] | None) -> dict[str, str]:
     """{old: new} names of observations, from OLD=NEW.
 
     Raises:
-        UserError: a pair has another form, or its new name is neither an observation's nor `action`.
+        UserError: a pair has another form, its new name is neither an observation's nor `action`, or its old name is
+            `action` or that of another pair.
     """
     names = {}
     for pair in pairs or []:
@@ -240,6 +241,10 @@ def parse_rename(pairs: list[str] | None) -> dict[str, str]:
             raise UserError(f"--rename {pair}: expected OLD=NEW, such as observation.image=observation.images.top")
         if not new.startswith("observation.") and new != "action":
             raise UserError(f"--rename {pair}: expected a new name that begins with observation., or action, got {new}")
+        if old == "action" and new != "action":
+            raise UserError(f"--rename {pair}: a policy learns the feature action, by that name. Leave the pair out")
+        if names.get(old, new) != new:
+            raise UserError(f"--rename {pair}: {old} is renamed twice, to {names[old]} too. Leave one of the pairs out")
         names[old] = new
     return names
 

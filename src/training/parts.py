@@ -155,6 +155,9 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
     # What the dataset gives, under the names and in the sizes that the policy gets.
     given = parse_rename(config.rename)
     rename = {old: new for old, new in given.items() if old not in source.renamed}
+    if checkpoint is not None:  # a run on several datasets may go on with one that has only the new name
+        has = source.meta.features
+        rename = {old: new for old, new in rename.items() if old in has or new not in has}
     image_size = config.image_size
     if image_size is None and folder and (base or source.recorded_sizes) and has_processors(folder):
         image_size = resize_of(load_processors(folder, "cpu")[0])
