@@ -20,10 +20,11 @@ from data.split import split_episodes
 from errors import UserError
 from helpers.paths import ROOT, SHIPPED
 from helpers.runs import assert_same_run, small
+from helpers.simulations import still_simulation
 from policy.loaded import load_policy
 from processors.statistics import is_still
 from runs import main
-from sim.environments import Simulation, check_batch, open_simulation
+from sim.environments import check_batch, open_simulation
 from sim.rollout import Episode, run_episodes, summary, wilson_interval
 from train import train
 from training import evaluation
@@ -187,43 +188,14 @@ def test_a_simulation_that_does_not_fit_is_refused_before_training(made, tmp_pat
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-class StillArm:
-    """A vector environment of one, whose arm never gets anywhere; `on_step` is called at each step."""
-
-    def __init__(self, on_step):
-        self.on_step = on_step
-        self.steps = 0
-
-    def reset(self, seed, options=None):
-        return {"agent_pos": np.zeros((1, 3), np.float32)}, {}
-
-    def step(self, action):
-        self.steps += 1
-        self.on_step()
-        return self.reset(None)[0], np.zeros(1), [False], [False], {}
-
-    def call(self, name):
-        return {"render": [np.zeros((8, 8, 3), np.uint8)], "task": ["lift"], "task_description": ["lift"]}[name]
-
-    def close(self): ...
-
-
 @pytest.fixture
 def simulate(monkeypatch):
     """simulate(on_step) puts a simulation in place of --eval_env, and returns its environment."""
 
     def install(on_step):
-        env = StillArm(on_step)
-        simulation = Simulation(
-            env=env,
-            config=None,
-            preprocess=lambda batch: batch,
-            postprocess=lambda batch: batch,
-            max_steps=20,
-            rename={},
-        )
+        simulation = still_simulation(on_step)
         monkeypatch.setattr(evaluation.environments, "open_simulation", lambda *args, **kwargs: simulation)
-        return env
+        return simulation.env
 
     return install
 

@@ -103,7 +103,7 @@ def test_replaced_folders_are_left_to_the_run_that_began_there(whole, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "seed"), [("SIGKILL", 1), ("SIGKILL", 2), ("SIGTERM", 3)])
+@pytest.mark.parametrize(("name", "seed"), [("SIGKILL", 1), ("SIGKILL", 2), ("SIGTERM", 3), ("SIGHUP", 4)])
 def test_stopped_at_random_moments(whole, tmp_path, name, seed):
     message = lives(tmp_path / "run", SETTINGS, "signal", name, seed)
     number = getattr(signal, name)

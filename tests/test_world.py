@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,12 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from checkpoints.folder import write_manifest
 from errors import UserError
 from helpers.paths import ROOT
-from helpers.runs import DETERMINISTIC_ACT, assert_same_optimizer, small
+from helpers.runs import DETERMINISTIC_ACT, assert_same_optimizer, assert_same_run, logged, read_metrics, small
+from policy.flow import FlowConfig
+from policy.losses import loss_averages_over_actions, unknown_average
 from reports.pages import read_history
 from train import train
+from training.distributed import Distributed
 from training.launch import check_device
+from training.means import SubLossMeans, mean_of, scalars, totals_of_rank
 
 WAYS = {
     "DDP": {},
@@ -70,6 +76,10 @@ def apart(settings: dict, env: dict) -> list[int]:
 
 def losses(output_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def sub_losses(output_dir: Path) -> list[float]:
+    return [line["l1_loss"] for line in read_metrics(output_dir)]
 
 
 def weights(checkpoint: Path) -> dict:
@@ -128,6 +138,10 @@ def two_are_one(team, made, tmp_path, way: str):
     ends = [tmp_path / name / "checkpoint-9" for name in ("two", "again")]
     assert all(torch.equal(a, weights(ends[1])[name]) for name, a in weights(ends[0]).items())
     assert losses(tmp_path / "again") == losses(tmp_path / "two")  # of which one line began before the save
+    # Its loss is its one sub-loss: the mean over the processes, and over the steps of a line.
+    for name in ("one", "two", "again"):
+        assert sub_losses(tmp_path / name) == pytest.approx(losses(tmp_path / name), rel=1e-6)
+    assert sub_losses(tmp_path / "again") == sub_losses(tmp_path / "two")
     assert_same_optimizer(*ends)
     return one, lambda settings: team(settings, env=WAYS[way])
 
@@ -161,6 +175,64 @@ def test_a_signal_to_one_process_stops_all_at_one_step(team, made, tmp_path):
     assert "stopped by SIGUSR1" in log
     assert f"process 1 left {saved.name}" in log  # a launcher kills the others once one has left with such a status
     assert json.loads((saved / "trainer_state.json").read_text())["world_size"] == 2
+
+
+def test_only_the_main_process_hashes_and_simulates(team, made, tmp_path):
+    """A run and its resume, with a simulation in each."""
+    env = {"SIMULATION": "3", "TELL_WORK": "1"}
+    settings = small("flow", dataset_id=[str(made("no_camera"))], eval_env="pusht", eval_episodes=1, steps=2)
+    settings["output_dir"] = str(tmp_path / "run")
+    assert team(settings, env=env) == [0, 0]
+    assert team({**settings, "resume_from_checkpoint": "latest", "steps": 4}, env=env) == [0, 0]
+    log = Path(f"{settings['output_dir']}.log").read_text()
+    assert log.count("process 0 calls open_simulation") == 2
+    assert "process 0 calls sha256" in log
+    assert "process 1 calls" not in log
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "eval_success_rate" in line] == [2, 4]
+
+
+def test_what_the_main_process_refuses_is_told_by_all(team, made, tmp_path):
+    settings = small("flow", dataset_id=[str(made("no_camera"))], steps=2, output_dir=str(tmp_path / "run"))
+    assert team(settings) == [0, 0]
+    (tmp_path / "run" / "checkpoint-2" / "policy.safetensors").write_bytes(b"damaged")
+    assert team({**settings, "resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-2")}) == [2, 2]
+    log = Path(f"{settings['output_dir']}.log").read_text()
+    assert log.count("checkpoint-2 is damaged: ") == 2
+    assert "error: process 1: " in log
+    assert "Traceback" not in log
+    assert "lost process" not in log
+
+
+def test_a_signal_to_another_process_ends_the_main_ones_simulation(team, made, tmp_path):
+    """Which would take a day."""
+    settings = small(
+        "flow", dataset_id=[str(made("no_camera"))], eval_env="pusht", eval_freq=3, log_freq=1, save_freq=0
+    )
+    settings["output_dir"] = str(tmp_path / "run")
+    assert team(settings, env={"SIMULATION": "10000000"}, kill=[1, 1.0, "SIGTERM"]) == [143, 143]
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    assert saved.name == "checkpoint-3"
+    assert json.loads((saved / "trainer_state.json").read_text())["evaluation_is_missing"] is True
+    resumed = {"resume_from_checkpoint": str(saved), "output_dir": settings["output_dir"]}
+    assert team(resumed, env={"SIMULATION": "3"}) == [0, 0]
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "eval_success_rate" in line] == [3, 4]
+
+
+def test_an_error_of_one_processes_data_saves_the_steps_before_it(team, made, tmp_path):
+    settings = small(dataset_id=[str(made("no_camera"))], save_freq=0, log_freq=3)
+    assert team({**settings, "output_dir": str(tmp_path / "whole")}) == [0, 0]
+    settings["output_dir"] = str(tmp_path / "run")
+    assert team(settings, env={"BREAK_LOADER_1": "2", "SLOW_DISK": "0.1"}) == [1, 2]
+    log = Path(f"{settings['output_dir']}.log").read_text()
+    assert "warning: step 3 fails: the steps before it are saved in checkpoint-2" in log
+    assert "error: process 1: frame 7 cannot be decoded" in log
+    assert "error: the data of this step could not be read in another process" in log
+    assert "Traceback" not in log
+    resumed = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-2"), "output_dir": settings["output_dir"]}
+    assert team(resumed) == [0, 0]
+    assert_same_run(tmp_path / "whole", tmp_path / "run", 4)
+    assert logged(tmp_path / "whole") == logged(tmp_path / "run")
 
 
 def test_more_processes_than_gpus_is_told(monkeypatch):
@@ -228,6 +300,85 @@ def test_accumulated_parts_are_the_batch(made, tmp_path, policy):
         courses.append([line["loss"] for line in result.history])
     assert courses[1] == pytest.approx(courses[0], rel=1e-5)
     assert courses[2] == pytest.approx(courses[0], rel=1e-5)
+
+
+def test_sub_losses_are_means_over_micro_batches_and_steps(made, tmp_path):
+    """With a latent, whose loss is another sub-loss: they make up the logged loss, in each line, stopped or not."""
+    settings = small(dataset_id=str(made("no_camera")), batch_size=8, steps=7, save_freq=5, log_freq=3)
+    settings["grad_accumulation_steps"] = 4
+    whole = train(**settings, output_dir=str(tmp_path / "whole"))
+    for line in whole.history:
+        assert line["l1_loss"] + 10 * line["kld_loss"] == pytest.approx(line["loss"], rel=1e-5)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-5")
+    train(resume_from_checkpoint=checkpoint, output_dir=str(tmp_path / "part"), quiet=True)
+    names = ("step", "loss", "l1_loss", "kld_loss")
+    lines = [[[line[name] for name in names] for line in read_metrics(tmp_path / run)] for run in ("whole", "part")]
+    assert lines[0] == lines[1]  # of which one line began before the save
+
+    # A checkpoint of an older version knows no such sums: the means begin at its step.
+    state = json.loads((tmp_path / "whole" / "checkpoint-5" / "trainer_state.json").read_text())
+    assert state["sub_loss_sums"][0]["l1_loss"][1] == 2 * 4
+    assert train_without_sums(tmp_path / "whole" / "checkpoint-5", tmp_path / "old") == whole.final_loss
+
+
+def train_without_sums(checkpoint: Path, output_dir: Path) -> float:
+    """The final loss of a resume from a checkpoint without the sums of sub-losses."""
+    old = Path(shutil.copytree(checkpoint, output_dir / checkpoint.name))
+    state = json.loads((old / "trainer_state.json").read_text())
+    del state["sub_loss_sums"]
+    (old / "trainer_state.json").write_text(json.dumps(state))
+    (old / "manifest.json").unlink()
+    write_manifest(old)
+    result = train(resume_from_checkpoint=str(old), quiet=True)
+    assert result.history[-1]["l1_loss"] > 0
+    return result.final_loss
+
+
+def test_means_of_numbers_that_not_all_report():
+    means = SubLossMeans({})
+    means.add({"a": torch.tensor(1.0), "b": 2.0})
+    means.add({"a": torch.tensor(3.0)})
+    assert means.totals() == {"a": [4.0, 2], "b": [2.0, 1]}
+    by_rank = [means.totals(), {"a": [2.0, 2], "c": [5.0, 1]}]
+    assert mean_of(by_rank) == {"a": 1.5, "b": 2.0, "c": 5.0}
+    alone = Distributed()
+    assert totals_of_rank(by_rank, alone) == {"a": [6.0, 4], "b": [2.0, 1], "c": [5.0, 1]}
+    assert totals_of_rank([], alone) == {}
+    numbers = {"a": torch.tensor(2, dtype=torch.int64), "b": True, "c": torch.ones(2), "d": "text"}
+    assert scalars(numbers) == {"a": 2.0, "b": 1}
+    assert scalars(None) == {}
+
+
+@pytest.mark.parametrize("declared", [True, False, None])
+def test_a_policy_says_what_its_loss_averages_over(made, tmp_path, monkeypatch, capsys, declared):
+    """Two micro-batches follow the whole batch if the loss is what the config declares; where it says nothing, that is told."""
+    monkeypatch.setattr(FlowConfig, "loss_averages_over_actions", declared)
+    settings = small("flow", dataset_id=str(made("no_camera")), steps=3, log_freq=1, save_freq=0, batch_size=8)
+    settings["policy_args"] = ["size=tiny", "head=regression", "chunk_size=6", "n_action_steps=3"]
+    one, two = (
+        train(**settings, grad_accumulation_steps=parts, output_dir=str(tmp_path / str(parts))).history
+        for parts in (1, 2)
+    )
+    is_whole = [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+    assert is_whole == (declared is True)
+    warning = (
+        "warning: each step adds up 2 parts of its batch, and policy flow does not say what its loss averages over"
+    )
+    assert capsys.readouterr().out.count(warning) == (declared is None)
+
+
+def test_every_policy_of_lerobot_is_known_or_told():
+    """What a newer LeRobot brings is told, as those are whose loss is a mean over tokens."""
+    from lerobot.configs import PreTrainedConfig
+
+    unknown = set()
+    for name, config_class in PreTrainedConfig.get_known_choices().items():
+        config = object.__new__(config_class)  # with its defaults; some ask for packages as they are made
+        if loss_averages_over_actions(config) is None:
+            unknown.add(name)
+            assert unknown_average(config, parts=2)
+            assert not unknown_average(config, parts=1)
+    assert unknown == {"molmoact2", "pi0_fast", "wall_x"}
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -142,6 +142,8 @@ class Writer:
         self.background = config.save_async == "on"
         self.staging = StagingBuffers()
         self.thread: threading.Thread | None = None
+        self.is_idle = threading.Event()
+        self.is_idle.set()
         self.snapshot: Snapshot | None = None  # being written, or to be written again
         self.protected: list[Path] = []
         self.failures: list[BaseException] = []  # of the last saves in a row
@@ -161,6 +163,7 @@ class Writer:
             self.check()
             return
         self.snapshot = self.staging.copy(snapshot)
+        self.is_idle.clear()
         self.thread = threading.Thread(target=self._write, name="checkpoint writer", daemon=True)
         self.thread.start()
 
@@ -181,6 +184,8 @@ class Writer:
                 self.warn(f"{error}. Training continues, and the next save tries again")
         except BaseException as error:
             self.failures.append(error)
+        finally:
+            self.is_idle.set()
 
     def warn_once(self, text: str) -> None:
         """Warn, but not of the same at every save."""
@@ -257,9 +262,10 @@ class Writer:
             self.finish()
         elif self.thread is not None:
             # Whatever ended the run, and however often Ctrl-C is pressed: the next run in this process would meet the thread.
-            while self.thread.is_alive():
+            # (Not by `is_alive`: Python 3.12 takes a thread for ended once its `join` was interrupted.)
+            while not self.is_idle.is_set():
                 with contextlib.suppress(KeyboardInterrupt):
-                    self.thread.join()
+                    self.is_idle.wait()
 
 
 def write_checkpoint(

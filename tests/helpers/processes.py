@@ -1,8 +1,10 @@
 """Runs of several processes for the tests: imports once, then forks the processes of each run as a launcher would.
 
 Reads a run a line, {"settings": {...}, "processes": 2, "env": {...}, "kill": [rank, seconds, "SIGKILL"]}, and answers each with a
-line, the processes' exit statuses. What they print goes to <output_dir>.log. Two names in `env` are for these processes:
-SLOW_DISK, seconds that each flush takes the main one, and BREAK_RANK_1, an error that the other one raises in its first step.
+line, the processes' exit statuses. What they print goes to <output_dir>.log. Names in `env` that are for these processes:
+SLOW_DISK, seconds that each flush takes the main one; BREAK_RANK_1, an error that the other one raises in its first step;
+BREAK_LOADER_1, the step before which the other one's data cannot be read; SIMULATION, the longest episode of a simulation
+in place of --eval_env; TELL_WORK, to print which process hashes a file and which makes the simulation.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def start(settings: dict, rank: int, processes: int, port: int, env: dict) -> int:
@@ -35,7 +38,10 @@ def start(settings: dict, rank: int, processes: int, port: int, env: dict) -> in
         os.dup2(output, 2)
         import torch
 
+        from checkpoints import folder
+        from helpers.simulations import still_simulation
         from train import main
+        from training import evaluation
         from training.learner import Learner
 
         torch.set_num_threads(1)
@@ -43,6 +49,14 @@ def start(settings: dict, rank: int, processes: int, port: int, env: dict) -> in
             os.fsync = lambda handle: time.sleep(float(os.environ["SLOW_DISK"]))
         if rank == 1 and "BREAK_RANK_1" in os.environ:
             Learner.forward = broken_forward
+        if rank == 1 and "BREAK_LOADER_1" in os.environ:
+            break_loader(int(os.environ["BREAK_LOADER_1"]))
+        if "SIMULATION" in os.environ:
+            simulation = still_simulation(lambda: time.sleep(0.01), int(os.environ["SIMULATION"]))
+            evaluation.environments.open_simulation = lambda *args, **kwargs: simulation
+        if "TELL_WORK" in os.environ:
+            tell_calls(folder, "sha256", rank)
+            tell_calls(evaluation.environments, "open_simulation", rank)
         status = main(settings)
         there = sorted(path.name for path in Path(settings["output_dir"]).glob("checkpoint-*"))
         print(f"process {rank} left", *there, flush=True)
@@ -58,6 +72,31 @@ def broken_forward(learner, batch: dict):
     import torch
 
     raise torch.distributed.DistBackendError(os.environ["BREAK_RANK_1"])
+
+
+def break_loader(step: int) -> None:
+    from data.loader import Loader
+    from errors import UserError
+
+    batch_at = Loader.batch_at
+
+    def broken(loader, samples_seen, buffers=None):
+        if samples_seen == step * loader.batch_size:
+            raise UserError("frame 7 cannot be decoded")
+        return batch_at(loader, samples_seen, buffers)
+
+    Loader.batch_at = broken
+
+
+def tell_calls(module, name: str, rank: int) -> None:
+    """Print every call of a function."""
+    function = getattr(module, name)
+
+    def told(*args, **kwargs):
+        print(f"process {rank} calls {name}", flush=True)
+        return function(*args, **kwargs)
+
+    setattr(module, name, told)
 
 
 def end(pids: list[int], kill: list | None, begun: Path) -> list[int]:
