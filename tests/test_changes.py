@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from checkpoints.folder import TrainState
 from config import TrainConfig
+from data.opening import open_source
 from errors import UserError
 from helpers.runs import small
 from train import train
-from training.changes import compare_machine, compare_settings, meaning
+from training.changes import compare_data, compare_machine, compare_settings, describe_data, meaning
 
 MACHINE = {"device": "cpu", "device_name": "x86_64", "versions": {"torch": "2.1", "lerobot": "0.6.1", "numpy": "2"}}
 
@@ -98,3 +100,20 @@ def test_a_resume_prints_what_changed(made, tmp_path, monkeypatch, capsys):
     train(resume_from_checkpoint=first, output_dir=str(tmp_path / "other"), **again)
     said = capsys.readouterr()
     assert f"warning: torch {version('torch')} -> 9.9: the batches stay the same" in said.out + said.err
+
+
+def test_videos_that_changed_places_are_reported(copy_of):
+    """Two cameras' videos are exchanged between stop and resume: together they have the size that they had."""
+    root = copy_of("two_cameras")
+    before = describe_data(open_source(str(root)), torch.tensor([0]))
+    (top,) = root.glob("videos/*top/*/*.mp4")
+    (wrist,) = root.glob("videos/*wrist/*/*.mp4")
+    pixels = [path.read_bytes() for path in (top, wrist)]
+    assert len(pixels[0]) != len(pixels[1])
+    top.write_bytes(pixels[1])
+    wrist.write_bytes(pixels[0])
+    now = describe_data(open_source(str(root)), torch.tensor([0]))
+    state = TrainState(trainer_state={"data": before}, train_config={}, training_info={})
+    assert compare_data(state, now) == ["dataset: its videos changed places or sizes; from here on this is another run"]
+    del before["videos_sha256"]  # of an older version
+    assert compare_data(state, now) == []

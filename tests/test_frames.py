@@ -148,13 +148,13 @@ def test_killed_while_building_goes_on_where_it_stopped(made, tmp_path, monkeypa
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert stores(tmp_path)[0].startswith("."), "no finished store after a kill"
-    done = len(next(tmp_path.glob(".*/journal.txt")).read_text().split())
+    done = len(next(tmp_path.glob(".*/journal.txt")).read_text().splitlines())
     decoded = []
     decode_episode = FrameStore._decode_episode
 
     def counted(store, episode, bar):
         decoded.append(episode)
-        decode_episode(store, episode, bar)
+        return decode_episode(store, episode, bar)
 
     monkeypatch.setattr(FrameStore, "_decode_episode", counted)
     source = open_source(str(made("video")))
@@ -239,7 +239,7 @@ def unfinished(made, tmp_path, monkeypatch):
     def stopped(store, episode, bar):
         if episode == 2:
             raise KeyboardInterrupt
-        decode_episode(store, episode, bar)
+        return decode_episode(store, episode, bar)
 
     monkeypatch.setattr(FrameStore, "_decode_episode", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -266,7 +266,9 @@ def test_video_cut_short_after_it_was_checked(copy_of, tmp_path):
     source = open_source(str(root))
     video = next((root / "videos").glob("*/*/*.mp4"))
     video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"file-000\.mp4: frames \d+ to \d+, from episode \d frame \d+ on, cannot be decoded"):
+    with pytest.raises(
+        UserError, match=r"file-000\.mp4: frames \d+ to \d+, from episode \d frame \d+ on, cannot be decoded"
+    ):
         open_or_build(source, tmp_path / "cache")
     assert all(name.startswith(".") for name in stores(tmp_path / "cache"))
 
@@ -420,3 +422,20 @@ def test_the_store_notices_that_picture_files_changed(made, copy_of, tmp_path):
     changed = all_frames(open_or_build(open_source(str(root)), tmp_path / "cache"))
     assert torch.equal(changed[5], inside[0])
     assert len(stores(tmp_path / "cache")) == 2
+
+
+def test_an_unfinished_store_is_believed_only_where_its_bytes_are_right(unfinished):
+    source, folder = unfinished
+    expected = all_frames(Frames(source))
+    (build,) = folder.glob(".*/")
+    assert len((build / "journal.txt").read_text().splitlines()) == 2
+    for spoil in (
+        lambda build: os.truncate(build / "frames.u8", 1000),
+        lambda build: (build / "frames.u8").write_bytes(bytes(expected.numel())),
+        lambda build: (build / "journal.txt").write_bytes(b"\xff0 1\n7 00000000\n-1 x\n1\n"),
+        lambda build: (build / "frames.u8").unlink(),
+    ):
+        copy = Path(shutil.copytree(folder, folder.with_name("copy")))
+        spoil(next(copy.glob(".*/")))
+        assert torch.equal(all_frames(open_or_build(source, copy)), expected)
+        shutil.rmtree(copy)

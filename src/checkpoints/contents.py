@@ -64,7 +64,14 @@ TRAINER_STATE = {
     "tracker_run_id": TEXT.or_null(),
     "data": MAPPING.or_null(),
 }
-DATA = {"episodes": COUNT, "frames": COUNT, "picture_bytes": COUNT, "sha256": TEXT, "held_out": EPISODE.listed()}
+DATA = {
+    "episodes": COUNT,
+    "frames": COUNT,
+    "picture_bytes": COUNT,
+    "sha256": TEXT,
+    "videos_sha256": TEXT,
+    "held_out": EPISODE.listed(),
+}
 TRAINING_INFO = {
     "policy": TEXT,
     "parameters": COUNT,

@@ -7,7 +7,7 @@ cache, named after a hash of all that decides its content, so that it is never s
     about.json    what it holds, for people
 
 It is built in a hidden folder beside its place, which is renamed when all frames are there. There, journal.txt lists the
-episodes that are on disk, so that a build that was stopped continues.
+episodes that are on disk, each with the CRC-32 of its bytes, so that a build that was stopped continues.
 
 N rows, C channels, h and w pixels at training size.
 """
@@ -16,9 +16,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,7 +260,7 @@ class FrameStore:
         about = {"dataset": source.name, "camera": self.key, "frames": source.rows, "shape": self.shape[1:]}
         (self.build_folder / "about.json").write_text(json.dumps(about))
         journal = self.build_folder / "journal.txt"
-        done = set(journal.read_text().split()) if journal.exists() else set()
+        done = self._episodes_on_disk(journal)
 
         lengths = (source.ends - source.starts).tolist()
         bar = tqdm(
@@ -268,36 +270,59 @@ class FrameStore:
             disable=quiet,
             mininterval=progress_interval(),
         )
-        bar.update(sum(lengths[int(episode)] for episode in done))
+        bar.update(sum(lengths[episode] for episode in done))
         with bar, open(journal, "a") as log, ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
             jobs = {}
             for episode in range(len(lengths)):
-                if str(episode) not in done:
+                if episode not in done:
                     jobs[pool.submit(self._decode_episode, episode, bar)] = episode
             try:
                 for job in as_completed(jobs):
-                    job.result()
-                    log.write(f"{jobs[job]}\n")
+                    log.write(f"{jobs[job]} {job.result():08x}\n")
                     log.flush()
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # else the block would end after all the jobs
                 raise
         journal.unlink()
 
-    def _decode_episode(self, episode: int, bar) -> None:
-        """Decode one episode, by its position in `Source.episodes`, to its place in frames.u8."""
+    def _episodes_on_disk(self, journal: Path) -> set[int]:
+        """Positions of the episodes that a stopped build wrote, by its journal and their bytes: neither is trusted alone."""
+        done = set()
+        if not journal.exists():
+            return done
+        frame_bytes = int(np.prod(self.shape[1:]))
+        source = self.decoder.source
+        with open(self.build_folder / "frames.u8", "rb") as file:
+            for episode, crc in re.findall(r"^(\d+) ([0-9a-f]{8})$", journal.read_text(errors="replace"), re.MULTILINE):
+                if int(episode) >= len(source.episodes):
+                    continue
+                first = int(source.starts[int(episode)])
+                end = int(source.ends[int(episode)])
+                file.seek(first * frame_bytes)
+                found = 0
+                for _ in range(first, end):
+                    found = zlib.crc32(file.read(frame_bytes), found)
+                if found == int(crc, 16):
+                    done.add(int(episode))
+        return done
+
+    def _decode_episode(self, episode: int, bar) -> int:
+        """Decode one episode, by its position in `Source.episodes`, to its place in frames.u8; the CRC-32 of its bytes."""
         first = int(self.decoder.source.starts[episode])
         end = int(self.decoder.source.ends[episode])
+        crc = 0
         # Written, not mapped: a full disk is an error when writing, but a crash of the process in mapped memory.
         with open(self.build_folder / "frames.u8", "r+b", buffering=0) as file:
             file.seek(first * int(np.prod(self.shape[1:])))
             for rows in torch.arange(first, end).split(CHUNK):
                 pixels = self.decoder.read(self.key, rows).contiguous()  # (n, C, h, w)
                 unwritten = memoryview(pixels.numpy()).cast("B")
+                crc = zlib.crc32(unwritten, crc)
                 while unwritten:
                     unwritten = unwritten[file.write(unwritten) :]
                 bar.update(len(rows))
             os.fsync(file.fileno())  # the journal may list the episode only once it is on disk
+        return crc
 
 
 def store_name(decoder: Decoder, key: str, library: str) -> str:

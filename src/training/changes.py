@@ -160,7 +160,8 @@ def describe_data(source: Source, held_out: Tensor) -> dict:
         held_out: (E,) positions in `source.episodes`.
 
     Returns:
-        Counts of episodes, frames and bytes of pictures, a hash of all values, and the held-out episodes.
+        Counts of episodes, frames and bytes of pictures, hashes of all values and of which video has which size, and the
+        held-out episodes.
     """
     tasks = source.tasks
     if list(tasks) == list(range(len(tasks))):  # as checkpoints recorded them before
@@ -176,8 +177,17 @@ def describe_data(source: Source, held_out: Tensor) -> dict:
         "frames": source.rows,
         "picture_bytes": picture_bytes,
         "sha256": digest.hexdigest(),
+        "videos_sha256": hash_of_videos(source),
         "held_out": [source.episode_ids[i] for i in held_out.tolist()],
     }
+
+
+def hash_of_videos(source: Source) -> str:
+    """A hash of each camera's video files in order, by their sizes: names and dates change when a dataset is moved."""
+    sizes = []
+    for key, videos in sorted(source.videos.items()):
+        sizes.append([key, [path.stat().st_size for path in videos.files if path.is_file()]])
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
 
 def compare_data(state: TrainState | None, now: dict) -> list[str]:
@@ -195,6 +205,8 @@ def compare_data(state: TrainState | None, now: dict) -> list[str]:
     elif before.get("picture_bytes", now["picture_bytes"]) != now["picture_bytes"]:
         change = f"{before['picture_bytes']} -> {now['picture_bytes']} bytes"
         changes.append(f"dataset: its videos or pictures changed ({change}); from here on this is another run")
+    elif before.get("videos_sha256", now["videos_sha256"]) != now["videos_sha256"]:
+        changes.append("dataset: its videos changed places or sizes; from here on this is another run")
     if not set(now["held_out"]) <= set(before["held_out"]):
         change = f"{before['held_out']} -> {now['held_out']}"
         changes.append(f"held-out episodes: {change}; the run has trained on some of them")
