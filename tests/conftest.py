@@ -25,6 +25,19 @@ def pytest_configure(config):
         hide_torchcodec()
 
 
+def pytest_terminal_summary(terminalreporter):
+    """The table of docs/resume.md: how many times runs were stopped, and after how many they were still the same runs."""
+    rows = []
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            trials = dict(report.user_properties).get("trials") if report.when == "call" else None
+            if trials:
+                kind, count = trials
+                rows.append(f"| {kind} | {count} | {count if outcome == 'passed' else 0} |")
+    if rows:
+        terminalreporter.write_line("\n".join(["| how it was stopped | times | exact |", "| --- | --- | --- |", *rows]))
+
+
 def hide_torchcodec() -> None:
     """Put a torchcodec that cannot be loaded before the installed one, here and in the processes that tests start."""
     sys.path.insert(0, str(WITHOUT_TORCHCODEC))

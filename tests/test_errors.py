@@ -113,7 +113,8 @@ def test_step_in_the_name_against_trainer_state(capsys, damaged):
 def test_other_dims_than_the_checkpoint(capsys, run, made):
     line = message(capsys, dataset_id=str(made("wide")), resume_from_checkpoint=str(run / "checkpoint-4"), steps=6)
     assert line.endswith(
-        "observation.state: expected 3 numbers, as in checkpoint-4, got 5 numbers. Pass the dataset it was trained on, or train a new policy"
+        "observation.state: expected 3 numbers, as in checkpoint-4, got 5 numbers. "
+        "Pass the dataset it was trained on, or train a new policy"
     )
 
 
@@ -179,9 +180,11 @@ def test_pickle_that_runs_code_is_refused(capsys, damaged):
     assert line.endswith(refusal + "Resume from a checkpoint that you trust")
 
 
-def test_resumed_from_a_folder_without_a_name(capsys, run, monkeypatch):
-    monkeypatch.chdir(run / "checkpoint-2")
-    assert "has no step in its name" in message(capsys, resume_from_checkpoint=".")
+def test_resumed_from_the_folder_that_one_is_in(capsys, damaged, monkeypatch):
+    monkeypatch.chdir(damaged)
+    assert "checkpoint-2 is at step 2, past --steps 1" in message(capsys, resume_from_checkpoint=".", steps=1)
+    monkeypatch.chdir(damaged.rename(damaged.with_name("nameless")))
+    assert message(capsys, resume_from_checkpoint=".").startswith("nameless has no step in its name")
 
 
 def test_output_dir_in_use(capsys, run, made):

@@ -48,7 +48,8 @@ def assert_equal(whole, folder):
 
 
 @pytest.mark.slow
-def test_terminated_and_resumed_by_the_command_it_tells(whole, tmp_path):
+def test_terminated_and_resumed_by_the_command_it_tells(whole, tmp_path, record_property):
+    record_property("trials", ("SIGTERM, resumed by the printed command", 1))
     flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in SETTINGS.items()
              if value and not isinstance(value, list)]  # fmt: skip
     lists = [["--" + name, *map(str, value)] for name, value in SETTINGS.items() if isinstance(value, list)]
@@ -68,15 +69,17 @@ def test_terminated_and_resumed_by_the_command_it_tells(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_before_every_file_operation_of_saving_and_pruning(whole, tmp_path):
+def test_killed_before_every_file_operation_of_saving_and_pruning(whole, tmp_path, record_property):
+    record_property("trials", ("SIGKILL before each file operation of saving and pruning", 59))
     message = lives(tmp_path / "run", {**SETTINGS, "save_freq": 1, "keep_last": 1}, "operation", *range(1, 60))
     assert [life["status"] for life in message] == [-signal.SIGKILL] * 59 + [0]
     assert_equal(whole, tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_killed_before_every_file_operation_of_replacing(whole, tmp_path):
-    """A checkpoint that an earlier course of the run has left gives way to the new one, or stays whole."""
+def test_killed_before_every_file_operation_of_replacing(whole, tmp_path, record_property):
+    """A checkpoint that an earlier branch of the run has left gives way to the new one, or stays whole."""
+    record_property("trials", ("SIGKILL before each file operation of replacing a checkpoint", 55))
     run = shutil.copytree(whole, tmp_path / "run")
     again = {**SETTINGS, "keep_last": None, "resume_from_checkpoint": str(run / f"checkpoint-{STEPS - 4}")}
     message = lives(run, again, "operation", *range(1, 56))
@@ -87,9 +90,10 @@ def test_killed_before_every_file_operation_of_replacing(whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [4, 5])
-def test_replaced_folders_are_left_to_the_run_that_began_there(whole, tmp_path, seed):
+def test_replaced_folders_are_left_to_the_run_that_began_there(whole, tmp_path, seed, record_property):
     """The run that was there before ends with a line, and the new one is the run that nobody disturbed."""
     message = lives(tmp_path / "run", {**SETTINGS, "save_freq": 1}, "replaced", 6, seed)
+    record_property("trials", ("folder deleted during the run, another run begun there", 6))
     firsts = [life["status"] for life in message[::2]]
     assert set(firsts) <= {0, 2}  # 0: it had finished before
     assert 2 in firsts
@@ -104,9 +108,9 @@ def test_replaced_folders_are_left_to_the_run_that_began_there(whole, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "seed"), [("SIGKILL", 1), ("SIGKILL", 2), ("SIGTERM", 3), ("SIGHUP", 4)])
-def test_stopped_at_random_moments(whole, tmp_path, name, seed):
+def test_stopped_at_random_moments(whole, tmp_path, name, seed, record_property):
     message = lives(tmp_path / "run", SETTINGS, "signal", name, seed)
+    record_property("trials", (f"{name} at random moments", len(message) - 1))
     number = getattr(signal, name)
     assert {life["status"] for life in message[:-1]} <= {-number if name == "SIGKILL" else 128 + number}
-    print(f"{len(message) - 1} times stopped by {name}")
     assert_equal(whole, tmp_path / "run")

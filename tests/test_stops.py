@@ -161,6 +161,7 @@ def test_a_terminal_is_closed_under_the_command(settings, tmp_path):
             flags += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         os.chdir(ROOT)
         os.execv(sys.executable, [sys.executable, "src/train.py", *flags])
     while not (tmp_path / "run" / "metrics.jsonl").exists():
