@@ -142,6 +142,7 @@ def wait_for(condition, process=None, seconds=60):
     raise AssertionError("nothing happened")
 
 
+@pytest.mark.slow
 def test_killed_while_building_goes_on_where_it_stopped(made, tmp_path, monkeypatch):
     process = start_building(made("video"), tmp_path)
     wait_for(lambda: [path for path in tmp_path.glob(".*/journal.txt") if path.read_text().count("\n") >= 1], process)

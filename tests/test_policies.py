@@ -43,6 +43,7 @@ def test_trains(made, tmp_path, request, policy, dataset):
     assert np.isfinite(policy.act(observation)).all()
 
 
+@pytest.mark.slow
 def test_lerobot_finds_the_state_only_step_as_a_plugin(made, tmp_path):
     import subprocess
     import sys
