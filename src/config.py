@@ -6,6 +6,7 @@ Nothing here imports anything heavy: `--help` must answer at once.
 
 import json
 import operator
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import get_args, get_origin
@@ -337,7 +338,7 @@ def read_config_file(path: str) -> dict:
 
     kind = "JSON" if path.endswith(".json") else "YAML"
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
         given = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config_path {path} cannot be read: {reason_of_disk(error)}") from None

@@ -9,6 +9,7 @@ N frames of an episode, A joints.
 
 import argparse
 import json
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -228,9 +229,9 @@ def evaluate_simulated(policy: LoadedPolicy | None, args: argparse.Namespace, na
 
 def report_folder(checkpoint: str, output_dir: str | None, kind: str) -> Path:
     """Where an evaluation is written: beside the checkpoint, which must hold only its own files."""
-    path = Path(checkpoint).expanduser()
+    path = Path(os.path.expanduser(checkpoint))
     if output_dir:
-        folder = find_path(output_dir, "--output_dir") or Path(output_dir).expanduser()
+        folder = find_path(output_dir, "--output_dir") or Path(os.path.expanduser(output_dir))
     elif not path.is_dir():
         folder = Path("outputs") / "evaluation" / checkpoint.replace("/", "_")
     elif path.name.startswith("checkpoint-"):

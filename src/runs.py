@@ -107,10 +107,10 @@ def compare_runs(args) -> int:
     warnings = []
     histories = {}
     for name, run in zip(names, args.runs, strict=True):
-        histories[name] = read_history(run.expanduser(), warnings.append)
+        histories[name] = read_history(Path(os.path.expanduser(run)), warnings.append)
     print_warnings(warnings)
     find_path(args.output, "--output")
-    output = Path(args.output.removesuffix(".html")).expanduser()
+    output = Path(os.path.expanduser(args.output.removesuffix(".html")))
     if output.is_dir() or args.output.endswith("/"):
         output = output / "runs"
     try:

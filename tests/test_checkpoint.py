@@ -78,8 +78,11 @@ def test_recover_deletes_what_a_killed_process_left_and_puts_back_what_it_was_re
     a_checkpoint(tmp_path, 6, b"old").rename(tmp_path / ".checkpoint-6.old")
     a_checkpoint(tmp_path, 6, b"new")
     (tmp_path / ".model.safetensors.tmp").write_text("")
+    (tmp_path / ".notes.tmp").write_text("the user's own")
+    (tmp_path / ".mine.tmp").mkdir()
     recover(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-6"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".mine.tmp", ".notes.tmp", "checkpoint-5", "checkpoint-6"]
     assert (tmp_path / "checkpoint-6" / "policy.safetensors").read_bytes() == b"new"
 
 

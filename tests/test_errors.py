@@ -187,6 +187,13 @@ def test_resumed_from_the_folder_that_one_is_in(capsys, damaged, monkeypatch):
     assert message(capsys, resume_from_checkpoint=".").startswith("nameless has no step in its name")
 
 
+def test_the_home_of_a_user_who_does_not_exist(capsys, made):
+    line = message(capsys, resume_from_checkpoint="~no-such-user/checkpoint-2")
+    assert line.startswith("--resume_from_checkpoint ~no-such-user/checkpoint-2: there is no such folder")
+    line = message(capsys, dataset_id=str(made("video")), policy_path="~no-such-user/policy")
+    assert line.startswith("--policy_path ~no-such-user/policy")
+
+
 def test_output_dir_in_use(capsys, run, made):
     before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
     line = message(capsys, dataset_id=str(made("video")), output_dir=str(run))

@@ -492,7 +492,7 @@ def test_best_json_of_a_branch_that_was_left_goes(tmp_path):
 STRAY = [
     "training_weights.safetensors", "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin",
     "model.safetensors.index.json", "policy_preprocessor_step_9_normalizer_processor.safetensors", "old.pth",
-    "pretrained_model/", "training_state/",
+    "pretrained_model/", "pretrained_model_ema/", "training_state/",
 ]  # fmt: skip
 
 

@@ -931,3 +931,18 @@ def test_a_dataset_root_that_holds_another_dataset(hub, tmp_path):
     assert open_source("me/other", dataset_root=here).warnings == [
         f"{here}/README.md is that of dataset me/data, not of me/other: is {here} the folder you mean?"
     ]
+
+
+@pytest.mark.parametrize("file", ["info.json", "stats.json"])
+def test_deeply_nested_json_is_a_line(copy_of, file):
+    root = copy_of("no_camera")
+    (root / "meta" / file).write_text("[" * 100_000)
+    with pytest.raises(UserError, match=file):
+        open_source(str(root))
+
+
+def test_a_template_with_characters_that_no_file_has(copy_of):
+    root = copy_of("video")
+    edit_json(root / "meta" / "info.json", lambda info: info.update(video_path="videos/\0/{video_key}.mp4"))
+    with pytest.raises(UserError, match="expected the name of a file"):
+        open_source(str(root))

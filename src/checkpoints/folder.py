@@ -33,8 +33,13 @@ RESUME_ONLY = (OPTIMIZER, TRAINED_WEIGHTS, "trainer_state.json", MANIFEST)  # no
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".pth")
 MEANINGFUL = {
     *ALIASES.values(), *ALIASES, "config.json", "trainer_state.json", "train_config.json", "training_info.json",
-    "adapter_config.json", "adapter_model.bin", "pytorch_model.bin", "pretrained_model", "training_state", "checkpoints",
+    "adapter_config.json", "adapter_model.bin", "pytorch_model.bin", "pretrained_model", "pretrained_model_ema", "training_state",
+    "checkpoints",
 }  # fmt: skip
+
+
+# What a killed process may leave half-written: a checkpoint, or one that it was deleting, and single files.
+HALF_WRITTEN = re.compile(r"\.(checkpoint-\d+.*|writable|.+\.(json|safetensors|md|png|html))\.tmp")
 
 
 @dataclass
@@ -226,7 +231,7 @@ def recover(output_dir: Path) -> list[str]:
         OSError: the folder cannot be written.
     """
     (output_dir / ".writable.tmp").write_bytes(bytes(4096))  # fails if the folder is read-only or its disk is full
-    left_over = [*output_dir.glob(".*.tmp")]
+    left_over = [path for path in output_dir.glob(".*.tmp") if HALF_WRITTEN.fullmatch(path.name)]
     for backup in output_dir.glob(".checkpoint-*.old"):
         checkpoint = output_dir / backup.name[1:].removesuffix(".old")
         if os.path.lexists(checkpoint):
@@ -258,7 +263,7 @@ def find_resume(asked: str, output_dir: Path) -> tuple[Path | None, list[str]]:
     if asked in ("latest", "auto"):
         return newest_intact(output_dir, asked)
     found = find_path(asked, "--resume_from_checkpoint")
-    path = found or Path(asked).expanduser()
+    path = found or Path(os.path.expanduser(asked))
     if found is not None and step_of(path) is None:
         path = path.resolve()  # a link to a checkpoint by another name, such as last
     if not path.is_dir():

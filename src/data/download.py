@@ -1,6 +1,7 @@
 """Datasets on the Hub: their metadata, then the files of the chosen episodes and cameras, where LeRobot keeps them."""
 
 import glob
+import os
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def open_hub(dataset_id: str, dataset_root: str | None, revision: str | None):
     from lerobot.datasets.utils import has_legacy_hub_download_metadata
     from lerobot.utils.constants import HF_LEROBOT_HOME
 
-    kept = Path(dataset_root).expanduser() if dataset_root else HF_LEROBOT_HOME / dataset_id
+    kept = Path(os.path.expanduser(dataset_root)) if dataset_root else HF_LEROBOT_HOME / dataset_id
     is_kept = (kept / "meta" / "info.json").is_file() and (dataset_root or not has_legacy_hub_download_metadata(kept))
     if is_kept:
         meta = read_metadata(dataset_id, kept, dataset_id)
@@ -71,7 +72,7 @@ def fetch(dataset_id: str, dataset_root: str | None, revision: str | None, patte
             repo_type="dataset",
             revision=revision or best_revision(dataset_id),
             cache_dir=HF_LEROBOT_HUB_CACHE,
-            local_dir=dataset_root and Path(dataset_root).expanduser(),
+            local_dir=dataset_root and Path(os.path.expanduser(dataset_root)),
             allow_patterns=patterns,
         )
     return Path(folder)

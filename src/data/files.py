@@ -83,7 +83,7 @@ def read_json(path: Path) -> dict:
     text = read_text(path)
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of deeply nested lists
         raise UserError(f"{path} is not valid JSON: {one_line(error)}. Copy or download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}. Copy or download it again")
@@ -169,6 +169,8 @@ def filled_in(meta, setting: str, fields: dict) -> str:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{where} cannot be filled in: {one_line(error)}. Correct it") from None
+    if not path.isprintable():
+        raise UserError(f"{where}: expected the name of a file, got {path!r:.60}. Correct it")
     if any(len(os.fsencode(name)) > LONGEST_NAME for name in path.split("/")):
         raise UserError(f"{where}: expected names of at most {LONGEST_NAME} bytes, got {len(path)}. Correct it")
     normal = os.path.normpath(path)

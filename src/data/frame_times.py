@@ -264,7 +264,7 @@ def file_identity(path: Path) -> tuple[str, int, int] | None:
 
 
 def cache_path(root: Path, name: str, cache_dir: str | Path | None) -> Path:
-    folder = Path(cache_dir).expanduser() if cache_dir else user_cache_dir() / "frames"
+    folder = Path(os.path.expanduser(cache_dir)) if cache_dir else user_cache_dir() / "frames"
     digest = hashlib.sha256(json.dumps([LAYOUT, str(root.resolve()), name]).encode()).hexdigest()
     return folder / "times" / f"{digest[:16]}.npz"
 

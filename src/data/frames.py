@@ -84,7 +84,7 @@ class Frames:
             UserError: a frame cannot be decoded, or the disk or the device has no room for what `on` or `device` need.
         """
         frames = cls(source, image_size, num_threads)
-        folder = Path(cache_dir).expanduser() if cache_dir else user_cache_dir() / "frames"
+        folder = Path(os.path.expanduser(cache_dir)) if cache_dir else user_cache_dir() / "frames"
         stores = []
         if mode != "off":
             stores = [FrameStore.find(frames.decoder, key, folder) for key in frames.keys]

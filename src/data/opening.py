@@ -1,5 +1,6 @@
 """Open a LeRobot dataset from a folder or the Hub, and check it."""
 
+import os
 import re
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def open_source(
 
     # The files of the selected episodes.
     not_downloaded = []
-    if not Path(dataset_id).expanduser().is_dir():
+    if not Path(os.path.expanduser(dataset_id)).is_dir():
         not_downloaded = download(meta, dataset_id, dataset_root, revision, selected)
 
     # The table, one row a frame, of the episodes that are whole.

@@ -45,7 +45,7 @@ def read_statistics(path: Path, features: dict) -> dict[str, dict[str, np.ndarra
     check_readable(path)
     try:
         return as_arrays(json.loads(path.read_text(encoding="utf-8-sig")), features)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = one_line(error)[:200].rstrip(".")
         raise UserError(f"{path} holds no statistics: {reason}. Delete it: they are computed from the data") from None
 

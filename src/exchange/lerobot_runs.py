@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -126,7 +127,7 @@ def lerobot_checkpoint(asked: str | None) -> Path | None:
     """
     if not asked:
         return None
-    path = Path(asked).expanduser()
+    path = Path(os.path.expanduser(asked))
     for folder in (path, path.parent, path / "checkpoints" / "last"):
         if (folder / "pretrained_model").is_dir() and (folder / "training_state").is_dir():
             return folder
@@ -468,7 +469,7 @@ def their_config(config: TrainConfig, state: TrainState, policy_config, output: 
     dataset_id = config.dataset_id[0]
     repo_id = dataset_id
     root = config.dataset_root
-    local = Path(dataset_id).expanduser()
+    local = Path(os.path.expanduser(dataset_id))
     if local.is_dir():
         root = str(local.resolve())
     if root:

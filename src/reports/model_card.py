@@ -1,6 +1,7 @@
 """README.md of a trained policy."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def model_card(checkpoint: Path) -> str:
     datasets = []
     hub_datasets = []
     for name in info["dataset"]:
-        is_on_hub = name.count("/") == 1 and not Path(name).expanduser().exists()
+        is_on_hub = name.count("/") == 1 and not Path(os.path.expanduser(name)).exists()
         datasets.append(name if is_on_hub else Path(name).name)
         if is_on_hub:
             hub_datasets.append(name)

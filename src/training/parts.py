@@ -1,6 +1,7 @@
 """The parts of a run, made from its settings: the data, the policy with its processors, the loader."""
 
 import copy
+import os
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -52,7 +53,7 @@ def build_source(config: TrainConfig) -> Source:
     """The dataset, or several as one, with the episodes to train on and those held out."""
     root = config.dataset_root
     several = len(config.dataset_id) > 1
-    if root and all(Path(name).expanduser().is_dir() for name in config.dataset_id):
+    if root and all(Path(os.path.expanduser(name)).is_dir() for name in config.dataset_id):
         raise UserError(
             f"--dataset_root {root} is a folder to download Hub datasets to, and {config.dataset_id[0]} is a local folder. "
             "Leave --dataset_root out, or pass the folder you mean as --dataset_id"
@@ -150,7 +151,7 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
         fetched = hub.fetch(config.policy_path, "--policy_path")
         distributed.on_main(lambda: verify_policy(fetched))  # before another folder that may lie in it is looked for
         folder = resolve_policy_folder(fetched)
-        base = str(folder.resolve()) if Path(config.policy_path).expanduser().exists() else config.policy_path
+        base = str(folder.resolve()) if Path(os.path.expanduser(config.policy_path)).exists() else config.policy_path
 
     # What the dataset gives, under the names and in the sizes that the policy gets.
     given = parse_rename(config.rename)

@@ -286,8 +286,8 @@ def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> Cho
         given = with_policy_of_base(given)
     if output_dir is None and names_no_checkpoint:
         output_dir = default_output_dir(merge(given))
-    elif output_dir is None and has_backup(Path(asked).expanduser()):
-        output_dir = Path(asked).expanduser().parent  # taking the folder puts the backup back in its place
+    elif output_dir is None and has_backup(Path(os.path.expanduser(asked))):
+        output_dir = Path(os.path.expanduser(asked)).parent  # taking the folder puts the backup back in its place
     folder = None
     if output_dir is not None:
         output_dir = Path(output_dir)
@@ -332,7 +332,7 @@ def find_checkpoint(asked: str | None, output_dir: Path | None) -> tuple[Path | 
     """The checkpoint that --resume_from_checkpoint means (None for a new run), and warnings about damaged ones."""
     if asked is None:
         return None, []
-    is_ours = os.path.isfile(Path(asked).expanduser() / MANIFEST)  # whatever else lies in it or beside it
+    is_ours = os.path.isfile(Path(os.path.expanduser(asked)) / MANIFEST)  # whatever else lies in it or beside it
     of_lerobot = None if is_ours else lerobot_checkpoint(asked)
     if of_lerobot is not None:
         converted = from_lerobot(of_lerobot)
@@ -346,7 +346,7 @@ def find_checkpoint(asked: str | None, output_dir: Path | None) -> tuple[Path | 
 
 def folder_of_checkpoint(asked: str, checkpoint: Path, config: TrainConfig) -> Path:
     """Where a run resumed without --output_dir is kept: beside its checkpoint, unless that came from elsewhere."""
-    came_from_elsewhere = Path(asked).expanduser().resolve() != checkpoint.resolve()  # the Hub, or lerobot-train
+    came_from_elsewhere = Path(os.path.expanduser(asked)).resolve() != checkpoint.resolve()  # the Hub, or lerobot-train
     if came_from_elsewhere or step_of(checkpoint) is None:
         return default_output_dir(config)
     return checkpoint.parent
@@ -395,7 +395,7 @@ def with_policy_of_base(given: dict) -> dict:
 
 
 def default_output_dir(config: TrainConfig) -> Path:
-    names = "+".join(Path(name).expanduser().resolve().name for name in config.dataset_id)
+    names = "+".join(Path(os.path.expanduser(name)).resolve().name for name in config.dataset_id)
     return Path("outputs") / f"{names}_{config.policy}"
 
 
