@@ -1,8 +1,8 @@
 """The door for notebooks: `from data import open_dataset`."""
 
+import copy
 import gc
 import os
-import pickle
 
 import numpy as np
 import pytest
@@ -88,7 +88,7 @@ def test_a_wrong_image_size(made, image_size):
 def test_closed_copied_and_read_in_other_processes(made):
     dataset = open_dataset(made("video"))
     before = dataset[[3]]["observation.images.top"]
-    copy = pickle.loads(pickle.dumps(dataset))
+    twin = copy.deepcopy(dataset)
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=[[3], [4]], num_workers=1, collate_fn=lambda rows: rows[0]
     )
@@ -96,7 +96,7 @@ def test_closed_copied_and_read_in_other_processes(made):
     dataset.close()
     dataset.close()
     assert torch.equal(dataset[[3]]["observation.images.top"], before)
-    assert torch.equal(copy[[3]]["observation.images.top"], before)
+    assert torch.equal(twin[[3]]["observation.images.top"], before)
 
 
 def test_a_dataset_with_problems_opens_and_has_no_batches(copy_of):
