@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import json
 import os
 import shlex
 import sys
@@ -136,6 +137,25 @@ def find_path(text: str | Path, what: str) -> Path | None:
     if len(shown) > 100:
         shown = f"{shown[:60]}...{shown[-20:]}"
     raise UserError(f"{what} {shown} cannot be opened: {reason}. Pass another path")
+
+
+def read_json(path: Path, remedy: str = "") -> dict:
+    """The object that a JSON file holds.
+
+    Args:
+        remedy: what to do where it holds none, to end the message.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    end = f". {remedy}" if remedy else ""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:  # the last of deeply nested lists
+        raise UserError(f"{path} cannot be read: {one_line(error)[:160]}{end}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: expected a JSON object, got {type(content).__name__}{end}")
+    return content
 
 
 @contextlib.contextmanager

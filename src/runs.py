@@ -18,10 +18,10 @@ import sys
 import time
 from pathlib import Path
 
-from checkpoints.folder import MANIFEST, best_checkpoint, find_checkpoints, read_json, sort_key, verify
+from checkpoints.folder import MANIFEST, best_checkpoint, find_checkpoints, sort_key, verify
 from command_line import OneLineParser, command, print_warnings
 from config import FIELDS
-from errors import UserError, find_path, reason_of_disk
+from errors import UserError, find_path, read_json, reason_of_disk
 
 
 def checkpoints_at(path: Path) -> list[Path]:

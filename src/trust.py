@@ -7,7 +7,6 @@ transformers runs the Python files of a tokenizer's or a backbone's repo.
 import contextlib
 import importlib
 import importlib.metadata
-import json
 import os
 import sys
 from dataclasses import fields, is_dataclass
@@ -18,13 +17,14 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.processor import ProcessorStep, ProcessorStepRegistry
 from lerobot.utils.import_utils import register_third_party_plugins
 
-from errors import UserError, one_line
+from errors import UserError, read_json
 
 PIPELINES = ("policy_preprocessor.json", "policy_postprocessor.json")  # LeRobot's names
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
 STEP_MODULES = ("lerobot.processor.", "lerobot.policies.", "lerobot.rewards.")
 # Packages that LeRobot's commands import because they are installed under such a name.
 PLUGINS = ("lerobot_policy_", "lerobot_robot_", "lerobot_camera_", "lerobot_teleoperator_", "lerobot_env_")
+OTHER_COPY = "Use another copy of the policy"
 TRUSTED = "ARMATURE_TRUST_CODE_OF"  # environment variable: Hub ids and folders whose Python files may run, with commas
 
 
@@ -41,28 +41,13 @@ def check_policy_folder(folder: Path) -> None:
         read_adapter_config(folder)
 
 
-def read_object(path: Path) -> dict:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)[:160]}. Use another copy of the policy") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}. Use another copy of the policy")
-    return content
-
-
 def read_pipeline(path: Path) -> list[dict]:
     """The steps of a saved pipeline, each of which LeRobot may make.
 
     Raises:
         UserError: the file is not a pipeline, or a step is not allowed.
     """
-    steps = read_object(path).get("steps")
+    steps = read_json(path, OTHER_COPY).get("steps")
     if not isinstance(steps, list):
         raise UserError(f"{path}: expected a list of steps, got {steps!r:.60}. Use another copy of the policy")
     for number, step in enumerate(steps):
@@ -158,7 +143,7 @@ def read_adapter_config(folder: Path) -> dict:
         UserError: it is not of its form, or names code or other adapters.
     """
     path = folder / ADAPTER_CONFIG
-    config = read_object(path)
+    config = read_json(path, OTHER_COPY)
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(

@@ -6,6 +6,7 @@ ARMATURE_TESTS_WITHOUT_TORCHCODEC=1 tests as on a machine without FFmpeg's libra
 import gc
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -97,6 +98,22 @@ def copy_of(tmp_path, made):
         return Path(shutil.copytree(made(name), tmp_path / name))
 
     return copy
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Options -> a folder that is a file system of its own in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def make(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", folder]
+        if os.name == "nt" or os.geteuid() != 0 or subprocess.run(command, check=False).returncode:
+            pytest.skip("a small tmpfs can be mounted by root on Linux only")
+        return folder
+
+    yield make
+    subprocess.run(["umount", "--quiet", "--lazy", folder], check=False)  # a file in it may still be mapped
 
 
 @pytest.fixture(scope="session")

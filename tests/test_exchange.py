@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import export
-from checkpoints.folder import read_json, sort_key
+from checkpoints.folder import sort_key
 from config import TrainConfig
-from errors import UserError
+from errors import UserError, read_json
 from exchange import lerobot_runs, portable
 from exchange.lerobot_runs import from_lerobot, read_schedule, scheduler_config, to_lerobot
-from helpers.hub_server import Hub
+from helpers.hub_server import Hub, connect
 from helpers.runs import SMALL_POLICY_ARGS, small
 from hub import check_login, newest_checkpoint
 from policy.factory import policy_config
@@ -336,18 +336,13 @@ def test_torchscript_was_dropped(capsys):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub on this machine that huggingface_hub talks to, and no other."""
-    from huggingface_hub import constants, hf_api
+    from huggingface_hub import constants
 
     import hub as module
 
     server = Hub()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", server.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    connect(monkeypatch, server)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(module, "WAITS", (0.05, 0.05))
     yield server

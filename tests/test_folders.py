@@ -32,7 +32,7 @@ from checkpoints.folder import (
 from checkpoints.lock import LostFolderError, sole_writer
 from checkpoints.writer import publish
 from errors import UserError
-from helpers.runs import assert_same_run, read_metrics, small
+from helpers.runs import assert_same_run, at_step, read_metrics, small
 from policy.loaded import load_policy
 from runs import main
 from train import train
@@ -59,29 +59,20 @@ def copied(finished, tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", place], capture_output=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)  # weights that were read from it may still be in use
+def small_disk(mount):
+    return mount("size=64m")
 
 
 def before_step(monkeypatch, step, act):
     """Call `act` before a step of the run, once what was to be saved is saved."""
-    real = train_module.Learner.step
 
-    def learner_step(learner, batch, steps_done):
-        if steps_done + 1 == step:
-            for thread in threading.enumerate():
-                if thread.name == "checkpoint writer":
-                    thread.join()
-            act()
-        return real(learner, batch, steps_done)
+    def act_once_saved():
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint writer":
+                thread.join()
+        act()
 
-    monkeypatch.setattr(train_module.Learner, "step", learner_step)
+    at_step(monkeypatch, step, act_once_saved)
 
 
 def failing(monkeypatch, module, name, error, applies=lambda *args: True):

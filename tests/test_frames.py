@@ -177,22 +177,6 @@ def test_two_builders_at_once_decode_once(made, tmp_path):
     assert len(stores(tmp_path)) == 1
 
 
-@pytest.fixture
-def mount(tmp_path):
-    """Options -> a folder that is a file system of its own in memory."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def make(options):
-        command = ["mount", "-t", "tmpfs", "-o", options, "none", folder]
-        if os.name == "nt" or os.geteuid() != 0 or subprocess.run(command, check=False).returncode:
-            pytest.skip("a small tmpfs can be mounted by root on Linux only")
-        return folder
-
-    yield make
-    subprocess.run(["umount", "--quiet", folder], check=False)
-
-
 def test_full_disk_while_building(made, mount, monkeypatch):
     small_disk = mount("size=300k")
     monkeypatch.setattr(module, "has_room", lambda *args: True)  # it was free when looked at, and is not when written

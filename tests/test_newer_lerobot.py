@@ -10,8 +10,7 @@ import torch
 from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
 from safetensors.torch import load_file, save_file
 
-from checkpoints.folder import read_json
-from errors import UserError
+from errors import UserError, read_json
 from exchange import lerobot_runs
 from exchange.lerobot_runs import from_lerobot, lerobot_checkpoint, to_lerobot
 from helpers.runs import small

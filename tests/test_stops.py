@@ -13,13 +13,12 @@ import time
 import pytest
 
 import hub
-import train as train_module
 from checkpoints import writer
 from checkpoints.folder import find_checkpoints, verify
 from data.loader import Loader
 from errors import UserError
 from helpers.paths import ROOT
-from helpers.runs import assert_same_run, logged, read_metrics, small
+from helpers.runs import assert_same_run, at_step, logged, read_metrics, small
 from helpers.simulations import still_simulation
 from runtime import StopSignals
 from train import train
@@ -46,18 +45,6 @@ def evaluated(settings):
 
 def ask_to_stop(name="SIGTERM"):
     os.kill(os.getpid(), getattr(signal, name))
-
-
-def at_step(monkeypatch, step, act):
-    """Call `act` in the middle of a step of the run."""
-    begun = train_module.Learner.step
-
-    def learner_step(learner, batch, steps_done):
-        if steps_done + 1 == step:
-            act()
-        return begun(learner, batch, steps_done)
-
-    monkeypatch.setattr(train_module.Learner, "step", learner_step)
 
 
 def simulate(monkeypatch, on_step=lambda: None):

@@ -16,7 +16,7 @@ from data.episodes import counted, parse_episodes, ranges
 from data.opening import open_source
 from errors import UserError
 from helpers.dataset_edits import edit_json
-from helpers.hub_server import Hub
+from helpers.hub_server import Hub, connect
 from helpers.runs import small
 from helpers.v2_dataset import LFS_POINTER, numbers_of, state_of, write_lines, write_v2
 from helpers.videos import shown_number
@@ -775,16 +775,10 @@ def test_nothing_is_said_on_the_way(tmp_path, copy_of, version, capfd, caplog, r
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub on this machine that huggingface_hub talks to, and no other."""
-    from huggingface_hub import constants, hf_api
     from lerobot.utils import constants as lerobot_constants
 
     server = Hub()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", server.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    connect(monkeypatch, server)
     monkeypatch.setattr(lerobot_constants, "HF_LEROBOT_HOME", tmp_path / "lerobot")
     monkeypatch.setattr(lerobot_constants, "HF_LEROBOT_HUB_CACHE", tmp_path / "lerobot" / "hub")
     yield server

@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import save_model
 
-import train as train_module
 from checkpoints import folder as checkpoint_module
 from checkpoints import writer
 from checkpoints.folder import MANIFEST, find_checkpoints, manifest_text, sha256, verify
@@ -23,7 +22,7 @@ from checkpoints.lock import sole_writer
 from checkpoints.writer import Snapshot, StagingBuffers, disk_errors, save_weights
 from errors import UserError
 from helpers.paths import ROOT
-from helpers.runs import small
+from helpers.runs import at_step, small
 from reports.pages import read_history
 from runs import main
 from train import train
@@ -38,18 +37,6 @@ def settings(made, tmp_path):
 def checkpoint(made, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     return train(**small(dataset_id=str(made("no_camera")), output_dir=str(folder), steps=2)).checkpoint
-
-
-def at_step(monkeypatch, step, act):
-    """Call `act` in the middle of a step of the run."""
-    begun = train_module.Learner.step
-
-    def learner_step(learner, batch, steps_done):
-        if steps_done + 1 == step:
-            act()
-        return begun(learner, batch, steps_done)
-
-    monkeypatch.setattr(train_module.Learner, "step", learner_step)
 
 
 def steps(run):
@@ -183,15 +170,9 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mount):
     """A file system of its own with room for two checkpoints."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", place], capture_output=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    return mount("size=4m")
 
 
 @pytest.mark.parametrize("how", ["on", "off"])
@@ -357,7 +338,7 @@ def test_a_manifest_of_other_content_is_refused(checkpoint, tmp_path):
         with pytest.raises(UserError, match=r"manifest\.json does not match its sha256"):
             verify(folder)
     (folder / MANIFEST).write_text("[]")
-    with pytest.raises(UserError, match=r"manifest\.json is damaged: expected a mapping, got list"):
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: expected a JSON object, got list"):
         verify(folder)
     for entries in ({"config.json": 5}, {"config.json": {"size": 1}}, {"../other/config.json": {"size": 1, "sha256": ""}}):
         (folder / MANIFEST).write_text(manifest_text(entries))

@@ -14,7 +14,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from checkpoints.contents import REQUIRED, content_problems
-from errors import UserError, find_path, nearest, one_line, reason_of_disk
+from errors import UserError, find_path, nearest, one_line, read_json, reason_of_disk
 from hub import newest_checkpoint
 
 WEIGHTS = "policy.safetensors"
@@ -451,18 +451,3 @@ def is_optimizer_state(state) -> bool:
         return False
     has_parameters = all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
     return has_parameters and all(isinstance(entry, dict) for entry in entries.values())
-
-
-def read_json(path: Path) -> dict:
-    """The content of a JSON file that holds a mapping.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)[:160]}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: expected a mapping, got {type(content).__name__}")
-    return content

@@ -21,17 +21,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from checkpoints.folder import TRAINED_WEIGHTS, TrainState, read_json, read_optimizer, step_of
+from checkpoints.folder import TRAINED_WEIGHTS, TrainState, read_optimizer, step_of
 from checkpoints.writer import Snapshot, write_checkpoint
 from config import FIELDS, TrainConfig
 from data.opening import open_source
 from data.split import split_episodes
-from errors import UserError, one_line
+from errors import UserError, one_line, read_json
 from policy.factory import build_policy, load_policy_config
 from policy.migration import EMA_FOLDER, converted_dir
 from policy.presets import optimizer_preset, scheduler_preset
 from processors.pipelines import load_processors, parse_rename, resize_of
-from trust import read_object
+from trust import OTHER_COPY
 
 
 def as_pairs(rename: dict[str, str] | None) -> list[str] | None:
@@ -147,8 +147,8 @@ def from_lerobot(folder: Path) -> Path:
     """
     folder = folder.resolve()
     model = folder / "pretrained_model"
-    theirs = read_object(model / "train_config.json")
-    position = read_object(folder / "training_state" / "training_step.json")
+    theirs = read_json(model / "train_config.json", OTHER_COPY)
+    position = read_json(folder / "training_state" / "training_step.json", OTHER_COPY)
     refuse_theirs(folder, theirs, position)
     policy_config = load_policy_config(model, None, "cpu")
     settings = settings_of(theirs, folder, policy_config)

@@ -15,12 +15,12 @@ from lerobot.policies import get_policy_class
 import hub
 import policy.flow  # noqa: F401  (registers our policy with LeRobot)
 from command_line import parse_overrides
-from errors import UserError, as_user_error, nearest, one_line
+from errors import UserError, as_user_error, nearest, one_line, read_json
 from policy.adapters import base_model_of, load_adapters
 from policy.quiet import quiet_lerobot
 from policy.settings import check_no_features, check_policy_settings
 from policy.weights import load_weights
-from trust import check_policy_folder, no_remote_code, read_object
+from trust import OTHER_COPY, check_policy_folder, no_remote_code
 
 CONFIG = "config.json"  # LeRobot's name
 
@@ -94,7 +94,7 @@ def saved_config_class(folder: Path) -> type[PreTrainedConfig]:
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} holds no policy: it has no {CONFIG}. Pass a folder or Hub repo that has one")
-    name = read_object(folder / CONFIG).get("type")
+    name = read_json(folder / CONFIG, OTHER_COPY).get("type")
     known = PreTrainedConfig.get_known_choices()
     if not isinstance(name, str) or name not in known:
         raise UserError(f"{folder} holds a policy {name!r:.80}: expected one of {', '.join(sorted(known))}")
@@ -107,7 +107,7 @@ def check_saved_fields(config_class: type[PreTrainedConfig], folder: Path) -> No
     Raises:
         UserError: a field is unknown, or of another type.
     """
-    saved = {name: value for name, value in read_object(folder / CONFIG).items() if name != "type"}
+    saved = {name: value for name, value in read_json(folder / CONFIG, OTHER_COPY).items() if name != "type"}
     name = config_class.get_choice_name(config_class)
     version = importlib.metadata.version("lerobot")
     hints = typing.get_type_hints(config_class)

@@ -13,8 +13,8 @@ import torch
 from lerobot.configs import FeatureType
 
 import hub
-from checkpoints.folder import read_json, verify_policy
-from errors import UserError, nearest, one_line
+from checkpoints.folder import verify_policy
+from errors import UserError, nearest, one_line, read_json
 from policy.async_policy import AsyncPolicy
 from policy.chunk import predict_chunk
 from policy.factory import build_policy, load_policy_config

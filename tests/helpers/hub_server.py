@@ -75,7 +75,9 @@ class Hub:
             return 200, {}, {"transfer": "basic", "objects": [self.upload_of(entry) for entry in objects]}
         if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/refs", path):
             return self.refs(match[1])
-        if match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/(preupload|commit|tree|revision)/([^/]+)", path):
+        if match := re.fullmatch(
+            r"/api/(?:models|datasets)/([^/]+/[^/]+)/(preupload|commit|tree|revision)/([^/]+)", path
+        ):
             return self.api(*match.groups(), body)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
             return self.api(match[1], "revision", "main", body)
@@ -152,3 +154,15 @@ class Hub:
 
 def mode_of(path: str) -> str:
     return "lfs" if path.endswith((".safetensors", ".pth", ".png")) else "regular"
+
+
+def connect(monkeypatch, server: Hub) -> None:
+    """Make huggingface_hub talk to this server and to no other."""
+    from huggingface_hub import constants, hf_api
+
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)

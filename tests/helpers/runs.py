@@ -67,3 +67,17 @@ def logged(run: Path) -> list[dict]:
     """What a run's metrics.jsonl says of training, without the timings."""
     names = ("step", "epoch", "loss", "lr", "grad_norm")
     return [{name: line[name] for name in names} for line in read_metrics(run)]
+
+
+def at_step(monkeypatch, step: int, act) -> None:
+    """Call `act` in the middle of a step of the run."""
+    from train import Learner
+
+    take_step = Learner.step
+
+    def learner_step(learner, batch, steps_done):
+        if steps_done + 1 == step:
+            act()
+        return take_step(learner, batch, steps_done)
+
+    monkeypatch.setattr(Learner, "step", learner_step)
