@@ -150,7 +150,7 @@ def read_json(path: Path, remedy: str = "") -> dict:
     """
     end = f". {remedy}" if remedy else ""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # the last of deeply nested lists
         raise UserError(f"{path} cannot be read: {one_line(error)[:160]}{end}") from None
     if not isinstance(content, dict):
