@@ -20,14 +20,13 @@ MAX_DRIFT = 1e-3  # seconds that timestamps may differ from frame_index / fps wi
 
 
 def table_problems(meta, table: pa.Table) -> list[str]:
-    """What reading the columns relies on."""
+    """What is wrong with the metadata or the table, and would keep the columns from being read."""
     return [*metadata_problems(meta), *column_problems(meta, table)]
 
 
 def content_problems(source: Source) -> list[str]:
     """What is wrong with the values, once the columns are read."""
-    problems = value_problems(source) + task_problems(source) + picture_problems(source)
-    return problems + rate_problems(source)
+    return value_problems(source) + task_problems(source) + picture_problems(source) + rate_problems(source)
 
 
 def content_warnings(source: Source) -> list[str]:
@@ -36,7 +35,7 @@ def content_warnings(source: Source) -> list[str]:
 
 
 def text_warnings(source: Source) -> list[str]:
-    """Rows without a text, which a batch has as None."""
+    """Rows without a text: in a batch they are None."""
     warnings = []
     for key, values in source.columns.items():
         empty = [] if isinstance(values, Tensor) else [row for row, text in enumerate(values) if text is None]
@@ -49,8 +48,6 @@ def text_warnings(source: Source) -> list[str]:
 
 def info_problems(info: dict) -> list[str]:
     """What is wrong with the content of info.json that all else relies on: fps, and each feature's dtype and shape."""
-    from lerobot.datasets.language import is_language_column
-
     problems = []
     fps = info["fps"]
     if not isinstance(fps, (int, float)) or isinstance(fps, bool) or not 0 < fps < math.inf:
@@ -58,21 +55,31 @@ def info_problems(info: dict) -> list[str]:
     if not isinstance(info["features"], dict):
         return [*problems, f"features: expected an object by name, got {info['features']!r:.80}"]
     for key, feature in info["features"].items():
-        if is_language_column(key):
-            continue
-        feature = feature if isinstance(feature, dict) else {}
-        shape = feature.get("shape")
-        if not is_dtype(feature.get("dtype")):
-            expected = "expected a dtype such as float32, image, video or string"
-            problems.append(f"feature {key}: {expected}, got {feature.get('dtype', 'none')!r}. Write it into info.json")
-        if not isinstance(shape, (list, tuple)) or not all(is_size(size) for size in shape):
-            expected = "expected a shape such as [6] or [480, 640, 3]"
-            problems.append(f"feature {key}: {expected}, got {feature.get('shape', 'none')!r}. Write it into info.json")
+        problems += description_problems(key, feature)
+    return problems
+
+
+def description_problems(key: str, feature) -> list[str]:
+    """What is wrong with the dtype and the shape of a feature in info.json."""
+    from lerobot.datasets.language import is_language_column
+
+    if is_language_column(key):
+        return []
+    if not isinstance(feature, dict):
+        feature = {}
+    problems = []
+    if not is_dtype(feature.get("dtype")):
+        expected = "expected a dtype such as float32, image, video or string"
+        problems.append(f"feature {key}: {expected}, got {feature.get('dtype', 'none')!r}. Write it into info.json")
+    shape = feature.get("shape")
+    if not isinstance(shape, (list, tuple)) or not all(is_size(size) for size in shape):
+        expected = "expected a shape such as [6] or [480, 640, 3]"
+        problems.append(f"feature {key}: {expected}, got {feature.get('shape', 'none')!r}. Write it into info.json")
     return problems
 
 
 def is_size(size) -> bool:
-    """Whether a number of info.json can be a size within a shape. A feature of no numbers has 0."""
+    """Whether a value in info.json can be a size within a shape. 0 is that of a feature without numbers."""
     return isinstance(size, int) and not isinstance(size, bool) and size >= 0
 
 
@@ -87,7 +94,7 @@ def is_dtype(name) -> bool:
 
 
 def metadata_problems(meta) -> list[str]:
-    """An action to learn, and cameras with three channels whose videos can be found."""
+    """There is an action to learn, and every camera has three channels and videos that can be found."""
     problems = []
     if "action" not in meta.features:
         candidates = [key for key in meta.features if is_possible_action(meta, key)]
@@ -164,7 +171,7 @@ def rate_problems(source: Source) -> list[str]:
 
 
 def clock_warnings(source: Source) -> list[str]:
-    """How far the timestamps are from the frames' own, counted from each episode's first. It does no harm: frames go by row."""
+    """How far the timestamps drift from frame_index / fps, counted from each episode's first. Frames are read by row anyway."""
     if "timestamp" not in source.columns:
         return []
     times = source.columns["timestamp"].double()  # (N,)

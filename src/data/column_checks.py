@@ -15,14 +15,14 @@ from data.source import episode_spans, flat_values, is_list, one_piece, table_fe
 from errors import UserError, nearest, plural
 
 NO_VALUE = "no value"
-SINGLE = ("timestamp", "frame_index", "index", "task_index")  # of which a row has one each
+SINGLE = ("timestamp", "frame_index", "index", "task_index")  # columns with one number in each row
 REMEDY = "Leave that episode out with --episodes, or correct the table"
 
 
 def column_problems(meta, table: pa.Table) -> list[str]:
     """Every feature has its column, and every row the numbers, the text or the picture that info.json describes."""
     problems = []
-    if "task_index" not in table.column_names:  # of a single task it was added
+    if "task_index" not in table.column_names:  # a dataset with a single task was given the column
         problems.append(
             f"its table has no column task_index, which says which of the {len(meta.tasks)} tasks a row belongs to"
         )
@@ -92,7 +92,7 @@ def number_problem(key: str, feature: dict, table: pa.Table) -> str | None:
 
 
 def is_number(kind: pa.DataType) -> bool:
-    """Whether a type is of numbers; one of nulls only may be, and is told for its nulls."""
+    """Whether a type is of numbers. A column of nulls passes: its nulls are reported instead."""
     tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_null)
     return any(test(kind) for test in tests)
 
@@ -111,14 +111,14 @@ def leaf_type(kind: pa.DataType) -> pa.DataType:
 def order_problem(table: pa.Table) -> str | None:
     """frame_index is 0 to n - 1 within each episode. Without that column, rows are frames in the order of the table.
 
-    The line says what mends it: sorting, counting from 0, or, where frames are missing or there twice, neither.
+    The remedy is to sort, to count from 0, or both; where frames are missing or repeated, to leave episodes out.
     """
     if "frame_index" not in table.column_names:
         return None
     frame_index = flat_values(table["frame_index"])  # (N,)
     if frame_index.dtype == bool:
         frame_index = frame_index.astype(np.int64)
-    _, starts, ends = (np.asarray(part) for part in episode_spans(table))
+    _, starts, ends = episode_spans(table)
     expected = np.arange(len(frame_index)) - np.repeat(starts, ends - starts)
     wrong = np.flatnonzero(frame_index != expected)
     if len(wrong) == 0:
@@ -142,7 +142,7 @@ def order_problem(table: pa.Table) -> str | None:
 def misfits(values: pa.Array, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
     """(n,) rows of a column that hold nulls or are not of `shape`, and what the first of them has.
 
-    Lists of lists may also hold a feature's numbers in fewer axes than its shape has: then only their number counts.
+    Lists of lists may have fewer axes than the feature's shape: then only the number of values in a row counts.
     """
     count = len(values)
     rows = np.arange(count)  # of each value
@@ -177,6 +177,6 @@ def depth(kind: pa.DataType) -> int:
 def name_rows(table: pa.Table, rows: np.ndarray) -> str:
     """Rows of a table for people, by the episode and frame of the first."""
     episodes, starts, _ = episode_spans(table)
-    position = int(np.searchsorted(starts.numpy(), rows[0], side="right")) - 1
-    first = f"episode {episodes[position]} frame {rows[0] - int(starts[position])}"
+    position = np.searchsorted(starts, rows[0], side="right") - 1
+    first = f"episode {episodes[position]} frame {rows[0] - starts[position]}"
     return first if len(rows) == 1 else f"{len(rows)} rows, first in {first}"

@@ -1,8 +1,8 @@
-"""A folder's metadata in LeRobot's own class, in any format; a folder that is no dataset is called what it is."""
+"""Read a folder's metadata, in any format, into LeRobot's own class; say what a folder is that is no dataset."""
 
 from pathlib import Path
 
-from data.checks import info_problems
+from data.checks import description_problems, info_problems
 from data.files import read_json
 from data.v2 import fill_v2_metadata
 from data.v3 import fill_v3_metadata
@@ -50,7 +50,7 @@ def read_metadata(dataset_id: str, folder: Path, repo_id: str):
 
 
 def opening(dataset_id: str):
-    """A context that turns what keeps LeRobot from opening a dataset into a UserError."""
+    """A context that turns LeRobot's and the Hub's errors on opening a dataset into UserErrors."""
     return as_user_error(
         f"dataset {dataset_id}", invalid=ValueError, offline="Pass a local folder, or try again online"
     )
@@ -97,14 +97,14 @@ def read_info(path: Path) -> tuple[dict, dict[str, str]]:
 def split_unreadable(features) -> tuple[dict, dict[str, str]]:
     """The features without the observations whose dtype or shape cannot be read, and what is wrong with each of these.
 
-    They are an obstacle only where they are read.
+    They are refused only if --observations does not leave them out.
     """
     if not isinstance(features, dict):
         return features, {}
     unreadable = {}
     for key, feature in features.items():
-        problems = info_problems({"fps": 1, "features": {key: feature}}) if key.startswith("observation.") else []
-        if problems:
+        problems = description_problems(key, feature)
+        if problems and key.startswith("observation."):
             unreadable[key] = "; ".join(problems)
     return {key: feature for key, feature in features.items() if key not in unreadable}, unreadable
 

@@ -69,59 +69,64 @@ def open_source(
     left_out = leave_out_unreadable(meta, observations)
     if observations is not None:
         left_out += choose_observations(meta, observations)
-    names = {action: "action"} if action in meta.features and action != "action" else {}
+    names = {}
+    if action != "action" and action in meta.features:
+        names = {action: "action"}
     rename_features(meta, names)
     lengths = episode_lengths(meta)
-    selected = parse_episodes(episodes, lengths, flag)
+    flags = {flag: episodes}
     if val_episodes:
-        selected = sorted({*selected, *parse_episodes(val_episodes, lengths, "--val_episodes")})
+        flags["--val_episodes"] = val_episodes
+    selected = sorted({episode for name, text in flags.items() for episode in parse_episodes(text, lengths, name)})
 
     # The files of the selected episodes.
     not_downloaded = []
     if not Path(os.path.expanduser(dataset_id)).is_dir():
         not_downloaded = download(meta, dataset_id, dataset_root, revision, selected)
 
-    # The table, one row a frame, of the episodes that are whole.
+    # The table of the episodes that are whole, one row a frame.
     problems = set_tasks(meta)
     table = read_tables(meta, selected, lengths)
     source = Source(
-        dataset_id, meta, table.episodes, table.starts, table.ends, table.files, left_out=left_out, renamed=names
+        name=dataset_id,
+        meta=meta,
+        episodes=table.episodes,
+        starts=table.starts,
+        ends=table.ends,
+        tables=table.files,
+        left_out=left_out,
+        renamed=names,
     )
     source.warnings = meta.warnings + episode_warnings(meta, table.files) + table.warnings
-    if table.problems:
-        table.problems += not_downloaded
-    source.problems = problems + table.problems
+    incomplete = table.problems  # why episodes are not whole; `problems` are those of the whole dataset
+    if incomplete:
+        incomplete += not_downloaded
+    source.problems = problems + incomplete
     if not table.episodes:
         return source
     rows = complete_task_index(meta, table.rows)
     rows = rows.rename_columns([names.get(name, name) for name in rows.column_names])
     problems += table_problems(meta, rows)
     if problems:  # the stages below rely on what was checked
-        source.problems = problems + table.problems
+        source.problems = problems + incomplete
         return source
 
     # Columns in memory, and where the pixels are: pictures in the table, frames in videos.
     source.columns = read_columns(meta, rows)
     source.images = {key: read_pictures(rows[key]) for key in meta.image_keys}
-    for key in meta.video_keys:
-        videos = find_videos(meta, key, source.episodes)
-        videos.times = frame_times_of(videos.files, meta.root, key, cache_dir, quiet)
-        if not is_v2(meta):
-            source.warnings += skip_undescribed(videos, meta, key, source.episodes)
-        source.videos[key] = videos
+    open_videos(source, cache_dir, quiet)
 
+    # What is wrong with the content, or doubtful.
     problems = content_problems(source) + statistics_problems(source)
     if not problems:
         source.warnings += complete_statistics(source)
     faults = video_faults(source)
-    lines = table.problems + video_lines(source, faults)
-    if lines and not table.problems:
-        lines += not_downloaded
-    source.problems = problems + lines
-    if lines and not problems:
-        flags = {flag: episodes}
-        if val_episodes:
-            flags["--val_episodes"] = val_episodes
+    of_videos = video_lines(source, faults)
+    if of_videos and not incomplete:
+        of_videos += not_downloaded
+    incomplete += of_videos
+    source.problems = problems + incomplete
+    if incomplete and not problems:
         source.remedy = remedy_of(flags, lengths, whole_episodes(source, faults))
     if not source.problems:
         source.warnings += content_warnings(source) + statistics_warnings(source) + video_warnings(source)
@@ -171,6 +176,17 @@ def leave_out_unreadable(meta, patterns: list[str] | None) -> list[str]:
     return list(meta.unreadable)
 
 
+def open_videos(source: Source, cache_dir: str | None, quiet: bool) -> None:
+    """Find the frames of every video camera, for `Source.videos`. Arguments as for `open_source`."""
+    meta = source.meta
+    for key in meta.video_keys:
+        videos = find_videos(meta, key, source.episodes)
+        videos.times = frame_times_of(videos.files, meta.root, key, cache_dir, quiet)
+        if not is_v2(meta):
+            source.warnings += skip_undescribed(videos, meta, key, source.episodes)
+        source.videos[key] = videos
+
+
 def episode_lengths(meta) -> dict[int, int]:
     """{episode: number of rows} of the described episodes that have any."""
     described = zip(meta.episodes["episode_index"][:], meta.episodes["length"][:], strict=True)
@@ -178,10 +194,10 @@ def episode_lengths(meta) -> dict[int, int]:
 
 
 def episode_warnings(meta, tables: list[Path]) -> list[str]:
-    """What the metadata counts otherwise than it describes, episodes without rows, and files that are left over.
+    """What the metadata says and the files do not bear out, and what is therefore read or left out: a line each.
 
     Args:
-        tables: files that were read.
+        tables: the files that were read.
     """
     warnings = misplaced_lines(meta)
     count = len(meta.episodes)
@@ -202,7 +218,11 @@ def episode_warnings(meta, tables: list[Path]) -> list[str]:
 
 
 def video_lines(source: Source, faults: dict[str, dict[Path, str]]) -> list[str]:
-    """What is wrong with videos, and which episodes they hold."""
+    """What is wrong with the videos, with the episodes that they hold.
+
+    Args:
+        faults: {camera: {file: what is wrong with it}}.
+    """
     meta = source.meta
     holds = {key: episodes_by_file(video_paths(meta, key)) for key in faults}
     absent = [key for key in faults if not any(path.is_file() for path in holds[key])]
@@ -210,19 +230,19 @@ def video_lines(source: Source, faults: dict[str, dict[Path, str]]) -> list[str]
     for key, of_camera in faults.items():
         of_files = file_lines(meta.root, of_camera, holds[key])
         if key in absent:
-            of_files = [f"{of_files[0]}. No video of {key} is there{leave_out(meta, absent)}"]
+            of_files = [f"{of_files[0]}. No video of {key} is there{remedy_without(meta, absent)}"]
         lines += of_files
     return lines
 
 
-def leave_out(meta, cameras: list[str]) -> str:
-    """How to train without some cameras; empty if nothing else is observed."""
+def remedy_without(meta, cameras: list[str]) -> str:
+    """How to train without some cameras; empty if these are the only observations."""
     others = [name for name in observation_names(meta) if name not in cameras]
     return f": copy them, or train without, {observations_flag(others, {})}" if others else ""
 
 
 def whole_episodes(source: Source, faults: dict[str, dict[Path, str]]) -> set[int]:
-    """The opened episodes whose videos are all right too."""
+    """The opened episodes that have no faulty video."""
     broken: set[int] = set()
     for key, of_camera in faults.items():
         paths = video_paths(source.meta, key)
@@ -231,7 +251,7 @@ def whole_episodes(source: Source, faults: dict[str, dict[Path, str]]) -> set[in
 
 
 def remedy_of(flags: dict[str, str | None], lengths: dict[int, int], whole: set[int]) -> str:
-    """How to leave out the episodes that are not whole; empty if a flag would have none left.
+    """How to leave out the episodes that are not whole; empty if a flag would have no episodes left.
 
     Args:
         flags: the flags that choose episodes, with their values.

@@ -15,12 +15,11 @@ import pyarrow.compute as pc
 from data.files import LFS_POINTER, is_lfs_pointer
 from errors import UserError, one_line, plural
 
-FIELDS = (("bytes", pa.binary()), ("path", pa.string()))  # of a picture, as LeRobot stores it
-PICTURE = pa.struct(FIELDS)
+PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # as LeRobot stores one
 LONGEST_NAME = 80  # characters of a file's name in a message
 TURNED = (5, 6, 7, 8)  # orientations in EXIF data by which height and width change places
-DEEP = re.compile(r";16[BLN]")  # in Pillow's raw mode, of 16 bits a channel: as RGB they would lose half of them
-CLIPPED = ("I", "F")  # Pillow's modes of more than 8 bits begin so: as RGB they would be clipped to white
+DEEP = re.compile(r";16[BLN]")  # in Pillow's raw modes of 16 bits a channel: converting to RGB would drop 8 of them
+CLIPPED = ("I", "F")  # first letters of Pillow's modes of more than 8 bits: converting to RGB would clip them to white
 
 
 def read_pictures(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -33,7 +32,7 @@ def read_pictures(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_dictionary(kind):
         column = column.cast(kind.value_type)
         kind = kind.value_type
-    if pa.types.is_struct(kind) and {(field.name, field.type) for field in kind} >= set(FIELDS):
+    if kind == PICTURE:
         return column
     chunks = []
     for chunk in column.chunks:
@@ -52,30 +51,28 @@ def read_pictures(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array(chunks, type=PICTURE)
 
 
+def is_empty(chunk: pa.StructArray, field: str) -> pa.BooleanArray:
+    """(n,) whether each picture has no `bytes`, or no `path`. One without bytes is a file of its own, named by its path."""
+    return pc.equal(pc.fill_null(pc.binary_length(pc.struct_field(chunk, field)), 0), 0)
+
+
 def with_full_paths(pictures: pa.ChunkedArray, root: Path) -> pa.ChunkedArray:
-    """The same pictures, where those that are files are named by their full path, not from the dataset's folder on."""
+    """The same pictures, with full paths of those that are files of their own instead of paths within the dataset."""
     chunks = []
     for chunk in pictures.chunks:
-        content = chunk.field("bytes")
-        if content.null_count:
-            paths = chunk.field("path").to_pylist()
-            outside = content.is_null().to_pylist()
-            paths = [
-                str(root / path) if path and is_file else path for path, is_file in zip(paths, outside, strict=True)
-            ]
-            chunk = pa.StructArray.from_arrays([content, pa.array(paths, pa.string())], names=["bytes", "path"])
+        outside = is_empty(chunk, "bytes").to_pylist()
+        if any(outside):
+            named = zip(chunk.field("path").to_pylist(), outside, strict=True)
+            paths = pa.array([str(root / path) if is_file else path for path, is_file in named], pa.string())
+            chunk = pa.StructArray.from_arrays([chunk.field("bytes"), paths], fields=list(PICTURE))
         chunks.append(chunk)
     return pa.chunked_array(chunks)
 
 
 def rows_without_picture(pictures: pa.ChunkedArray) -> np.ndarray:
     """(n,) rows that hold neither bytes nor a path, of a column by `read_pictures`."""
-    empty = []
-    for chunk in pictures.chunks:
-        size = pc.fill_null(pc.binary_length(pc.struct_field(chunk, "bytes")), 0)
-        path = pc.fill_null(pc.binary_length(pc.struct_field(chunk, "path")), 0)
-        empty.append(pc.equal(pc.add(size, path), 0).to_numpy(zero_copy_only=False))
-    return np.flatnonzero(np.concatenate([np.zeros(0, bool), *empty]))
+    empty = [pc.and_(is_empty(chunk, "bytes"), is_empty(chunk, "path")) for chunk in pictures.chunks]
+    return np.flatnonzero(pa.chunked_array(empty, pa.bool_()).to_numpy())
 
 
 def open_picture(pictures: pa.ChunkedArray, root: Path, row: int):
@@ -123,7 +120,8 @@ def decode_picture(pictures: pa.ChunkedArray, root: Path, row: int) -> np.ndarra
 def picture_problems(source) -> list[str]:
     """What is wrong with the pictures, a line for each camera: files that are missing, or an episode's first picture.
 
-    That one opens, has 8 bits a channel, and the size in info.json. All others are looked at when they are decoded.
+    The first picture of each episode must open, and have 8 bits a channel and the size in info.json. The others are checked
+    when they are decoded.
     """
     problems = []
     for key in source.images:
@@ -134,12 +132,11 @@ def picture_problems(source) -> list[str]:
 
 
 def missing_files(source, key: str) -> str | None:
-    """A line where pictures that are files of their own are not there."""
+    """A line if pictures that are files of their own are missing."""
     missing = []  # (row, path)
     first = 0
     for chunk in source.images[key].chunks:
-        size = pc.fill_null(pc.binary_length(chunk.field("bytes")), 0)
-        outside = np.flatnonzero(pc.equal(size, 0).to_numpy(zero_copy_only=False))
+        outside = np.flatnonzero(is_empty(chunk, "bytes").to_numpy(zero_copy_only=False))
         paths = chunk.field("path").take(pa.array(outside)).to_pylist()
         for row, path in zip(outside.tolist(), paths, strict=True):
             if not os.path.isfile(source.meta.root / path):

@@ -12,6 +12,7 @@ import pyarrow.dataset
 import torch
 from torch import Tensor
 
+from data.pictures import is_empty
 from data.videos import Videos
 from errors import UserError
 
@@ -37,7 +38,7 @@ class Source:
         videos: where the frames of each `video` feature are.
         problems: what makes the dataset unfit to train on, a line each. Columns and pixels may then be missing.
         warnings: what a user should know but can train with.
-        remedy: how to leave out the episodes that all problems are of; empty if there is no such way.
+        remedy: how to leave out the faulty episodes, where the problems are only theirs; else empty.
         left_out: observations that --observations leaves out.
         renamed: {name in the files: name here} of features that were renamed since.
         recorded_sizes: (height, width) of each camera's pictures in each of several datasets; None for a single dataset.
@@ -73,7 +74,7 @@ class Source:
 
     @property
     def episode_ids(self) -> list:
-        """`episodes` without the folders' names, which may change before a resume: of several datasets "position#index"."""
+        """`episodes` by names that a moved folder does not change before a resume: for several datasets "position#index"."""
         if self.episodes_per_dataset is None:
             return self.episodes
         indices = [name.rsplit("#", 1)[1] for name in self.episodes]
@@ -121,12 +122,10 @@ class Source:
 
     def picture_files(self, key: str) -> list[Path]:
         """The files of a camera's pictures that are not stored in the table."""
-        files = []
+        paths = []
         for chunk in self.images[key].chunks:
-            if pa.types.is_struct(chunk.type):
-                outside = chunk.field("bytes").is_null()
-                files += [self.meta.root / path for path in chunk.field("path").filter(outside).to_pylist() if path]
-        return files
+            paths += chunk.field("path").filter(is_empty(chunk, "bytes")).to_pylist()
+        return [self.meta.root / path for path in paths]
 
     def locate(self, key: str, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(n,) file and (n,) frame number in that file of camera `key` at (n,) rows: by row order, not by the clock."""
@@ -145,12 +144,12 @@ class Source:
             raise UserError(f"dataset {self.name} has {len(problems)} problems:\n  - " + "\n  - ".join(problems) + end)
 
 
-def episode_spans(table: pa.Table) -> tuple[list[int], Tensor, Tensor]:
+def episode_spans(table: pa.Table) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Episode indices in the order of the table, (E,) int64 first rows, and (E,) int64 rows after the last."""
     index = table["episode_index"].to_numpy()  # (N,)
     starts = np.flatnonzero(np.diff(index, prepend=index[:1] - 1))  # (E,) rows that differ from the row before
     ends = np.append(starts, len(index))[1:]
-    return index[starts].tolist(), torch.from_numpy(starts), torch.from_numpy(ends)
+    return index[starts].tolist(), starts, ends
 
 
 def table_features(meta) -> dict[str, dict]:
@@ -196,7 +195,7 @@ def read_columns(meta, table: pa.Table) -> dict[str, Tensor | list[str]]:
             if shape == (1,):  # LeRobot reads it as a scalar
                 shape = ()
             values = flat_values(table[key])
-            with np.errstate(over="ignore"):  # what float32 cannot hold is inf, and told as such
+            with np.errstate(over="ignore"):  # what float32 cannot hold is inf, and reported as such
                 values = values.astype(number_dtype(key, feature, values))  # a copy, since Arrow's memory is read-only
             columns[key] = torch.from_numpy(values.reshape(table.num_rows, *shape))
     return columns

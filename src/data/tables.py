@@ -24,6 +24,7 @@ from data.files import (
     is_lfs_pointer,
     without_numbers,
 )
+from data.source import episode_spans
 from errors import UserError, one_line, plural
 
 
@@ -59,8 +60,10 @@ def read_tables(meta, selected: list[int], lengths: dict[int, int]) -> EpisodeTa
         lengths: number of rows of every described episode.
 
     Raises:
-        UserError: no file can be read, or the rows do not say which episode they belong to.
+        UserError: there are no episodes, no file can be read, or the rows do not say which episode they belong to.
     """
+    if not selected:
+        raise UserError(f"dataset {meta.root} has no episodes: record some, or download it again")
     # The files that the metadata names for these episodes; where it names none, all.
     present = sorted(path for path in (meta.root / "data").glob("*/*.parquet") if not is_hidden(path))
     paths = data_paths(meta)
@@ -73,7 +76,7 @@ def read_tables(meta, selected: list[int], lengths: dict[int, int]) -> EpisodeTa
     tables, faults = read_files(files, None if len(selected) == len(lengths) else selected)
     counts = {path: count_rows(path, table) for path, table in tables.items()}
 
-    # An episode is read from its own file; where it is not whole in there, from all that have rows of it.
+    # An episode is read from its own file; if its rows are not all in there, from every file that has some.
     spread = selected
     if paths is not None:
         spread = [episode for episode in selected if counts.get(paths[episode], {}).get(episode, 0) != lengths[episode]]
@@ -95,8 +98,6 @@ def read_tables(meta, selected: list[int], lengths: dict[int, int]) -> EpisodeTa
     tables = {path: table for path, table in tables.items() if table.num_rows}
 
     # What is wrong with the others, and what was left out.
-    if not selected:
-        raise UserError(f"dataset {meta.root} has no episodes: record some, or download it again")
     if not counts and not faults:
         raise UserError(f"dataset {meta.root} has no readable table: data/*/*.parquet is missing")
     problems = table_lines(meta, lacking, totals, lengths, faults, paths)
@@ -114,7 +115,15 @@ def read_tables(meta, selected: list[int], lengths: dict[int, int]) -> EpisodeTa
     table = in_order(meta, list(tables.values()), whole)
     ends = torch.tensor([lengths[episode] for episode in whole], dtype=torch.int64).cumsum(0)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends])[:-1]
-    return EpisodeTable(table, whole, starts, ends, list(tables), problems, warnings)
+    return EpisodeTable(
+        rows=table,
+        episodes=whole,
+        starts=starts,
+        ends=ends,
+        files=list(tables),
+        problems=problems,
+        warnings=warnings,
+    )
 
 
 def read_files(files: list[Path], episodes: list[int] | None) -> tuple[dict[Path, pa.Table], dict[Path, str]]:
@@ -192,7 +201,7 @@ def table_lines(
 
 
 def in_order(meta, tables: list[pa.Table], episodes: list[int]) -> pa.Table:
-    """One table of the rows of `episodes`, ascending, those of an episode as they follow each other in `tables`.
+    """One table of the rows of `episodes`, in that order; the rows of an episode keep their order in `tables`.
 
     Raises:
         UserError: the tables' columns differ.
@@ -205,13 +214,11 @@ def in_order(meta, tables: list[pa.Table], episodes: list[int]) -> pa.Table:
         raise UserError(f"dataset {meta.root}: its tables differ in their columns: {one_line(error)[:200]}") from error
     if not table.num_rows:
         return table
-    index = table["episode_index"].to_numpy()  # (N,)
-    firsts = np.flatnonzero(np.diff(index, prepend=index[:1] - 1))  # rows that differ from the row before
-    found = index[firsts].tolist()
+    found, firsts, ends = episode_spans(table)
     if found == episodes:
         return table
     wanted = set(episodes)
-    spans = zip(found, firsts.tolist(), np.append(firsts[1:], len(index)).tolist(), strict=True)
+    spans = zip(found, firsts.tolist(), ends.tolist(), strict=True)
     kept = sorted((span for span in spans if span[0] in wanted), key=lambda span: span[0])  # stable
     # Slices of the table: `take` would copy all pictures.
     return pa.concat_tables([table.slice(first, end - first) for _, first, end in kept]) if kept else table.slice(0, 0)
