@@ -58,7 +58,7 @@ def take_step(run, batch: dict) -> None:
     """One step of train()'s loop."""
     result = run.learner.step(batch, run.step)
     run.count(result)
-    run.loss_sum.item()  # waits for the device, as lerobot-train does at every step
+    run.losses.loss_sum.item()  # waits for the device, as lerobot-train does at every step
 
 
 def seconds_of(call, *arguments) -> float:

@@ -163,9 +163,8 @@ def worst_moments(episodes: list[EpisodeComparison], std: np.ndarray, source: So
     fps = source.meta.fps
     candidates = []
     for position, episode in enumerate(episodes):
-        off = np.abs(episode.predicted - episode.recorded) / np.where(
-            std > 0, std, np.inf
-        )  # 0 for a joint that is still
+        off = np.abs(episode.predicted - episode.recorded)  # (N, A)
+        off = off / np.where(std > 0, std, np.inf)  # 0 for a joint that is still
         candidates += [(distance, position, frame) for frame, distance in enumerate(off.mean(1))]
     worst = []
     for distance, position, frame in sorted(candidates, reverse=True):

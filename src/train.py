@@ -34,10 +34,10 @@ from policy.losses import unknown_average
 from reports.pages import last
 from training.distributed import LostPeerError
 from training.evaluation import Evaluator
-from training.learner import Learner, build_learner, parts_of_batch
-from training.means import SubLossMeans, mean_of, totals_of_rank
-from training.parts import build_processors, build_training_policy, open_loader, weight_bytes, with_optimizer
-from training.plan import RunPlan, plan_run, require_room, warn_of_room
+from training.learner import Learner, build_learner, num_micro_batches
+from training.means import LossMeans
+from training.parts import build_processors, build_training_policy, open_loader
+from training.plan import RunPlan, plan_run
 from training.progress import Report, Stopwatch, TrainResult, closing_message, header, training_info
 
 
@@ -60,7 +60,7 @@ def train(**settings) -> TrainResult:
         runtime.enough_memory(plan.config.batch_size),
         build_run(plan) as run,
     ):
-        if run.evaluation_is_missing and run.evaluator.is_due(run.step, run.is_save_step()):
+        if run.evaluation_is_missing and run.is_evaluation_step():
             run.evaluate()
         while not run.is_over():
             batch = run.next_batch()
@@ -68,7 +68,7 @@ def train(**settings) -> TrainResult:
             run.count(result)
             if run.is_log_step():
                 run.log(result)
-            if run.evaluator.is_due(run.step, run.is_save_step()):
+            if run.is_evaluation_step():
                 run.evaluate()
             if run.stop_signal or run.is_save_step():
                 run.save()
@@ -84,8 +84,8 @@ class Run:
         step: optimizer steps done.
         samples_seen: samples trained on, which is where the loader stands.
         branch: how often the run went back to an earlier step.
-        loss_sum, loss_count: loss since the last log line. The sum stays on the device until it is logged.
-        sub_losses: the policy's own numbers since the last log line.
+        ancestors: [branch, last step that this run has of it] of each branch that it left when it went back.
+        losses: the loss and the policy's sub-losses since the last log line.
         first_bad_step: first step whose loss or gradient was not finite, -1 so far; on the device.
         train_seconds: wall time of the runs before this resume.
         saved_step: step of the newest checkpoint, None before the first.
@@ -110,9 +110,8 @@ class Run:
     step: int
     samples_seen: int
     branch: int
-    loss_sum: Tensor
-    loss_count: int
-    sub_losses: SubLossMeans
+    ancestors: list
+    losses: LossMeans
     first_bad_step: Tensor
     train_seconds: float
     saved_step: int | None
@@ -123,10 +122,7 @@ class Run:
     def __post_init__(self):
         self.config = self.plan.config
         self.distributed = self.plan.distributed
-        # [branch, last step that this run has of it] of each branch that it left when it went back.
-        self.ancestors = self.plan.state.trainer_state.get("ancestors", []) if self.plan.state else []
         self.start_step = self.step
-        self.evaluator.is_stopped = self.is_stopped
 
     def __enter__(self):
         return self
@@ -149,7 +145,7 @@ class Run:
         return batch
 
     def save_what_is_done(self) -> None:
-        """Save before an error ends the run. If that fails too, a warning says so."""
+        """Save before an error ends the run. If that fails too, it is a warning."""
         if self.step == self.start_step or self.step == self.saved_step:
             return
         try:
@@ -166,15 +162,10 @@ class Run:
         watched = result.loss if self.learner.scaler.is_enabled() else result.loss + result.grad_norm
         already_bad = self.first_bad_step >= 0
         self.first_bad_step = torch.where(torch.isfinite(watched) | already_bad, self.first_bad_step, self.step)
-        self.loss_sum = self.loss_sum + result.loss
-        self.loss_count += 1
-        for numbers in result.sub_losses:
-            self.sub_losses.add(numbers)
+        self.losses.add(result.loss, result.sub_losses)
         self.step += 1
         self.samples_seen += self.config.batch_size
-        self.stop_signal, self.minutes_have_passed = self.distributed.all_reduce_max(
-            self.signals.asked or 0, self.stopwatch.save_is_due()
-        )
+        self.minutes_have_passed = self.sync_stop_signal(self.stopwatch.save_is_due())
         self.report.advance()
 
     def is_over(self) -> bool:
@@ -188,6 +179,9 @@ class Run:
         save_freq = self.config.save_freq
         planned = save_freq > 0 and self.step % save_freq == 0
         return planned or self.step == self.config.steps or self.minutes_have_passed
+
+    def is_evaluation_step(self) -> bool:
+        return self.evaluator.is_due(self.step, self.is_save_step())
 
     def stop_if_not_finite(self) -> None:
         first_bad_step = int(self.first_bad_step)  # waits for the device
@@ -208,21 +202,19 @@ class Run:
         line = {
             "step": self.step,
             "epoch": round(self.samples_seen / self.loader.samples_per_epoch, 4),
-            "loss": self.distributed.mean(self.loss_sum) / self.loss_count,
+            "loss": self.losses.loss(),
             "lr": self.learner.optimizer.param_groups[0]["lr"],
             "grad_norm": result.grad_norm.item(),
         }
-        sub_losses = mean_of(self.distributed.all_gather_object(self.sub_losses.totals()))
+        sub_losses = self.losses.mean_sub_losses()
         # A policy may call one of its sub-losses "loss": the line's own numbers win, and keep their place in front.
         self.report.log({**line, **sub_losses, **line, **self.stopwatch.rates(self.config.batch_size)})
         # The line at the end of a run is extra: a longer run, which passes this step, sums on.
         if self.step % self.config.log_freq == 0 or self.step == 1:
-            self.loss_sum = torch.zeros_like(self.loss_sum)
-            self.loss_count = 0
-            self.sub_losses.clear()
+            self.losses.clear()
 
     def evaluate(self) -> None:
-        """Validate on held-out episodes and in simulation, unless the run is to stop. The main process does; the others wait."""
+        """Validate on held-out episodes and in simulation, unless the run is to stop. Only the main process does it."""
         if self.stop_signal:
             self.evaluation_is_missing = True
             return
@@ -232,35 +224,34 @@ class Run:
                 return
             if self.evaluation_is_missing:
                 self.report.forget_evaluation(self.step)
-            evaluation = self.evaluator.results(self.step, self.is_save_step(), self.loader)
+            evaluation = self.evaluator.results(self.step, self.is_save_step(), self.loader, self.is_stopped)
             if evaluation.metrics:
                 line = {"step": self.step, **evaluation.metrics}
                 self.report.log_evaluation(line, evaluation.summary_line(), evaluation.figure)
-            self.evaluation_is_missing = evaluation.is_stopped
-            self.agree_on_stop(is_done=True)
+            self.evaluation_is_missing = evaluation.was_stopped
+            self.sync_stop_signal(True)  # the other processes stop waiting
 
     def is_stopped(self) -> bool:
         """Whether any process was asked to stop. The main process asks this while it evaluates; the others answer."""
-        self.agree_on_stop(is_done=False)
+        self.sync_stop_signal(False)
         return self.stop_signal > 0
 
     def wait_for_evaluation(self) -> None:
-        """Answer the main process's questions until it has evaluated."""
-        while not self.agree_on_stop(is_done=False):
+        """Answer the main process's `is_stopped` until it is done."""
+        while not self.sync_stop_signal(False):
             pass
 
-    def agree_on_stop(self, is_done: bool) -> bool:
-        """Set `stop_signal` alike in every process; returns whether the main process has said that it is done."""
-        self.stop_signal, any_done = self.distributed.all_reduce_max(self.signals.asked or 0, is_done)
-        return bool(any_done)
+    def sync_stop_signal(self, flag: bool) -> bool:
+        """Bring `stop_signal` up to date, the same in every process; returns whether any of them passes a true `flag`."""
+        self.stop_signal, any_flag = self.distributed.all_reduce_max(self.signals.asked or 0, flag)
+        return bool(any_flag)
 
     def save(self) -> None:
         """Start writing checkpoint-<step>; a run that went bad since the last log line is stopped instead."""
         self.stop_if_not_finite()
         with self.stopwatch.paused():
-            loss_sums = self.distributed.all_gather(self.loss_sum)
-            sub_loss_sums = self.distributed.all_gather_object(self.sub_losses.totals())
-            state = self.learner.state()  # gathered from all processes
+            losses = self.losses.state()  # both gathered from all processes
+            state = self.learner.state()
             if self.distributed.is_main:
                 snapshot = Snapshot(
                     step=self.step,
@@ -270,7 +261,7 @@ class Run:
                     policy_config=self.policy.config,
                     preprocessor=self.preprocess,
                     postprocessor=self.postprocess,
-                    state=self.train_state(loss_sums, sub_loss_sums),
+                    state=self.train_state(losses),
                     adapters=adapter_config(self.policy),
                 )
                 self.writer.save(snapshot, self.protected_checkpoints())
@@ -286,8 +277,8 @@ class Run:
             return []
         return [resumed_from]
 
-    def train_state(self, loss_sums: list[float], sub_loss_sums: list[dict]) -> TrainState:
-        """Where the run stands, for an exact resume and for people."""
+    def train_state(self, losses: dict) -> TrainState:
+        """Where the run stands, for an exact resume and for people. `losses` is the state of `self.losses`."""
         position = {
             "step": self.step,
             "samples_seen": self.samples_seen,
@@ -299,9 +290,7 @@ class Run:
         trainer_state = {
             **position,
             "ancestors": self.ancestors,
-            "loss_sums": loss_sums,
-            "loss_count": self.loss_count,
-            "sub_loss_sums": sub_loss_sums,
+            **losses,
             "evaluation_is_missing": self.evaluation_is_missing,
             "scaler": self.learner.scaler.state_dict(),
             "tracker_run_id": self.report.trackers.run_id,
@@ -364,12 +353,11 @@ def build_run(plan: RunPlan) -> Run:
         runtime.seed_all(config.seed, runtime.INIT)
         policy = build_training_policy(plan.policy, meta)
         preprocess, postprocess = build_processors(plan.policy, meta)
-        warnings = list(plan.warnings)
-        if plan.checkpoint_bytes is None:  # only now is the size of a checkpoint known
-            size = with_optimizer(weight_bytes(policy), config)
-            distributed.on_main(lambda: require_room(plan.output_dir, size))
-            warnings += warn_of_room(plan.output_dir, size, config)
-        warnings += unknown_average(policy.config, parts_of_batch(config, distributed))
+        warnings = [
+            *plan.warnings,
+            *plan.check_room(policy),
+            *unknown_average(policy.config, num_micro_batches(config, distributed)),
+        ]
         unsharded = distributed.unsharded_copy(policy)
         learner = build_learner(config, distributed, policy, preprocess, meta)
 
@@ -444,9 +432,8 @@ def build_run(plan: RunPlan) -> Run:
             step=position["step"],
             samples_seen=position["samples_seen"],
             branch=branch_of(position),
-            loss_sum=torch.tensor(distributed.local_value(position["loss_sums"]), device=distributed.device),
-            loss_count=position["loss_count"],
-            sub_losses=SubLossMeans(totals_of_rank(position.get("sub_loss_sums", []), distributed)),
+            ancestors=position.get("ancestors", []),
+            losses=LossMeans(distributed, position),
             first_bad_step=torch.tensor(-1, device=distributed.device),
             train_seconds=train_seconds,
             saved_step=position["step"] if plan.state else None,

@@ -376,8 +376,8 @@ def test_every_policy_of_lerobot_is_known_or_told():
         config = object.__new__(config_class)  # with its defaults; some ask for packages as they are made
         if loss_averages_over_actions(config) is None:
             unknown.add(name)
-            assert unknown_average(config, parts=2)
-            assert not unknown_average(config, parts=1)
+            assert unknown_average(config, micro_batches=2)
+            assert not unknown_average(config, micro_batches=1)
     assert unknown == {"molmoact2", "pi0_fast", "wall_x"}
 
 

@@ -98,7 +98,7 @@ class FlowConfig(PreTrainedConfig):
 
     @staticmethod
     def training_preset(device: str, pictures: list[tuple[int, int]]) -> dict:
-        """The trainer's settings that suit this policy, large batches of small pictures. `pictures` has each camera's (H, W)."""
+        """The trainer's settings that suit this policy: large batches of small pictures. `pictures` has each camera's (H, W)."""
         preset = {"batch_size": 64 if device == "cpu" else 256, "ema_decay": 0.995, "augment": True}
         largest = max(pictures, key=min, default=(0, 0))
         if min(largest) > 96:
@@ -137,7 +137,7 @@ class FlowConfig(PreTrainedConfig):
 
     @property
     def loss_averages_over_actions(self) -> bool:
-        """Armature's: parts of a batch weigh by their numbers of unpadded actions."""
+        """For Armature: micro-batches are weighted by their numbers of unpadded actions."""
         return True
 
     @property
@@ -321,7 +321,7 @@ class Encoder(nn.Module):
         self.mix = nn.Sequential(
             nn.Linear(features * config.n_obs_steps, size.width), nn.SiLU(), nn.Linear(size.width, size.width)
         )
-        # Of a text that older checkpoints have twice, the first place counts.
+        # Older checkpoints may have a text twice: its first position counts.
         self.task_position = {task: index for index, task in reversed(list(enumerate(config.tasks)))}
         self.task = nn.Embedding(len(config.tasks), size.width) if config.task_embedding and config.tasks else None
 

@@ -9,8 +9,8 @@ OVER_SAMPLES = ("fastwam", "gaussian_actor", "lingbot_va", "pi0", "pi05", "tdmpc
 def loss_averages_over_actions(config) -> bool | None:
     """Whether the policy's loss is a mean over unpadded actions, instead of a mean over samples; None if that is not known.
 
-    The mean of several micro-batches or ranks must then weight each by its number of unpadded actions. A config class says it
-    with an attribute or property `loss_averages_over_actions`.
+    The mean of several micro-batches or ranks must then weight each by its number of unpadded actions. A config class can
+    declare it with an attribute or property `loss_averages_over_actions`.
     """
     declared = getattr(config, "loss_averages_over_actions", None)
     if isinstance(declared, bool):
@@ -24,17 +24,17 @@ def loss_averages_over_actions(config) -> bool | None:
     return None
 
 
-def unknown_average(config, parts: int) -> list[str]:
-    """A warning where a step's batch is computed in several parts, and nothing says how their losses make up the whole one's.
+def unknown_average(config, micro_batches: int) -> list[str]:
+    """A warning where a step has several micro-batches, and nothing says how their losses make up that of the whole batch.
 
     Args:
-        parts: micro-batches of a step in all processes.
+        micro_batches: of a step, over all processes.
     """
     has_padding = any(config.action_delta_indices or [])  # beyond an episode's end
-    if parts == 1 or not has_padding or loss_averages_over_actions(config) is not None:
+    if micro_batches == 1 or not has_padding or loss_averages_over_actions(config) is not None:
         return []
     return [
-        f"each step adds up {parts} parts of its batch, and policy {config.type} does not say what its loss averages over: "
+        f"each step adds up {micro_batches} parts of its batch, and policy {config.type} does not say what its loss averages over: "
         "their gradients are weighted equally, which is not the gradient of the whole batch if the loss counts only some "
         f"actions. Set loss_averages_over_actions = True or False in {type(config).__name__} if that is a class of yours"
     ]

@@ -114,12 +114,12 @@ def size_text(feature: PolicyFeature) -> str:
 
 
 def kind_of(feature: PolicyFeature) -> str | tuple:
-    """What two features must have in common for one to stand for the other: pictures of any size, or the same shape."""
+    """What a feature must share with another to stand for it: both are pictures, or have the same shape."""
     return "picture" if feature.type is FeatureType.VISUAL else tuple(feature.shape)
 
 
 def ignored_states(config) -> list[str]:
-    """States among a policy's inputs that its network does not look at: some of LeRobot's know only one by its name."""
+    """States among a policy's inputs that its network ignores: some of LeRobot's read only observation.state."""
     if config.type not in NEED_STATE:
         return []
     states = [key for key, feature in config.input_features.items() if feature.type is FeatureType.STATE]
@@ -152,7 +152,12 @@ def rename_problems(inputs: dict, rename: dict[str, str], left_out=()) -> list[s
 
 
 def twice_named(inputs: dict, rename: dict[str, str]) -> list[str]:
-    """A line for each new name of --rename that another observation of the dataset has too. Arguments as above."""
+    """A line for each new name of --rename that another observation of the dataset has too.
+
+    Args:
+        inputs: the dataset's features, under its own names.
+        rename: {old: new} names that the user gave.
+    """
     names = [rename.get(key, key) for key in inputs]
     return [
         f"--rename {old}={new}: two of its observations would be {new}. Pass another new name, or leave one of them out "
@@ -175,9 +180,7 @@ def policy_problems(config, image_size: list[int] | None, rename: dict[str, str]
     pairs = {}
     if lacks_state:
         states = [key for key, feature in config.input_features.items() if feature.type is FeatureType.STATE]
-        pairs = dict.fromkeys(
-            likeliest_pairs({"observation.state": ""}, dict.fromkeys(states, "")), "observation.state"
-        )
+        pairs = likeliest_pairs({"observation.state": "state"}, dict.fromkeys(states, "state"))
     is_state_offered = bool(pairs)
     for key in config.image_features:
         if not key.startswith("observation.") or (image_size is not None and "image" not in key):
@@ -308,26 +311,27 @@ def load_processors(folder: Path, device: str, overrides: dict | None = None):
     """
     before, after = (read_pipeline(folder / name) for name in PIPELINES)
     overrides = overrides or {}
+    in_preprocessor = {**overrides, "device_processor": {"device": device}}
     invalid = (OSError, ValueError, SafetensorError)
     what = f"the processors in {folder} cannot be loaded"
     with as_user_error(what, invalid=invalid), no_remote_code(str(folder)):
         preprocessor, postprocessor = make_pre_post_processors(
             None,
             pretrained_path=str(folder),
-            preprocessor_overrides=settings_of_steps(
-                before, folder, {**overrides, "device_processor": {"device": device}}
-            ),
+            preprocessor_overrides=settings_of_steps(before, folder, in_preprocessor),
             postprocessor_overrides=settings_of_steps(after, folder, overrides),
         )
         for step in (*preprocessor.steps, *postprocessor.steps):
-            getattr(
-                step, "proc", None
-            )  # groot loads its tokenizer when it is first asked for: here, where code is refused
+            getattr(step, "proc", None)  # groot loads its tokenizer at first use: here, where code is refused
     return preprocessor, postprocessor
 
 
 def settings_of_steps(steps: list[dict], folder: Path, overrides: dict) -> dict:
-    """The overrides for the steps that there are, with the places of files that steps of later LeRobots keep in the folder."""
+    """The overrides for the steps of a pipeline, with the paths of the files that later LeRobots' steps keep in the folder.
+
+    Args:
+        steps: the pipeline's steps, as `read_pipeline` returns them.
+    """
     settings = {}
     for step in steps:
         name = step.get("registry_name") or step["class"].rpartition(".")[2]  # LeRobot's key of overrides

@@ -83,32 +83,35 @@ def compare_settings(config: TrainConfig, state: TrainState, checkpoint: Path, p
 
 
 def meaning(name: str, value):
-    """A setting in a form in which two ways to write the same are equal.
+    """A setting's value in a form that is equal for different ways to write the same.
 
-    Those are other orders of NAME=VALUE, of patterns and of episodes, and `0,1` for `0:2`.
+    These are other orders of NAME=VALUE, of patterns and of episodes, and `0,1` for `0:2`.
     """
     if value is None:
         return None
     if name in ("policy_args", "peft_args", "rename"):
-        pairs = dict(pair.partition("=")[::2] for pair in value)  # the last one counts
-        return pairs if name == "rename" else {key: plain(text) for key, text in pairs.items()}
+        pairs = {}
+        for pair in value:
+            key, _, text = pair.partition("=")  # of several with one name, the last one counts
+            pairs[key] = text if name == "rename" else plain(text)
+        return pairs
     if name in ("freeze", "observations"):
         return set(value)
     if name in ("episodes", "val_episodes"):
         try:
             return episodes_meant(value)
-        except ValueError:  # of another form, which is refused where the dataset is opened
+        except ValueError:  # not of that form: refused where the dataset is opened
             return value
     return value
 
 
 def plain(text: str):
-    """The value of a NAME=VALUE text, as `parse_overrides` reads it: 50 and 0x32 are one number, none and null are None."""
+    """The value of a NAME=VALUE text, as `parse_overrides` reads it: 50 and 0x32 are the same, as are none and null."""
     if text.strip().lower() in ("none", "null"):
         return None
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:  # of a checkpoint that was edited: refused where it is used
+    except yaml.YAMLError:  # the checkpoint was edited: refused where it is used
         return text
 
 
@@ -128,7 +131,7 @@ def episodes_meant(text: str) -> list[tuple[int, int]]:
 
 
 def compare_machine(state: TrainState, now: dict) -> list[str]:
-    """A line where the resumed run computes elsewhere or with other versions than its checkpoint recorded.
+    """A line where the resumed run's device or versions are not those that its checkpoint recorded.
 
     Args:
         now: `describe_machine` of this process.
@@ -149,7 +152,7 @@ def compare_machine(state: TrainState, now: dict) -> list[str]:
 
 
 def kind_of_device(name) -> str:
-    """cuda for cuda:1: which of several devices it is changes nothing."""
+    """cuda for cuda:1: which one of several devices changes nothing."""
     return str(name).partition(":")[0]
 
 
@@ -160,11 +163,11 @@ def describe_data(source: Source, held_out: Tensor) -> dict:
         held_out: (E,) positions in `source.episodes`.
 
     Returns:
-        Counts of episodes, frames and bytes of pictures, hashes of all values and of which video has which size, and the
-        held-out episodes.
+        Counts of episodes, frames and bytes of pictures, hashes of all values and of the videos' sizes, and the held-out
+        episodes.
     """
     tasks = source.tasks
-    if list(tasks) == list(range(len(tasks))):  # as checkpoints recorded them before
+    if list(tasks) == list(range(len(tasks))):  # as older checkpoints recorded them
         tasks = list(tasks.values())
     digest = hashlib.sha256(json.dumps([source.starts.tolist(), tasks]).encode())
     for _, values in sorted(source.columns.items()):
@@ -196,7 +199,8 @@ def compare_data(state: TrainState | None, now: dict) -> list[str]:
     if before is None:  # a new run, or a checkpoint of an older version
         return []
     changes = []
-    counts_before, counts_now = (f"{data['episodes']} episodes of {data['frames']} frames" for data in (before, now))
+    counts_before = f"{before['episodes']} episodes of {before['frames']} frames"
+    counts_now = f"{now['episodes']} episodes of {now['frames']} frames"
     if before["sha256"] != now["sha256"]:
         change = f"{counts_before} -> {counts_now}"
         if counts_before == counts_now:

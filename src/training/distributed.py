@@ -121,8 +121,8 @@ class Distributed:
         if self.is_main:
             self._raise_error_of_main(None)
 
-    def on_main(self, call, told=lambda result: None):
-        """The result of `call`, which only the main process makes; the others get `told(result)`, pickled.
+    def on_main(self, call, for_others=lambda result: None):
+        """Call `call` in the main process only: it gets the result, the others get `for_others(result)`, pickled.
 
         Raises:
             UserError: in every process, that of the call.
@@ -137,8 +137,10 @@ class Distributed:
         self._raise_error_of_main(error)
         if self.gloo_group is None:
             return result
-        others = self.broadcast(told(result) if self.is_main else None)
-        return result if self.is_main else others
+        if self.is_main:
+            self.broadcast(for_others(result))
+            return result
+        return self.broadcast(None)
 
     def _raise_error_of_main(self, error: UserError | None) -> None:
         """Raise the UserError that the main process has met, if any, in every process."""
@@ -379,7 +381,7 @@ def parameter_names(policy, optimizer) -> list[str]:
 
 
 def check_moments(parameters: dict, names: list[str], entries: dict) -> None:
-    """Raise a ValueError for a moment that has not its parameter's shape, of which PyTorch takes any.
+    """Raise a ValueError for a moment whose shape is not its parameter's: PyTorch loads any.
 
     Args:
         parameters: {name: parameter} of the policy.
@@ -390,7 +392,7 @@ def check_moments(parameters: dict, names: list[str], entries: dict) -> None:
         if not isinstance(number, int) or not 0 <= number < len(names):
             raise ValueError(f"expected the state of {len(names)} parameters, got parameter {number!r}")
         parameter = parameters[names[number]]
-        expected = tuple(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed's stage 3 keeps a part of it
+        expected = tuple(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed's stage 3 keeps a shard
         for key in MOMENTS:
             moment = entry.get(key)
             if moment is not None and tuple(getattr(moment, "shape", ())) != expected:

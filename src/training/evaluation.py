@@ -48,12 +48,12 @@ class Evaluation:
     Attributes:
         metrics: a line of metrics.jsonl.
         errors: on held-out episodes.
-        is_stopped: whether the run was stopped before all was measured.
+        was_stopped: whether the run was stopped before all was measured.
     """
 
     metrics: dict
     errors: OpenLoopErrors | None
-    is_stopped: bool
+    was_stopped: bool
 
     def summary_line(self) -> str:
         """The metrics for people."""
@@ -86,7 +86,6 @@ class Evaluator:
         policy, preprocess, postprocess: the run's own. The policy is None in a process that evaluates nothing.
         simulation: of `open_simulation`; None in a process that evaluates nothing.
         warn: called with a line for people.
-        is_stopped: whether the run is to end; asked before every batch and every step of a simulation.
     """
 
     config: TrainConfig
@@ -97,7 +96,6 @@ class Evaluator:
     postprocess: object
     simulation: Simulation | None
     warn: Callable[[str], None]
-    is_stopped: Callable[[], bool] = lambda: False
 
     def is_due(self, step: int, saving: bool) -> bool:
         """Whether to evaluate at this step, at which a checkpoint is saved or not."""
@@ -114,49 +112,53 @@ class Evaluator:
             return True
         return saving if freq is None else step % freq == 0
 
-    def results(self, step: int, saving: bool, loader: Loader) -> Evaluation:
+    def results(
+        self, step: int, saving: bool, loader: Loader, is_stopped: Callable[[], bool] = lambda: False
+    ) -> Evaluation:
         """Do what is due. What fails is a warning, and the run continues. Leaves the policy in training mode.
 
         Args:
             loader: the run's, which also makes the validation batches.
+            is_stopped: whether the run is to end; asked before every batch and every step of a simulation.
         """
         policy = LoadedPolicy(self.policy, self.preprocess, self.postprocess)
         metrics = {}
         errors = None
-        is_stopped = False
+        was_stopped = False
         if self._validation_is_due(step, saving):
-            errors = self._validate(policy, loader)
-            if errors is not None:
+            errors = self._validate(policy, loader, is_stopped)
+            if errors is None:  # it was stopped, or failed
+                was_stopped = is_stopped()
+            else:
                 metrics |= errors.metrics()
-            is_stopped = errors is None and self.is_stopped()
-        if self._simulation_is_due(step, saving):
-            is_stopped = is_stopped or self.is_stopped()
-            if not is_stopped:
-                success = self._simulate(policy)
-                metrics |= success
-                is_stopped = not success and self.is_stopped()
+        if self._simulation_is_due(step, saving) and not was_stopped:
+            success = {}
+            if not is_stopped():
+                success = self._simulate(policy, is_stopped)
+            metrics |= success
+            was_stopped = not success and is_stopped()
         self.policy.train()
-        return Evaluation(metrics, errors, is_stopped)
+        return Evaluation(metrics, errors, was_stopped)
 
-    def _validate(self, policy: LoadedPolicy, loader: Loader) -> OpenLoopErrors | None:
+    def _validate(self, policy: LoadedPolicy, loader: Loader, is_stopped: Callable[[], bool]) -> OpenLoopErrors | None:
         starts = self.source.starts[self.held_out]
         ends = self.source.ends[self.held_out]
         rows = evenly_spaced_rows(starts, ends, self.config.val_samples)
         # No more samples at a time than training has shown to fit the memory.
         batch_size = min(BATCH_SIZE, loader.local_batch_size // self.config.grad_accumulation_steps)
         try:
-            return measure(policy, loader, rows, self.config.seed, batch_size, self.is_stopped)
+            return measure(policy, loader, rows, self.config.seed, batch_size, is_stopped)
         except Exception as error:
             if is_out_of_memory(error):  # train() says what to do about that
                 raise
             self._warn_of("validation", error)
             return None
 
-    def _simulate(self, policy: LoadedPolicy) -> dict[str, float]:
+    def _simulate(self, policy: LoadedPolicy, is_stopped: Callable[[], bool]) -> dict[str, float]:
         seeds = range(FIRST_SEED, FIRST_SEED + self.config.eval_episodes)
         quiet = self.config.quiet
         try:
-            episodes = run_episodes(self.simulation, policy, seeds, quiet=quiet, is_stopped=self.is_stopped)
+            episodes = run_episodes(self.simulation, policy, seeds, quiet=quiet, is_stopped=is_stopped)
         except Exception as error:
             self._warn_of(f"--eval_env {self.config.eval_env}", error)
             return {}

@@ -83,7 +83,7 @@ class Learner:
         return StepResult(mean_loss, sub_losses, grad_norm)
 
     def forward(self, batch: dict) -> tuple[Tensor, dict]:
-        """The policy's loss of a micro-batch, and the numbers among its sub-losses, which weigh as the loss does."""
+        """The policy's loss of a micro-batch, and the numbers among its sub-losses, weighted as the loss is."""
         # Cameras leave the loader as uint8, and become floats on the device.
         batch = to_float_batch(batch, self.meta, self.distributed.device)
         weight = batch.pop("weight").mean()
@@ -93,8 +93,8 @@ class Learner:
         no_host_sync = contextlib.nullcontext() if self.config.compile else NoHostSync()
         with no_host_sync, self.distributed.autocast(self.config.precision):
             loss, sub_losses = self.model(self.preprocess(batch))
-        # A loss that is a mean over unpadded actions counts by how many there are in this part of the whole batch.
-        if parts_of_batch(self.config, self.distributed) > 1 and loss_averages_over_actions(self.policy.config):
+        # A loss that is a mean over unpadded actions is weighted by how many of the whole batch's this micro-batch has.
+        if num_micro_batches(self.config, self.distributed) > 1 and loss_averages_over_actions(self.policy.config):
             return loss * weight, scalars(sub_losses, weight)
         return loss, scalars(sub_losses)
 
@@ -151,8 +151,8 @@ class Learner:
             self.ema.swap()
 
 
-def parts_of_batch(config: TrainConfig, distributed: Distributed) -> int:
-    """Micro-batches that a step's batch is computed in, by all processes."""
+def num_micro_batches(config: TrainConfig, distributed: Distributed) -> int:
+    """Into how many micro-batches a step's batch is split, over all processes."""
     return distributed.size * config.grad_accumulation_steps
 
 

@@ -1,14 +1,57 @@
-"""Means of the numbers that a policy reports beside its loss, over micro-batches, steps and processes, as the loss is one."""
+"""The means that a log line holds: of the loss and of the policy's sub-losses, over micro-batches, steps and processes."""
 
+import torch
 from torch import Tensor
 
 from training.distributed import Distributed
 
 
+class LossMeans:
+    """The loss and the sub-losses since the last log line. Sums are this process's; means are over all processes.
+
+    Args:
+        distributed: the processes of the run.
+        saved: what `state` returned, possibly among other entries.
+    """
+
+    def __init__(self, distributed: Distributed, saved: dict):
+        self.distributed = distributed
+        loss_sum = distributed.local_value(saved["loss_sums"])
+        self.loss_sum = torch.tensor(loss_sum, device=distributed.device)  # stays on the device until it is read
+        self.loss_count = saved["loss_count"]
+        self.sub_losses = SubLossMeans(totals_of_rank(saved.get("sub_loss_sums", []), distributed))
+
+    def add(self, loss: Tensor, sub_losses: list[dict]) -> None:
+        """Take in a step: its loss, and the sub-losses of each micro-batch."""
+        self.loss_sum = self.loss_sum + loss
+        self.loss_count += 1
+        for numbers in sub_losses:
+            self.sub_losses.add(numbers)
+
+    def loss(self) -> float:
+        return self.distributed.mean(self.loss_sum) / self.loss_count
+
+    def mean_sub_losses(self) -> dict[str, float]:
+        return mean_of(self.distributed.all_gather_object(self.sub_losses.totals()))
+
+    def state(self) -> dict:
+        """What a checkpoint records, of all processes by rank."""
+        return {
+            "loss_sums": self.distributed.all_gather(self.loss_sum),
+            "loss_count": self.loss_count,
+            "sub_loss_sums": self.distributed.all_gather_object(self.sub_losses.totals()),
+        }
+
+    def clear(self) -> None:
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+        self.loss_count = 0
+        self.sub_losses.clear()
+
+
 class SubLossMeans:
     """Running sums of named numbers of one process. Tensors stay on the device until they are read.
 
-    A name that only some micro-batches report counts in those alone.
+    The mean of a name is over the micro-batches that report it.
 
     Args:
         totals: {name: [sum, count]} so far, as `totals` returns it.
@@ -47,6 +90,7 @@ def totals_of_rank(totals_by_rank: list[dict[str, list[float]]], distributed: Di
 
 
 def merged(totals_by_rank: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """The totals of all processes, added up."""
     together = {}
     for totals in totals_by_rank:
         for name, (total, count) in totals.items():

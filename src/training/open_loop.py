@@ -110,7 +110,7 @@ def open_for_policy(
     flag: str = "--episodes",
     rename_others: bool = False,
 ) -> Source:
-    """Open a dataset with the observations that a policy takes and no others, whose files may be missing.
+    """Open a dataset with only the observations that a policy takes: the files of others may be missing.
 
     Args:
         policy: a LoadedPolicy.
@@ -122,7 +122,7 @@ def open_for_policy(
         rename_others: whether `rename` may have names that the dataset does not have, such as a simulation's.
 
     Returns:
-        The open dataset, under the policy's names. Its warnings say where its joints have another order than in training.
+        The open dataset, under the policy's names. A warning says where the order of its joints is not that of the training.
 
     Raises:
         UserError: there is no such dataset, something is wrong with it, or it lacks what the policy takes.
@@ -195,7 +195,8 @@ def check_observations(policy, features: dict, dataset: str, given: dict[str, st
             remedy = f"Pass {rename_flag(pairs, given)} if that is the same, or the dataset that it was trained on"
         names = ", ".join(name for name in features if name.startswith("observation"))
         raise UserError(f"dataset {dataset} has no {', '.join(missing)}, which the policy takes: got {names}. {remedy}")
-    for key in wrong:
+    if wrong:
+        key = wrong[0]
         if policy.expected[key][0] == "uint8":
             remedy += ", or train with --image_size, which takes pictures of any size"
         raise UserError(
@@ -204,12 +205,12 @@ def check_observations(policy, features: dict, dataset: str, given: dict[str, st
 
 
 def expected_kinds(policy) -> dict[str, object]:
-    """What a dataset's feature must have in common with each observation of a policy: its shape, or that it is a picture."""
+    """For each observation of a policy, what the dataset's feature must be: of this shape, or "picture" for any size."""
     return {key: "picture" if None in shape else shape for key, (_, shape) in policy.expected.items()}
 
 
 def feature_kinds(policy, features: dict) -> dict[str, object]:
-    """The same of a dataset's observations."""
+    """For each observation of a dataset, what it is, to compare with `expected_kinds`."""
     takes_any_size = "picture" in expected_kinds(policy).values()
     kinds = {}
     for key, feature in features.items():
@@ -302,7 +303,7 @@ def measure(
         policy: a LoadedPolicy.
         loader: makes the batches.
         rows: (N,) rows of the loader's source, a sample each.
-        is_stopped: asked before every batch; if it says True, nothing is returned.
+        is_stopped: asked before every batch; if it returns True, the result is None.
     """
     model = policy.policy.eval()
     meta = loader.source.meta

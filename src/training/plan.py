@@ -59,6 +59,8 @@ from training.parts import (
     checkpoint_bytes,
     open_loader,
     plan_policy,
+    weight_bytes,
+    with_optimizer,
 )
 from training.trackers import check_trackers
 
@@ -123,6 +125,21 @@ class RunPlan:
         if self.folder is not None:
             self.folder.check()
 
+    def check_room(self, policy) -> list[str]:
+        """Check the room for checkpoints where `plan_run` could not, because only the built policy shows their size.
+
+        Returns:
+            A warning where not all checkpoints that the run keeps fit.
+
+        Raises:
+            UserError: not even one fits.
+        """
+        if self.checkpoint_bytes is not None:
+            return []
+        size = with_optimizer(weight_bytes(policy), self.config)
+        self.distributed.on_main(lambda: require_room(self.output_dir, size))
+        return warn_of_room(self.output_dir, size, self.config)
+
 
 @dataclass
 class ChosenRun:
@@ -147,12 +164,12 @@ def plan_run(settings: dict) -> RunPlan:
     given = gather_settings(settings)
     with ExitStack() as cleanup:
         distributed = cleanup.enter_context(make_distributed(given.get("device") or "auto"))
-        # The main process hashes the checkpoint and takes the folder, and tells the others which they are.
+        # The main process hashes the checkpoint and locks the folder; the others learn which they are.
         chosen = distributed.on_main(
-            lambda: choose_run(given, distributed, cleanup), told=lambda chosen: replace(chosen, folder=None)
+            lambda: choose_run(given, distributed, cleanup), for_others=lambda chosen: replace(chosen, folder=None)
         )
         if chosen.checkpoint is not None and not chosen.checkpoint.is_dir():
-            # This is another machine, with a disk of its own: what comes from the Hub or lerobot-train is here in its own cache.
+            # Another machine, with its own disk: a checkpoint from the Hub or of lerobot-train goes into its own cache.
             chosen.checkpoint, _ = find_checkpoint(given["resume_from_checkpoint"], chosen.output_dir)
         distributed.use(chosen.config.device)
         warnings = chosen.warnings
@@ -164,11 +181,9 @@ def plan_run(settings: dict) -> RunPlan:
         fresh = chosen.checkpoint is None
         config = merge_training_preset(chosen.config, source.picture_sizes, distributed.device, fresh)
         distributed.check(config)
-        distributed.local_batch_size(
-            config.batch_size, config.grad_accumulation_steps
-        )  # raises where it does not divide
+        distributed.local_batch_size(config.batch_size, config.grad_accumulation_steps)  # fails if it does not divide
         split = split_episodes(source, config, chosen.state)
-        data = distributed.on_main(lambda: describe_data(source, split.held_out), told=lambda data: data)
+        data = distributed.on_main(lambda: describe_data(source, split.held_out), for_others=lambda data: data)
         warnings += compare_data(chosen.state, data)
 
         # The policy: its settings and processors, without weights.
@@ -251,7 +266,7 @@ def gather_settings(settings: dict) -> dict:
 
 
 def check_paths(settings: dict) -> None:
-    """Raise a UserError for a path among the settings that there cannot be, or that may not be entered."""
+    """Raise a UserError for a path among the settings that cannot exist, or that you may not enter."""
     for name in PATH_FIELDS:
         value = settings.get(name)
         for text in value if isinstance(value, (list, tuple)) else [value]:
@@ -291,14 +306,14 @@ def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> Cho
     folder = None
     if output_dir is not None:
         output_dir = Path(output_dir)
-        folder = take_folder(output_dir, cleanup)
+        folder = cleanup.enter_context(sole_writer(output_dir))
 
     # The checkpoint, and what it recorded.
     checkpoint, warnings = find_checkpoint(asked, output_dir)
     state = None
     if checkpoint is not None:
         state = read_state(checkpoint, given.get("resume_step"))
-        # what the preset filled in stays
+        # A None would ask for the preset again: what it filled in for the checkpoint stays.
         given = {name: value for name, value in given.items() if value is not None or name not in PRESET_FIELDS}
     elif asked is not None:  # auto, which found none
         given = with_policy_of_base(given)
@@ -316,23 +331,17 @@ def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> Cho
 
     if output_dir is None:
         output_dir = folder_of_checkpoint(asked, checkpoint, config)
-        folder = take_folder(output_dir, cleanup)
-    if folder is not None:
-        warnings += folder.warnings
+        folder = cleanup.enter_context(sole_writer(output_dir))
+    warnings += folder.warnings
     warnings += check_branch(output_dir, checkpoint, state)
     return ChosenRun(config, output_dir, folder, checkpoint, state, warnings)
-
-
-def take_folder(output_dir: Path, cleanup: ExitStack) -> RunFolder:
-    """Make the output folder this run's own until `cleanup` is closed."""
-    return cleanup.enter_context(sole_writer(output_dir))
 
 
 def find_checkpoint(asked: str | None, output_dir: Path | None) -> tuple[Path | None, list[str]]:
     """The checkpoint that --resume_from_checkpoint means (None for a new run), and warnings about damaged ones."""
     if asked is None:
         return None, []
-    is_ours = os.path.isfile(Path(os.path.expanduser(asked)) / MANIFEST)  # whatever else lies in it or beside it
+    is_ours = os.path.isfile(Path(os.path.expanduser(asked)) / MANIFEST)  # whatever else is in it or beside it
     of_lerobot = None if is_ours else lerobot_checkpoint(asked)
     if of_lerobot is not None:
         converted = from_lerobot(of_lerobot)
@@ -355,7 +364,7 @@ def folder_of_checkpoint(asked: str, checkpoint: Path, config: TrainConfig) -> P
 def check_branch(output_dir: Path, checkpoint: Path | None, state: TrainState | None) -> list[str]:
     """Keep runs apart: refuse a folder with another run's checkpoints; going back to an earlier step begins another branch.
 
-    Writes the branch, and where it left those before it, into `state`. Returns a warning where checkpoints will be replaced.
+    Writes the branch and its ancestors into `state`. Returns a warning where checkpoints will be replaced.
     """
     newest = max(find_checkpoints(output_dir), key=sort_key, default=None)
     if newest is None:
