@@ -314,7 +314,8 @@ def test_a_policy_that_normalises_nothing_needs_none(trained, tmp_path):
     edit_json(folder / "config.json", lambda config: config.update(normalization_mapping=IDENTITY))
     for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
         set_modes(folder / name, IDENTITY)
-    load_policy(folder, "cpu").act({"observation.state": np.zeros(3)})
+    action = load_policy(folder, "cpu").act({"observation.state": np.zeros(3)})
+    assert np.isfinite(action).all()
 
 
 IDENTITY = dict.fromkeys(("VISUAL", "STATE", "ACTION"), "IDENTITY")
@@ -375,7 +376,8 @@ def test_a_policy_that_normalises_nothing_needs_no_steps(trained, tmp_path):
     edit_json(folder / "config.json", lambda config: config.update(normalization_mapping=IDENTITY))
     drop_steps(folder / "policy_preprocessor.json")
     drop_steps(folder / "policy_postprocessor.json")
-    load_policy(folder, "cpu").act({"observation.state": np.zeros(3)})
+    action = load_policy(folder, "cpu").act({"observation.state": np.zeros(3)})
+    assert np.isfinite(action).all()
 
 
 @pytest.mark.parametrize(
