@@ -49,7 +49,7 @@ def print_error(error: UserError, prefix: str = "") -> None:
 
 
 def print_warnings(warnings: list[str]) -> None:
-    """Print what is doubtful, in a line each."""
+    """Print warnings, one line each."""
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
@@ -57,7 +57,7 @@ def print_warnings(warnings: list[str]) -> None:
 def command(main):
     """Decorate a script's main(argv): a UserError is one line and status 2, Ctrl-C another and status 130.
 
-    What nobody reads is dropped. What a full disk does not take was meant to be read: status 1.
+    Output that nobody reads any more is dropped silently. Output that a full disk could not take is status 1.
     """
 
     @functools.wraps(main)

@@ -51,7 +51,7 @@ def newest_checkpoint(repo: str, what: str, sort_key) -> Path:
         complete = [file.split("/")[0] for file in files if re.fullmatch(r"checkpoint-\d+/manifest\.json", file)]
         if not complete:
             raise UserError(f"{what} {repo}: the Hub repo holds no checkpoint-<step> folder. Pass another repo")
-        # first the small files that tell which is newest, then only that checkpoint
+        # first the small files that show which is newest, then only that checkpoint
         states = [f"{name}/trainer_state.json" for name in complete]
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=states))
         newest = max((folder / name for name in complete), key=sort_key)
@@ -202,7 +202,7 @@ class Uploader:
             return self.uploading
 
     def close(self, seconds: float) -> None:
-        """Wait for the uploads that have begun or are waiting, but at most this long. Warns of those that have not ended."""
+        """Wait for the uploads that have begun or are waiting, but at most this long. Warn of those that have not ended."""
         with self.lock:
             thread = self.thread
         if thread is not None:

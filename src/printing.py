@@ -1,4 +1,4 @@
-"""Printing that never ends a run: to a pipe that was closed, a full disk, a terminal that is gone or lacks a character."""
+"""Printing that never ends a run, even to a closed pipe, a full disk, or a terminal that is gone or lacks a character."""
 
 import contextlib
 import errno
@@ -10,7 +10,7 @@ GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 
 
 class SafeStream:
-    """A text stream whose failures end nothing: what cannot be written is left out.
+    """A text stream whose writes never fail: what cannot be written is left out.
 
     Args:
         stream: sys.stdout or sys.stderr; None if it was closed before the program began.
@@ -21,8 +21,8 @@ class SafeStream:
     """
 
     def __init__(self, stream, errors=None):
-        self.is_closed = stream is None
-        if self.is_closed:
+        self.owns_stream = stream is None
+        if self.owns_stream:
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (`close_own` closes it)
         self.stream = stream
         self.errors = errors
@@ -66,41 +66,36 @@ class SafeStream:
             self.errors.flush()
 
     def close_own(self) -> None:
-        if self.is_closed:
+        if self.owns_stream:
             self.stream.close()
 
 
 @contextlib.contextmanager
 def safe_output():
-    """Within this, sys.stdout and sys.stderr are SafeStreams. Gives the one of sys.stdout."""
+    """Within this, sys.stdout and sys.stderr are SafeStreams. Yields that of sys.stdout."""
     fill_closed_numbers()
-    output_before = sys.stdout
-    errors_before = sys.stderr
-    errors = SafeStream(errors_before)
-    output = SafeStream(output_before, errors)
-    sys.stdout = output
-    sys.stderr = errors
-    try:
-        yield output
-    finally:
-        output.flush()
-        errors.flush()
-        sys.stdout = output_before
-        sys.stderr = errors_before
-        output.close_own()
-        errors.close_own()
+    errors = SafeStream(sys.stderr)
+    output = SafeStream(sys.stdout, errors)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            yield output
+        finally:
+            output.flush()
+            errors.flush()
+            output.close_own()
+            errors.close_own()
 
 
 def fill_closed_numbers() -> None:
     """Open the null device as each of the descriptors 0 to 2 that is closed.
 
-    The next file to be opened would get that number, and what a library prints to number 2 would end up in it: a checkpoint.
+    Otherwise the next file to be opened, such as a checkpoint, gets that number, and receives what libraries print to it.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            if os.open(os.devnull, os.O_RDWR) == number:  # gets the lowest number that is free
+            if os.open(os.devnull, os.O_RDWR) == number:  # `open` takes the lowest free number
                 os.set_inheritable(number, True)  # as the standard ones are
 
 
@@ -108,7 +103,7 @@ def fill_closed_numbers() -> None:
 def command_output():
     """`safe_output` in a command, whose process ends soon: what cannot be written then is dropped.
 
-    Python tries it again as it exits, and would fail with status 120.
+    Otherwise Python tries again as it exits, and fails with status 120.
     """
     try:
         with safe_output() as output:

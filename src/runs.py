@@ -10,7 +10,6 @@ The modules that a command needs are imported inside its function: they take sec
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -99,15 +98,14 @@ def compare_runs(args) -> int:
     from reports.figures import curves_figure
     from reports.pages import read_history, runs_page
 
-    for run in args.runs:
-        find_path(run, "RUN")
-    names = [run.resolve().name for run in args.runs]
+    runs = [find_path(run, "RUN") or run for run in args.runs]
+    names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run) for run in args.runs]
     warnings = []
     histories = {}
-    for name, run in zip(names, args.runs, strict=True):
-        histories[name] = read_history(Path(os.path.expanduser(run)), warnings.append)
+    for name, run in zip(names, runs, strict=True):
+        histories[name] = read_history(run, warnings.append)
     print_warnings(warnings)
     find_path(args.output, "--output")
     output = Path(os.path.expanduser(args.output.removesuffix(".html")))
@@ -155,8 +153,8 @@ def is_store(folder: Path) -> bool:
 def describe_store(folder: Path, days_unused: float) -> str:
     """What a store says it holds; its name if its writing or deletion was interrupted."""
     try:
-        about = json.loads((folder / "about.json").read_text())
-    except (OSError, ValueError):
+        about = read_json(folder / "about.json")
+    except UserError:
         return f"of {folder.name}, interrupted"
     state = "unfinished" if folder.name.startswith(".") else f"used {days_unused:.1f} days ago"
     shape = "x".join(map(str, about["shape"]))
@@ -164,7 +162,7 @@ def describe_store(folder: Path, days_unused: float) -> str:
 
 
 def delete(folder: Path) -> bool:
-    """Delete a store; False if a process is writing it now, or the disk does not let it go."""
+    """Delete a store; False if a process is writing it now, or the disk refuses."""
     from filelock import FileLock, Timeout
 
     visible_name = folder.name.removeprefix(".")

@@ -93,9 +93,8 @@ def set_numerics(deterministic: bool) -> None:
     torch.backends.cuda.enable_mem_efficient_sdp(not deterministic)
     torch.backends.cuda.enable_cudnn_sdp(not deterministic)
     if deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS is deterministic only with a fixed workspace
+        # cuBLAS is deterministic only with a fixed workspace
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def thread_count(num_threads: int | None) -> int:
@@ -151,17 +150,17 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 class StopSignals:
-    """Within this, the first signal of NAMES is kept in `asked` for the loop to see; SIGINT after it interrupts at once.
+    """Within this, the first signal of NAMES is kept in `asked` for the loop to see; a SIGINT after it interrupts.
 
     SLURM sends SIGTERM at the end of a job, and SIGUSR1 ahead of it if asked to (`--signal=USR1@120`). A terminal that is
-    closed sends SIGHUP, which nohup ignores: then it stays ignored.
+    closed sends SIGHUP; where nohup has it ignored, it stays ignored.
 
     Attributes:
-        interrupt: what the SIGINT after the first signal calls. A command ends its process there.
+        interrupt: called for a SIGINT after the first signal: raises KeyboardInterrupt, or ends the process in a command.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-    interrupt = staticmethod(signal.default_int_handler)  # raises KeyboardInterrupt
+    interrupt = staticmethod(signal.default_int_handler)
 
     def __init__(self):
         self.asked: signal.Signals | None = None
@@ -174,7 +173,7 @@ class StopSignals:
                 self.interrupt(number, frame)
             return
         self.asked = signal.Signals(number)
-        if number == signal.SIGINT and sys.__stderr__ is not None:  # else number 2 may be a file that was opened since
+        if number == signal.SIGINT and sys.__stderr__ is not None:  # else descriptor 2 may be a file
             message = b"\nfinishing this step and saving; Ctrl-C again quits at once\n"
             with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the reader
                 os.write(2, message)  # the signal may have come in the middle of a print

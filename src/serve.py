@@ -7,8 +7,8 @@
     POST /reset    an episode begins
 
 Bodies are msgpack; an array is {"dtype": "uint8", "shape": [480, 640, 3], "data": bytes}. A bad request gets status 400 and
-{"error": one line}; 408 if it takes too long to send, 413 if it is too large, 503 if the requests of all clients are.
-There is no login: serve on a network you trust, or through ssh -L. examples/client.py is a client.
+{"error": one line}; 408 if it takes too long to send, 413 if it is too large, 503 if the requests of all clients together
+are. There is no login: serve on a network you trust, or through ssh -L. examples/client.py is a client.
 LeRobot's own server (python -m lerobot.async_inference.policy_server) serves checkpoints of LeRobot's own policies with
 cameras: it unpickles what it receives, does not know flow, and resizes differently from --image_size.
 """
@@ -37,7 +37,7 @@ from errors import UserError, one_line
 
 DTYPES = ("uint8", "float32", "float64", "int64", "int32")
 MOST_PIXELS = 4096  # a side of a picture
-# Numbers, names and values in a request, beside what its arrays hold. An empty list is a byte there, and 64 in memory.
+# Items in the lists and dicts of a request, besides what its arrays hold. An empty list takes 1 byte there, 64 in memory.
 MOST_ITEMS = 10_000
 LONGEST_TEXT = 4096
 LARGEST_MAX_MB = 1000
@@ -46,7 +46,7 @@ OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def is_not_a_clients_mistake(record: logging.LogRecord) -> bool:
-    """False for what is not HTTP: it is answered with status 400, and needs no traceback here."""
+    """False if a client did not send HTTP: it is answered with status 400, without a traceback here."""
     return record.exc_info is None or not isinstance(record.exc_info[1], http_exceptions.HttpProcessingError)
 
 
@@ -114,7 +114,7 @@ def unpack(body: bytes | bytearray):
     def unpack_list(numbers: list) -> list:
         count(numbers)
         for number in numbers:
-            # numpy would make of one long text among many an array of as many long ones
+            # one long text among many: numpy would give each item the length of the longest
             is_scalar = isinstance(number, np.ndarray) and number.ndim == 0
             if not is_scalar and not isinstance(number, (int, float, list)):
                 raise UserError(f"a list has a wrong item: expected numbers, got {type(number).__name__}")
@@ -162,8 +162,9 @@ def is_size(size) -> bool:
 class PolicyServer:
     """Answers requests with one policy's actions.
 
-    Clients that send slowly, or nothing, take the place of no other: there are at most `max_connections`, and then a new one
-    takes the place of the one that has waited longest. The same holds for the bytes of requests, of which `max_held` are held.
+    Clients that send slowly, or nothing, do not shut out others. Once there are `max_connections`, a new connection takes the
+    place of the one that has been quiet longest. Once the bodies of all requests hold more than `max_held` bytes, the request
+    that has taken longest to send is refused.
 
     Args:
         policy: a LoadedPolicy or an AsyncPolicy.
@@ -172,7 +173,7 @@ class PolicyServer:
 
     Attributes:
         request_seconds: how long a client may take to send a body.
-        quiet_seconds: how long a connection is kept at least, even if others wait for its place.
+        quiet_seconds: how long a quiet connection is kept at least, even if others wait for its place.
     """
 
     request_seconds = 30.0
@@ -245,7 +246,7 @@ class PolicyServer:
         return len(self.connections)
 
     async def close_quietest(self) -> None:
-        """Close the connection that has waited longest, or wait a moment if none has waited for `quiet_seconds`."""
+        """Close the connection that has been quiet longest, or wait a moment if none has been for `quiet_seconds`."""
         quietest = None
         if self.count_connections():
             quietest = min(self.connections.values(), key=lambda entry: entry.since)
@@ -311,7 +312,7 @@ class PolicyServer:
             raise UserError(f"the body does not arrive as its headers say: {one_line(error)}") from error
         except TimeoutError:
             if connection.reading is None:
-                message = "the requests of all clients are too large, and this one is sent for longest. Ask again"
+                message = "the requests of all clients are too large together, and this one took longest. Send it again"
                 raise RefusedRequestError(503, message) from None
             expected = f"expected all of it in {self.request_seconds:g} seconds"
             raise RefusedRequestError(408, f"the body takes too long to send: {expected}") from None
@@ -320,7 +321,7 @@ class PolicyServer:
         return body
 
     def free_bytes(self) -> None:
-        """While the requests of all connections hold too many bytes, end the one that is being sent for longest."""
+        """While the requests of all connections hold too many bytes, end the one that has taken longest to send."""
         while sum(entry.held for entry in self.connections.values()) > self.max_held:
             reading = [entry for entry in self.connections.values() if entry.reading is not None]
             longest = min(reading, key=lambda entry: entry.since)
@@ -357,7 +358,7 @@ def answer(tree: dict, status: int = 200) -> web.Response:
 
 
 def observation_bytes(expected: dict[str, tuple[str, tuple]]) -> int:
-    """The least that an observation takes in a request; see LoadedPolicy.expected."""
+    """The fewest bytes that an observation takes in a request; see LoadedPolicy.expected."""
     total = 0
     for kind, shape in expected.values():
         itemsize = 1 if kind == "uint8" else 4
@@ -381,7 +382,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other computers connect [%(default)s]")
     parser.add_argument("--port", type=int, default=8000, help="0 for any free port [%(default)s]")
     parser.add_argument(
-        "--max_mb", type=float, default=32, help="largest request; 4 times as much is held in all [%(default)s]"
+        "--max_mb", type=float, default=32, help="largest request; all together may hold 4 times as much [%(default)s]"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
     parser.add_argument("--n_action_steps", type=int, help="actions executed from each predicted chunk [as trained]")

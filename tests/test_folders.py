@@ -276,7 +276,7 @@ def test_a_disk_that_flushes_no_folders_is_told_once(settings, tmp_path, monkeyp
     assert train(**settings).steps == 4
     assert len(calls) == 4
     (line,) = warnings_in(capsys)
-    assert line.startswith(f"warning: the disk of {tmp_path}/run does not flush what it is told to ({error.strerror})")
+    assert line.startswith(f"warning: the disk of {tmp_path}/run cannot flush every file and folder ({error.strerror})")
     for path in find_checkpoints(tmp_path / "run"):
         verify(path)
 

@@ -1,4 +1,4 @@
-"""What the JSON files of a checkpoint must hold: a value of another type is damage, and not a traceback later."""
+"""What the JSON files of a checkpoint must hold. A value of another type is reported as damage, not as a traceback later."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,10 +53,10 @@ TRAINER_STATE = {
     "seed": COUNT,
     "world_size": COUNT,
     "branch": COUNT,
-    "course": COUNT,  # an older name of it
+    "course": COUNT,  # the name of `branch` in older versions
     "ancestors": BRANCH.listed(),
     "loss_sums": NUMBER.listed(),
-    "loss_sum": NUMBER,  # of older versions
+    "loss_sum": NUMBER,  # in older versions
     "loss_count": COUNT,
     "sub_loss_sums": SUMS.listed(),
     "evaluation_is_missing": Kind("true or false", lambda value: isinstance(value, bool)),
@@ -93,10 +93,11 @@ REQUIRED = {
     "train_config.json": (),
     "training_info.json": ("train_seconds",),
 }
+REQUIRED_DATA = ("episodes", "frames", "sha256", "held_out")
 
 
 def content_problems(file: str, content: dict) -> list[str]:
-    """What is missing or has a wrong type in one of the files in REQUIRED, a line each."""
+    """What is missing from one of the files in REQUIRED or has the wrong type, a line each."""
     problems = [f"{file} has no {name}" for name in REQUIRED[file] if name not in content]
     if file == "train_config.json":
         kinds = {name: kind_of_setting(f) for name, f in FIELDS.items() if name not in FRESH}
@@ -107,10 +108,10 @@ def content_problems(file: str, content: dict) -> list[str]:
         kinds = TRAINER_STATE
         if "loss_sums" not in content and "loss_sum" not in content:
             problems.append(f"{file} has no loss_sums")
-        if content.get("data") is not None and MAPPING.fits(content["data"]):
-            problems += [f"{file} has no data.{name}" for name in ("episodes", "frames", "sha256", "held_out")
-                         if name not in content["data"]]  # fmt: skip
-            problems += wrong_types(f"{file}: data.", content["data"], DATA)
+        data = content.get("data")
+        if MAPPING.fits(data):
+            problems += [f"{file} has no data.{name}" for name in REQUIRED_DATA if name not in data]
+            problems += wrong_types(f"{file}: data.", data, DATA)
     return problems + wrong_types(f"{file}: ", content, kinds)
 
 
@@ -123,12 +124,12 @@ def wrong_types(beginning: str, content: dict, kinds: dict[str, Kind]) -> list[s
 
 
 def kind_of_setting(f) -> Kind:
-    """What a setting of TrainConfig may be in JSON. Whether it is one of its choices is for TrainConfig to say."""
+    """The type that a setting of TrainConfig has in JSON. TrainConfig checks choices and limits."""
     tests = {
         bool: lambda value: isinstance(value, bool),
         int: is_integer,
         float: is_number,
-        str: lambda value: isinstance(value, (str, bool)),  # true stood for on
+        str: lambda value: isinstance(value, (str, bool)),  # older versions wrote true for "on"
     }
     kind = Kind(TYPE_NAMES[value_type(f)], tests[value_type(f)])
     if nargs(f) is not None:

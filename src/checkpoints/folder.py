@@ -1,4 +1,4 @@
-"""The checkpoint folder: find, verify, read and prune. Knows files, and nothing of policies or of training."""
+"""The checkpoint folder: find, verify, read and prune. Knows files, but nothing about policies or training."""
 
 import contextlib
 import hashlib
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from checkpoints.contents import REQUIRED, content_problems
+from checkpoints.contents import REQUIRED, content_problems, is_number
 from errors import UserError, find_path, nearest, one_line, read_json, reason_of_disk
 from hub import newest_checkpoint
 
@@ -29,16 +29,14 @@ ALIASES = {  # LeRobot's name of a file: ours. Both are links to one file.
 }
 ADAPTER = "adapter_model.safetensors"  # PEFT's name of WEIGHTS, if these are adapters
 RESUME_ONLY = (OPTIMIZER, TRAINED_WEIGHTS, "trainer_state.json", MANIFEST)  # not needed to run the policy
-# Names that something reads where they are there. In a folder with a manifest that does not list them, they are damage.
+# Names that something reads if they exist. In a folder whose manifest does not list them, they are damage.
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".pth")
 MEANINGFUL = {
     *ALIASES.values(), *ALIASES, "config.json", "trainer_state.json", "train_config.json", "training_info.json",
     "adapter_config.json", "adapter_model.bin", "pytorch_model.bin", "pretrained_model", "pretrained_model_ema", "training_state",
     "checkpoints",
 }  # fmt: skip
-
-
-# What a killed process may leave half-written: a checkpoint, or one that it was deleting, and single files.
+# What a killed process may leave: a checkpoint that it was writing or deleting, and single files.
 HALF_WRITTEN = re.compile(r"\.(checkpoint-\d+.*|writable|.+\.(json|safetensors|md|png|html))\.tmp")
 
 
@@ -146,7 +144,7 @@ def is_on_branch(path: Path, newest: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a folder, or a link, but never what a link leads to.
+    """Delete a file, a folder or a link, but never the target of a link.
 
     Raises:
         OSError: some of it is still there.
@@ -158,10 +156,10 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a checkpoint, or a backup of one, under another name: at no moment is half of it called by its own.
+    """Rename a checkpoint, or a backup of one, and delete it, so that its own name never stands for half of it.
 
     Raises:
-        OSError: some of it is still there; its name is free unless nothing was done.
+        OSError: some of it is still there. Its own name is free, unless it could not even be renamed.
     """
     half_deleted = path.with_name(f".{path.name.removeprefix('.')}.{uuid4().hex[:8]}.tmp")
     os.rename(path, half_deleted)
@@ -215,8 +213,7 @@ def best_checkpoint(output_dir: Path) -> tuple[Path | None, float | None]:
     for path in checkpoints:
         with contextlib.suppress(UserError):  # a damaged checkpoint is not the best
             loss = read_json(path / "training_info.json").get("val_loss")
-            is_number = isinstance(loss, (int, float)) and not isinstance(loss, bool) and math.isfinite(loss)
-            if is_number and is_on_branch(path, newest):
+            if is_number(loss) and math.isfinite(loss) and is_on_branch(path, newest):
                 losses[path] = loss
     return min(losses.items(), key=lambda item: item[1], default=(None, None))
 

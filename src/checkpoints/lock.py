@@ -13,7 +13,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from checkpoints.folder import find_checkpoints, recover
-from errors import UserError, reason_of_disk
+from errors import UserError, read_json, reason_of_disk
 
 LOCK = ".lock"
 OWNER = ".lock.json"  # which run holds the lock
@@ -30,7 +30,7 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        lock_file: descriptor of the lock file. While it is open, the file keeps its inode number, also once it is deleted.
+        lock_file: descriptor of the lock file. While it is open, no other file gets its inode number, even if it is deleted.
         owner: what this run wrote into OWNER.
         warnings: what this disk cannot do, and what could not be cleaned up, a line each.
         released: whether the run has ended.
@@ -49,7 +49,7 @@ class RunFolder:
 
         Raises:
             LostFolderError: it was moved, deleted or replaced, or another run has begun in it.
-            OSError: the disk does not say.
+            OSError: the disk does not answer.
         """
         lock = self.path / LOCK
         remedy = "Nothing more is written there. Resume from its last checkpoint, where that is now, or start again"
@@ -74,7 +74,7 @@ class RunFolder:
             raise LostFolderError(f"--output_dir {self.path} was taken over by {name_of(owner)}. {remedy}")
 
     def release(self) -> None:
-        """Close the lock file, and delete this run's name from the folder if that is still its own."""
+        """Close the lock file, and delete this run's name from the folder if the folder is still this run's."""
         with contextlib.suppress(LostFolderError, OSError):
             self.check()
             (self.path / OWNER).unlink(missing_ok=True)
@@ -182,12 +182,10 @@ def refusal(output_dir: Path) -> UserError:
 def read_owner(output_dir: Path) -> dict | None:
     """What the run that holds a folder wrote of itself; None if it is not there or cannot be read."""
     try:
-        owner = json.loads((output_dir / OWNER).read_text())
-    except (OSError, ValueError):
+        owner = read_json(output_dir / OWNER)
+    except UserError:
         return None
-    if not isinstance(owner, dict) or not {"pid", "host"} <= owner.keys():
-        return None
-    return owner
+    return owner if {"pid", "host"} <= owner.keys() else None
 
 
 def name_of(owner: dict) -> str:
@@ -203,6 +201,6 @@ def is_running(owner: dict) -> bool:
         os.kill(pid, 0)  # sends nothing
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:
+    except PermissionError:  # another user's
         return True
     return True

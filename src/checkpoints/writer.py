@@ -188,13 +188,13 @@ class Writer:
             self.is_idle.set()
 
     def warn_once(self, text: str) -> None:
-        """Warn, but not of the same at every save."""
+        """Warn, but only once of each problem, not at every save."""
         if text not in self.warned:
             self.warned.add(text)
             self.warn(text)
 
     def _clean_up(self) -> None:
-        """Name the best checkpoint, upload the new one and delete old ones. What fails is a warning: the new one is complete.
+        """Name the best checkpoint, upload the new one and delete old ones. Failures are warnings: the new one is complete.
 
         Raises:
             LostFolderError: the folder is not this run's any more.
@@ -261,8 +261,8 @@ class Writer:
         if kind is None:
             self.finish()
         elif self.thread is not None:
-            # Whatever ended the run, and however often Ctrl-C is pressed: the next run in this process would meet the thread.
-            # (Not by `is_alive`: Python 3.12 takes a thread for ended once its `join` was interrupted.)
+            # However often Ctrl-C is pressed: the next run in this process must not meet the thread.
+            # Not `is_alive`: after an interrupted `join`, Python 3.12 reports that the thread has ended.
             while not self.is_idle.is_set():
                 with contextlib.suppress(KeyboardInterrupt):
                     self.is_idle.wait()
@@ -298,10 +298,8 @@ def write_checkpoint(
             unflushed = flush(path) or unflushed
         check()
         if os.path.lexists(checkpoint):  # an earlier branch of this run wrote this step
-            with contextlib.suppress(OSError):
-                shutil.rmtree(backup)
-            if os.path.lexists(backup):  # a link, or what cannot be deleted: only its name must be free
-                with contextlib.suppress(OSError):
+            if os.path.lexists(backup):
+                with contextlib.suppress(OSError):  # only its name must be free
                     discard(backup)
             os.rename(checkpoint, backup)
         os.rename(folder, checkpoint)
@@ -309,7 +307,7 @@ def write_checkpoint(
     except LostFolderError:  # what is there is not ours to clean up
         raise
     except Exception as error:
-        with contextlib.suppress(OSError):  # the disk may not say, and then lets nothing be changed either
+        with contextlib.suppress(OSError):  # a disk that does not answer lets nothing be changed either
             check()
         with contextlib.suppress(OSError):
             shutil.rmtree(folder, ignore_errors=True)
@@ -320,8 +318,8 @@ def write_checkpoint(
         raise
     if unflushed:
         warn(
-            f"the disk of {output_dir} does not flush what it is told to ({unflushed}): a checkpoint is complete for "
-            "programs, but may be lost if the machine loses power"
+            f"the disk of {output_dir} cannot flush every file and folder ({unflushed}): programs see only complete "
+            "checkpoints, but one may be lost if the machine loses power"
         )
     try:
         check()
@@ -352,24 +350,24 @@ def write_files(folder: Path, snapshot: Snapshot) -> None:
 
 
 def share_weights(folder: Path, as_file: Path) -> None:
-    """Give the weights below a folder the permissions of another file: safetensors lets only their owner read them."""
+    """Give the weights in a folder the permissions of another file: safetensors makes them readable only by their owner."""
     mode = as_file.stat().st_mode
     for path in folder.rglob("*.safetensors"):
-        with contextlib.suppress(PermissionError):  # of a disk that has no permissions
+        with contextlib.suppress(PermissionError):  # on a disk without permissions
             path.chmod(mode)
 
 
 def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a state dict, in which a tensor of two names (tied weights) is stored under one."""
+    """Write a state dict. A tensor with two names (tied weights) is stored under one of them."""
     save_model(SimpleNamespace(state_dict=lambda: dict(tensors)), str(path))  # takes a module
 
 
 @contextlib.contextmanager
 def disk_errors(folder: Path, snapshot: Snapshot):
-    """Let a disk that fails within this context be an OSError.
+    """Within this context, a disk that fails raises an OSError.
 
-    safetensors writes in Rust and torch.save in C++. Both raise errors of their own without an errno, so the disk is asked
-    again from Python: as many bytes as the snapshot has must fit beside what is there.
+    safetensors writes in Rust and torch.save in C++. Both raise errors of their own without an errno, so after
+    one, Python writes as many bytes as the snapshot has, beside what is there, which fails with the disk's own error.
     """
     try:
         yield
@@ -380,7 +378,7 @@ def disk_errors(folder: Path, snapshot: Snapshot):
             cause = cause.__context__
         sizes = []
         snapshot.map(lambda tensor: sizes.append(tensor.nbytes))
-        block = os.urandom(2**20)  # which a file system cannot compress
+        block = os.urandom(2**20)  # no file system can compress it
         with open(folder / "probe", "wb") as probe:
             for _ in range(sum(sizes) // len(block) + 1):
                 probe.write(block)
@@ -472,7 +470,7 @@ def publish(checkpoint: Path, output_dir: Path, check: Callable[[], None] = noth
         else:  # people edit these: as a link, an edit would damage the checkpoint
             shutil.copyfile(source, fresh)
         os.replace(fresh, output_dir / name)
-        remove(fresh)  # which `replace` leaves where both are links to one file
+        remove(fresh)  # `replace` leaves it if both are links to one file
     for name in outdated:
         check()
         remove(output_dir / name)

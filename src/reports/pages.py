@@ -57,10 +57,10 @@ def render(template: str, **values) -> str:
 
 
 def read_history(output_dir: Path, warn: Callable[[str], None] = lambda text: None) -> list[dict]:
-    """The lines of a run's metrics.jsonl, without those that are no lines of metrics.
+    """The metrics in a run's metrics.jsonl, one dict a line. Other lines are left out.
 
     Args:
-        warn: called with a line if some are not, except for a last line that a kill cut short.
+        warn: called with a line if any are left out, except for a last line that a kill cut short.
 
     Raises:
         UserError: the folder has no such file.
@@ -94,7 +94,7 @@ def read_history(output_dir: Path, warn: Callable[[str], None] = lambda text: No
 
 
 def is_metrics(line) -> bool:
-    """Whether a value is what a run writes as a line: a step and numbers, of which some are in lists or by name."""
+    """Whether a value is what a run writes as a line: a step and numbers, some of them in lists or dicts."""
     if not isinstance(line, dict):
         return False
     step = line.get("step")
