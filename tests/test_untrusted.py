@@ -218,7 +218,7 @@ def test_adapters_name_no_code(planted, trained, change, why):
 
 
 def test_adapters_in_a_pickle_are_not_read(planted, trained):
-    pytest.importorskip("peft", reason="peft is not installed (uv pip install peft)")
+    peft = pytest.importorskip("peft", reason="peft is not installed (uv pip install peft)")
     folder, marker = planted
     config = {"peft_type": "LORA", "base_model_name_or_path": str(trained), "r": 4, "target_modules": ".*linear1"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -233,8 +233,27 @@ def test_adapters_in_a_pickle_are_not_read(planted, trained):
     # what PEFT keeps of the base policy's class is not imported
     auto_mapping = {"base_model_class": "Step", "parent_library": "planted"}
     (folder / "adapter_config.json").write_text(json.dumps(config | {"auto_mapping": auto_mapping}))
-    save_file({}, folder / "adapter_model.safetensors")
-    load_adapters(load_policy(trained, device="cpu").policy, folder)
+    adapted = peft.get_peft_model(
+        load_policy(trained, device="cpu").policy, peft.LoraConfig(r=4, target_modules=".*linear1")
+    )
+    tensors = peft.get_peft_model_state_dict(adapted)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    loaded = load_adapters(load_policy(trained, device="cpu").policy, folder)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in peft.get_peft_model_state_dict(loaded).items())
+    # PEFT would drop what it does not know, and leave what is missing as it was made
+    last = max(tensors)
+    for changed, why in (
+        (
+            {name: tensor for name, tensor in tensors.items() if name != last},
+            r"missing \['.*linear1.*'\], unexpected \[\]",
+        ),
+        ({**tensors, "more": torch.ones(2)}, r"missing \[\], unexpected \['more'\]"),
+        ({}, "missing"),
+        ({**tensors, last: tensors[last][:2].clone()}, "do not fit their settings: size mismatch"),
+    ):
+        save_file(changed, folder / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=why):
+            load_adapters(load_policy(trained, device="cpu").policy, folder)
 
 
 class Pickled:

@@ -6,12 +6,13 @@ from pathlib import Path
 from types import MethodType
 
 from lerobot.configs.default import PeftConfig
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from command_line import parse_overrides
 from errors import UserError, as_user_error, one_line
-from trust import no_remote_code, read_adapter_config
+from policy.weights import MISFIT, first_difference
+from trust import OTHER_COPY, no_remote_code, read_adapter_config
 
 INSTALL_PEFT = "needs the package peft. Install it with: uv pip install peft"
 
@@ -50,10 +51,10 @@ def adapter_settings(method: str, r: int, overrides: list[str] | None) -> dict:
 
 
 def check_method(method: str, settings: dict) -> None:
-    """Refuse a method that PEFT does not have, or that does not have these settings.
+    """Refuse a method that PEFT does not have, or settings that the method does not have.
 
     Raises:
-        UserError: so it is, or peft is not installed.
+        UserError: one of these, or peft is not installed.
     """
     try:
         from peft import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -81,8 +82,23 @@ def load_adapters(policy, folder: Path):
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():  # PEFT would look for a pickle
         raise UserError(f"{folder} has no {weights.name}, the adapters' weights. Use another copy of the policy")
-    with as_user_error(f"the adapters in {folder}", invalid=(ValueError, SafetensorError)), no_remote_code(str(folder)):
-        return PeftModel.from_pretrained(policy, str(folder), is_trainable=True)
+    what = f"the adapters in {folder}"
+    try:
+        with as_user_error(what, invalid=(ValueError, SafetensorError)), no_remote_code(str(folder)):
+            adapted = PeftModel.from_pretrained(policy, str(folder), is_trainable=True)
+    except RuntimeError as error:
+        if not str(error).startswith(MISFIT):
+            raise
+        raise UserError(f"{what} do not fit their settings: {first_difference(error)}. {OTHER_COPY}") from None
+    # PEFT drops tensors that it does not know, and only warns of those that are missing.
+    with safe_open(weights, "pt") as file:
+        saved = set(file.keys())
+    expected = adapter_state_dict(adapted, adapted.state_dict()).keys()
+    if saved != expected:
+        missing = sorted(expected - saved)[:3]
+        unexpected = sorted(saved - expected)[:3]
+        raise UserError(f"{what} do not fit the policy: missing {missing}, unexpected {unexpected}. {OTHER_COPY}")
+    return adapted
 
 
 def base_model_of(folder: Path) -> str:
@@ -128,7 +144,7 @@ def load_adapter_state_dict(policy, tensors: dict) -> None:
 
 
 def freeze(policy, patterns: list[str]) -> None:
-    """Exclude parameters from training whose names match one of the regular expressions.
+    """Exclude the parameters whose names match one of the regular expressions from training.
 
     Raises:
         UserError: a pattern matches no parameter, or nothing is left to train.

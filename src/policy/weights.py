@@ -27,12 +27,9 @@ def load_weights(policy, path: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}. Use another checkpoint") from None
     except RuntimeError as error:
-        message = str(error)
-        if not message.startswith(MISFIT):
+        if not str(error).startswith(MISFIT):
             raise
-        # torch lists every key and shape that differs, one a line; the first one is enough
-        differences = message.splitlines()[1:] or [message]
-        raise UserError(misfit(policy, path, differences[0])) from None
+        raise UserError(misfit(policy, path, first_difference(error))) from None
 
 
 def load_renamed(policy, path: Path) -> None:
@@ -50,8 +47,8 @@ def load_renamed(policy, path: Path) -> None:
         with quiet_lerobot():
             state = policy._fix_pytorch_state_dict_keys(state, policy.config)
         state = {f"model.{name.removeprefix('model.')}": tensor for name, tensor in state.items()}
+    # Not strict, because tensors that share memory have several names in the policy and one in the file.
     missing, unexpected = policy.load_state_dict(state, strict=False)
-    # tensors that share memory have several names in the policy and one in the file
     tensors = policy.state_dict()
     loaded = {tensors[name].data_ptr() for name in state if name in tensors}
     missing = [name for name in missing if tensors[name].data_ptr() not in loaded]
@@ -59,6 +56,12 @@ def load_renamed(policy, path: Path) -> None:
         raise UserError(misfit(policy, path, f"missing {missing[:3]}, unexpected {unexpected[:3]}"))
 
 
+def first_difference(error: RuntimeError) -> str:
+    """The first of the names and shapes that differ, which torch lists after a heading, one a line."""
+    message = str(error)
+    differences = message.splitlines()[1:] or [message]
+    return " ".join(differences[0].split())[:200].rstrip(".")
+
+
 def misfit(policy, path: Path, difference: str) -> str:
-    difference = " ".join(difference.split())[:200].rstrip(".")
     return f"{path} does not fit policy {policy.name}: {difference}. Pass the --policy_args that it was trained with"
