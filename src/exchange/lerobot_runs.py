@@ -101,7 +101,7 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "
 
 
 def value_at(tree: dict, path: str):
-    """The value at a dotted path in nested dicts; None where a level is missing or no dict."""
+    """The value at a dotted path in nested dicts; None where a level is missing or is not a dict."""
     for name in path.split("."):
         tree = tree.get(name) if isinstance(tree, dict) else None
     return tree
@@ -152,7 +152,7 @@ def from_lerobot(folder: Path) -> Path:
     refuse_theirs(folder, theirs, position)
     policy_config = load_policy_config(model, None, "cpu")
     settings = settings_of(theirs, folder, policy_config)
-    # LeRobot counts the batch of one process, Armature that of all of them. After 0.6.1 it calls their number otherwise.
+    # LeRobot counts the batch of one process, Armature that of all of them. After 0.6.1 LeRobot records dp_world_size.
     local_batch_size = position.get("batch_size") or settings["batch_size"]
     processes = position.get("num_processes") or position.get("dp_world_size") or 1
     settings["batch_size"] = local_batch_size * processes
@@ -200,7 +200,7 @@ def refuse_theirs(folder: Path, theirs: dict, position: dict) -> None:
         position: LeRobot's training_step.json.
 
     Raises:
-        UserError: the run used what Armature does not have, or the files are not of their form.
+        UserError: the run used what Armature does not have, or the files do not have LeRobot's form.
     """
     model = folder / "pretrained_model"
     wrong = [name for name, kind in THEIR_TYPES.items() if not isinstance(value_at(theirs, name), (kind, type(None)))]
@@ -360,7 +360,7 @@ def held_out(dataset_id: str, revision: str | None, episodes: str | None, fracti
     by_task: dict[str, list[int]] = {}
     described = dict(zip(source.meta.episodes["episode_index"], source.meta.episodes["tasks"], strict=True))
     for episode in source.episodes:
-        task = (described[episode] or [""])[0]  # what lerobot-train goes by, not the table's task_index
+        task = (described[episode] or [""])[0]  # lerobot-train splits by this, not by the table's task_index
         by_task.setdefault(task, []).append(episode)
     chosen = []
     for members in by_task.values():

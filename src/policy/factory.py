@@ -131,7 +131,7 @@ def check_saved_fields(config_class: type[PreTrainedConfig], folder: Path) -> No
 
 
 def type_problem(kind, value, default) -> str | None:
-    """What was expected instead, if `value` of a JSON file is not of the type `kind`, nor of that of the field's default."""
+    """The expected type, if a JSON file's `value` is neither of type `kind` nor of the type of the field's default."""
     is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     options = typing.get_args(kind) if is_union else (kind,)
     if kind is typing.Any or (value is None and type(None) in options):
@@ -149,7 +149,7 @@ def type_problem(kind, value, default) -> str | None:
 
 
 def features_problem(features: dict) -> str | None:
-    """What was expected instead, if a feature of a policy has no size that it can have."""
+    """What was expected, if a feature of a policy has an impossible shape."""
     for name, feature in features.items():
         sizes = feature.get("shape")
         if not sizes or min(sizes) < 1:

@@ -42,12 +42,12 @@ class LoadedPolicy:
     def __init__(
         self, policy, preprocess, postprocess, task: str = "", *, joint_names: dict | None = None, trained_rename=()
     ):
-        self.joint_names = joint_names or {}
-        self.trained_rename = list(trained_rename)
         self.policy = policy
         self.preprocess = preprocess
         self.postprocess = postprocess
         self.task = task
+        self.joint_names = joint_names or {}
+        self.trained_rename = list(trained_rename)
         self.device = next(policy.parameters()).device
         self.kind = policy.config.type
         self.expected = expected_observation(policy.config, preprocess)
@@ -161,7 +161,7 @@ def load_policy(
             raise UserError(f"--n_action_steps must be 1 or more, got {n_action_steps}")
         overrides = [f"n_action_steps={n_action_steps}"]
     fetched = hub.fetch(str(checkpoint), "policy")
-    verify_policy(fetched)  # before another folder that may lie in it is looked for
+    verify_policy(fetched)  # before `resolve_policy_folder` looks for another folder in it
     folder = resolve_policy_folder(fetched)
     config = load_policy_config(folder, overrides, str(pick_device(device)))
     policy = build_policy(config, None, folder).eval()
@@ -178,10 +178,10 @@ def load_policy(
 
 
 def trained_joint_names(folder: Path, config) -> dict[str, list[str]]:
-    """{feature: names} of the joints that a saved policy was trained with, as far as its folder says.
+    """{feature: names} of the joints that a saved policy was trained with, as far as its folder records them.
 
     Args:
-        folder: of the policy.
+        folder: the policy's.
         config: LeRobot's config in it; some policies keep the action's names there.
     """
     names = {"action": getattr(config, "action_feature_names", None)}
@@ -193,7 +193,7 @@ def trained_joint_names(folder: Path, config) -> dict[str, list[str]]:
 
 
 def trained_rename(folder: Path) -> list[str]:
-    """The --rename of the run that wrote a policy's folder, as far as it says."""
+    """The --rename of the run that wrote a policy's folder, if the folder records it."""
     path = folder / "train_config.json"
     if not path.is_file():
         return []

@@ -15,7 +15,7 @@ from trust import PIPELINES, check_policy_folder
 
 EMA_FOLDER = "pretrained_model_ema"  # of LeRobot after 0.6.1
 SRC = Path(__file__).parents[1]
-# A program whose first argument is the folder of our modules, and the others those of LeRobot's migration.
+# A program. Its first argument is the folder of our modules, the others are those of LeRobot's migration.
 MIGRATION = """
 import runpy, sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -33,12 +33,12 @@ def converted_dir() -> Path:
 def resolve_policy_folder(folder: Path) -> Path:
     """The folder to load a policy from.
 
-    This is pretrained_model in a checkpoint of lerobot-train, or beside it pretrained_model_ema, the average of the weights
-    with which LeRobot evaluates too. A policy from before LeRobot had processors keeps its normalisation in its weights: it
+    This is pretrained_model in a checkpoint of lerobot-train, or if there is one pretrained_model_ema beside it: the averaged
+    weights, with which LeRobot evaluates too. A policy from before LeRobot had processors keeps its normalisation in its weights: it
     is migrated into the user's cache, once.
 
     Raises:
-        UserError: LeRobot cannot migrate the policy, or its files name what is not allowed.
+        UserError: LeRobot cannot migrate the policy, or its files name something that is not allowed.
     """
     for nested in (folder / EMA_FOLDER, folder / "pretrained_model"):
         if nested.is_dir():

@@ -16,10 +16,10 @@ CHOICES = {
 
 
 def check_no_features(overrides: list[str] | None) -> None:
-    """Refuse --policy_args that would replace a policy's features, which are the dataset's.
+    """Refuse --policy_args for a policy's features, which come from the dataset.
 
     Raises:
-        UserError: one of them does.
+        UserError: an override is for one of them.
     """
     for override in overrides or []:
         name = override.partition("=")[0]

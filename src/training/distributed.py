@@ -399,7 +399,8 @@ def check_moments(parameters: dict, names: list[str], entries: dict) -> None:
                 got = getattr(moment, "shape", type(moment).__name__)
                 raise ValueError(f"{key} of {names[number]}: expected shape {expected}, got {got}")
         step = entry.get("step", 0)
-        if not isinstance(step, (int, float)) and getattr(step, "numel", lambda: 0)() != 1:
+        is_number = isinstance(step, (int, float)) or (isinstance(step, torch.Tensor) and step.numel() == 1)
+        if not is_number:
             raise ValueError(f"step of {names[number]}: expected a number")
 
 

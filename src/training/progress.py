@@ -182,14 +182,14 @@ class Report:
             self.trackers.log(line)
 
     def forget_evaluation(self, step: int) -> None:
-        """Drop what was measured at a step before a stop: all of it is measured again."""
+        """Drop what was measured at a step before a stop, since all of it is measured again."""
         self.history[:] = [line for line in self.history if line["step"] != step or "loss" in line]
 
     def rewrite_metrics(self) -> None:
         """Write metrics.jsonl afresh if that was not done: the lines that an earlier run wrote past our checkpoint go."""
         if not self.is_written:
             self._write()
-        with contextlib.suppress(OSError):  # of a disk that does not say; the next line of metrics meets that too
+        with contextlib.suppress(OSError):  # the disk does not answer: the next line of metrics is a warning then
             self.check_folder()  # before trackers write there
 
     def _write(self) -> None:
@@ -207,7 +207,7 @@ class Report:
             self.is_written = True
             self.is_full = False
         except OSError as error:
-            with contextlib.suppress(OSError):  # which a disk that is read-only refuses too
+            with contextlib.suppress(OSError):  # a read-only disk refuses this too
                 temporary.unlink(missing_ok=True)
             if not self.is_full:  # one warning, not one for each line
                 self.warn(f"cannot write {self.path}: {reason_of_disk(error)}. Its lines are added once there is room")
