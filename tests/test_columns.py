@@ -629,13 +629,14 @@ def test_a_clock_in_whole_nanoseconds_is_told_with_its_rate(copy_of):
     assert "timestamps advance by 1e+08 s a frame: expected 0.1 s at fps 10" in problem_of(root)
 
 
-def test_picture_files_of_several_datasets_are_found(made, copy_of, tmp_path):
+@pytest.mark.parametrize("no_bytes", [None, b""])
+def test_picture_files_of_several_datasets_are_found(made, copy_of, no_bytes):
     """Their paths are within their own dataset."""
     root = copy_of("images")
     (root / "pictures").mkdir()
     for row, data in enumerate(stored(root)):
         (root / "pictures" / f"{row}.png").write_bytes(data)
-    set_column(root, TOP, pa.array([{"bytes": None, "path": f"pictures/{row}.png"} for row in range(33)]))
+    set_column(root, TOP, pa.array([{"bytes": no_bytes, "path": f"pictures/{row}.png"} for row in range(33)]))
     both = unite([open_source(str(made("images"))), open_source(str(root))])
     assert torch.equal(pictures_of(both, [20]), pictures_of(both, [33 + 20]))
     assert [path.is_file() for path in both.picture_files(TOP)] == [True] * 33

@@ -84,6 +84,7 @@ def test_an_index_that_was_stored_is_the_task_index(copy_of):
         ({"task_index": [0, 1], "task": [4, 5]}, "meta/tasks.parquet has no texts"),
         ({"task": ["lift", "push"]}, "meta/tasks.parquet: expected a column task_index"),
         ({"task_index": [0, 1.5], "task": ["lift", "push"]}, "expected whole numbers as task_index, got 1.5 of task 'push'"),
+        ({"task_index": [0, 1e30], "task": ["lift", "push"]}, "expected whole numbers as task_index, got 1e+30 of task 'push'"),
         ({"task_index": [0, None], "task": ["lift", "push"]}, "expected whole numbers as task_index"),
         (
             {"task_index": [0, 2], "task": ["lift", "push"]},

@@ -612,6 +612,8 @@ def test_v3_several_files_of_episodes_in_any_order(copy_of):
     ("text", "said"),
     [
         ('{"episode_index": 1, "tasks"', "episodes.jsonl line 2 is not valid JSON"),
+        ("[" * 100_000, "episodes.jsonl line 2 is not valid JSON"),
+        (f'{{"episode_index": 1, "length": {2**63}}}', "line 2: expected length of type int, got 9223372036854775808"),
         ('{"episode_index": 1}', "episodes.jsonl line 2: expected length of type int, got None"),
         ('{"length": 4}', "episodes.jsonl line 2: expected episode_index of type int, got None"),
         ('{"episode_index": "1", "length": 4}', "line 2: expected episode_index of type int, got '1'"),

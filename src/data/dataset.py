@@ -58,14 +58,14 @@ class Dataset(Source):
         return self._rows_loader().batch_of(torch.from_numpy(chosen))
 
     def _rows_loader(self) -> Loader:
-        """A loader without windows, which starts no thread of its own; another one in a forked process."""
+        """A loader without windows, whose thread is never started; a forked process gets one of its own."""
         if self._loader is None or self._loader_pid != os.getpid():
             self._loader = Loader(self, Frames(self, self.image_size), deltas={}, batch_size=1, seed=0)
             self._loader_pid = os.getpid()
         return self._loader
 
     def __getstate__(self) -> dict:
-        """What a copy has: all but open videos."""
+        """The state of a copy: everything but open videos."""
         return {**vars(self), "_loader": None}
 
     def close(self) -> None:

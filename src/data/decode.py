@@ -21,7 +21,7 @@ LIBRARIES = ("torchcodec", "pyav")  # they may round a pixel differently
 OPEN_READERS = 64  # a few MB each
 CHUNK = 16  # frames decoded at a time: 15 MB at 480x640, which malloc reuses; fresh memory costs more than the copy
 UNSPECIFIED = 2  # FFmpeg's number for a file that names no colour matrix
-NEAR = 8  # frames ahead up to which PyAV decodes on instead of seeking, which is slower
+NEAR = 8  # frames: PyAV decodes that far ahead instead of seeking, which takes longer
 
 
 def load_torchcodec() -> tuple[type | None, str | None]:
@@ -90,7 +90,7 @@ class PyavReader:
         return frames
 
     def _go_to(self, number: int) -> None:
-        """Make `frame` the one of this number."""
+        """Decode up to the frame of this number, which is then `frame`."""
         wanted = int(self.times.pts[number])
         if self.frame is not None:
             ahead = number - int(np.searchsorted(self.times.pts, self.frame.pts))
@@ -105,7 +105,7 @@ class PyavReader:
         raise ValueError(f"the frame at {self.times.seconds[number]:.4f} s does not decode")
 
     def _decode_until(self, pts: int) -> bool:
-        """Decode up to the frame that is shown at `pts`. False if the decoder is past it, or has no more frames."""
+        """Decode up to the frame that is shown at `pts`; False if the decoder is past it, or has no more frames."""
         while self.frame is None or self.frame.pts is None or self.frame.pts < pts:
             frame = next(self.frames, None)
             if frame is None:
@@ -119,7 +119,7 @@ class PyavReader:
 
 
 def rgb_of(frame) -> np.ndarray:
-    """(H, W, 3) uint8 pixels of PyAV's frame, by the colour matrix and range that its file names, as torchcodec does."""
+    """(H, W, 3) uint8 pixels of PyAV's frame, by the colour matrix and range in its file, as torchcodec converts them."""
     if frame.colorspace == UNSPECIFIED:
         return frame.to_ndarray(format="rgb24")
     other = 5 if frame.colorspace == 1 else 1  # PyAV applies the frame's own matrix only where it differs from this
@@ -156,7 +156,7 @@ class Decoder:
 
     @functools.cached_property
     def torchcodec(self) -> tuple[type | None, str | None]:
-        """What `load_torchcodec` returns, called when the first frame has to be decoded, which may be never."""
+        """The result of `load_torchcodec`, which is called only when a frame has to be decoded."""
         return load_torchcodec()
 
     @property
@@ -172,7 +172,7 @@ class Decoder:
         return channels, height, width
 
     def jobs(self, key: str, rows: Tensor, num_threads: int) -> list[Tensor]:
-        """Split (n,) ascending rows into what one thread reads at a time: of one file or dataset, at most CHUNK rows."""
+        """Split (n,) ascending rows into jobs for one thread each: at most CHUNK rows of one file or dataset."""
         if key in self.source.videos:
             groups, _ = self.source.locate(key, rows)
         else:

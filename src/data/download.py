@@ -11,9 +11,9 @@ from errors import UserError
 
 
 def open_hub(dataset_id: str, dataset_root: str | None, revision: str | None):
-    """Read the metadata of a Hub dataset: a folder's that LeRobot keeps it in, else downloaded.
+    """Read the metadata of a Hub dataset from the folder where LeRobot keeps it, or download it.
 
-    Where nothing can be downloaded, what is on disk already is read: the newest snapshot in the cache, or that folder.
+    If the download fails, what is on disk already is read: the newest snapshot in the cache, or that folder.
     """
     from lerobot.datasets.utils import has_legacy_hub_download_metadata
     from lerobot.utils.constants import HF_LEROBOT_HOME
@@ -39,7 +39,7 @@ def open_hub(dataset_id: str, dataset_root: str | None, revision: str | None):
 
 
 def other_dataset(dataset_id: str, folder: Path) -> list[str]:
-    """A line where the dataset card in a folder, as LeRobot writes it, is that of another dataset."""
+    """A line if the dataset card in a folder, as LeRobot writes it, is that of another dataset."""
     card = folder / "README.md"
     if not card.is_file():
         return []
@@ -79,7 +79,7 @@ def fetch(dataset_id: str, dataset_root: str | None, revision: str | None, patte
 
 
 def best_revision(dataset_id: str) -> str:
-    """The branch or tag of a Hub dataset in the best of VERSIONS; where none is called so, main."""
+    """The branch or tag of a Hub dataset that has the best of VERSIONS as its name, else main."""
     from huggingface_hub import HfApi
 
     refs = HfApi().list_repo_refs(dataset_id, repo_type="dataset")
@@ -93,7 +93,7 @@ def has_all_files(meta) -> bool:
 
 
 def needed_files(meta, episodes: list[int]) -> list[Path]:
-    """The tables, where the metadata names them, and the videos of some episodes."""
+    """The tables of some episodes, if the metadata names them, and their videos."""
     maps = [data_paths(meta) or {}] + [video_paths(meta, key) for key in meta.video_keys]
     wanted = set(episodes)
     return list(dict.fromkeys(path for paths in maps for episode, path in paths.items() if episode in wanted))
@@ -103,7 +103,7 @@ def download(meta, dataset_id: str, dataset_root: str | None, revision: str | No
     """Download the files of `episodes` that are not on disk yet, and set `meta.root` to where they are.
 
     Returns:
-        Why that failed, in at most one line. A recording of one's own need not be on the Hub: then there is no line.
+        A line if that failed; none if the Hub has no such dataset, which may be the user's own recording.
     """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -133,6 +133,6 @@ def download_missing(
         meta.root = fetch(dataset_id, dataset_root, revision, ["meta/*", *patterns])
         if all(path.is_file() for path in needed_files(meta, episodes)):
             return
-    # Where files are not in the folders that info.json says.
+    # The files are in other folders than info.json says, or it does not name them.
     patterns = ["data/*", *(f"videos/*{glob.escape(key)}/*" for key in meta.video_keys)]
     meta.root = fetch(dataset_id, dataset_root, revision, ["meta/*", *patterns])

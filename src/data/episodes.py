@@ -1,4 +1,4 @@
-"""Episodes by their own index: which are chosen, and how messages list them."""
+"""Episodes by their own index: parse a choice of them, and list them in messages."""
 
 import re
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ LONGEST_LIST = 60  # characters of ranges in a message
 
 
 def ranges(episodes: Iterable[int]) -> str:
-    """Ascending ranges as --episodes takes them: `1:3,4` for 1, 2 and 4. Empty for no episodes."""
+    """Ascending ranges in the form of --episodes: `1:3,4` for 1, 2 and 4. Empty for no episodes."""
     spans: list[list[int]] = []  # [first, end] of each run of neighbours
     for episode in sorted(set(episodes)):
         if spans and spans[-1][1] == episode:
@@ -20,7 +20,7 @@ def ranges(episodes: Iterable[int]) -> str:
 
 
 def counted(episodes: Iterable[int]) -> str:
-    """Episodes for a message: `episode 4`, or `12 episodes, 3:10,14:19`, cut where the ranges are many."""
+    """Episodes for a message: `episode 4`, or `12 episodes, 3:10,14:19`, shortened if there are many ranges."""
     episodes = set(episodes)
     text = ranges(episodes)
     if not episodes:

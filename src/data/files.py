@@ -1,4 +1,4 @@
-"""Where the tables and videos of a dataset's episodes are, and what messages say of those that cannot be read."""
+"""Where the tables and videos of a dataset's episodes are, and why some cannot be read."""
 
 import contextlib
 import glob
@@ -39,7 +39,7 @@ def check_readable(path: Path) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path):
-    """Turn what Arrow says of a damaged Parquet file into a UserError."""
+    """Turn Arrow's errors on a damaged Parquet file into UserErrors."""
     try:
         yield
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
@@ -47,7 +47,7 @@ def reading(path: Path):
 
 
 def arrow_reason(error: Exception) -> str:
-    """Why Arrow cannot read a file, without the file's name and the question that it puts before its reason."""
+    """Why Arrow cannot read a file, without the file's name and the question that Arrow puts before the reason."""
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     text = one_line(error)
@@ -96,7 +96,7 @@ def is_v2(meta) -> bool:
 
 
 def data_paths(meta) -> dict[int, Path] | None:
-    """{episode: its table}; None where the metadata does not say, as early v3.0 datasets.
+    """{episode: its table}; None if the metadata does not say, as in early v3.0 datasets.
 
     Raises:
         UserError: as for `video_paths`.
@@ -119,12 +119,12 @@ def video_paths(meta, key: str) -> dict[int, Path]:
 
 
 def episode_paths(meta, setting: str, columns: str, more_fields: dict[str, str]) -> dict[int, Path]:
-    """The template of info.json for every described episode, whether the file is there or not.
+    """{episode: its file by a template of info.json}, for every described episode, whether the file exists or not.
 
     Args:
         setting: name of the template, `data_path` or `video_path`.
-        columns: how the columns of meta/episodes begin that number the file.
-        more_fields: what else the template may name.
+        columns: prefix of the columns of meta/episodes that hold the file's numbers.
+        more_fields: further placeholders, with their values.
     """
     paths = {}
     numbers = [meta.episodes[f"{columns}/{name}"][:] for name in ("chunk_index", "file_index")]
@@ -165,9 +165,9 @@ def filled_in(meta, setting: str, fields: dict) -> str:
             if any(int(number) > LONGEST_NAME for number in re.findall(r"\d+", (width or "").format(**fields))):
                 raise UserError(f"{where}: expected a width of at most {LONGEST_NAME}, got {width:.20}. Correct it")
         path = template.format(**fields)
+    except UserError:
+        raise
     except (ValueError, KeyError, IndexError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{where} cannot be filled in: {one_line(error)}. Correct it") from None
     if not path.isprintable():
         raise UserError(f"{where}: expected the name of a file, got {path!r:.60}. Correct it")
@@ -190,10 +190,13 @@ def pattern_of(meta, setting: str, key: str = "*") -> str:
 
 
 def misplaced(folder: Path, paths: dict[int, Path], key: str | None = None) -> dict[int, Path]:
-    """{episode: file} of those of `paths` that are not there and have one namesake below `folder`, of the same camera.
+    """{episode: file of the same name elsewhere below `folder`} for those of `paths` that are missing and have just one.
 
-    The folders in some published templates are not those of the files. Where some of the files are at their own place, a
-    namesake counts only in a folder that differs by its number: another may hold an older copy.
+    The folders in some published templates are not those of the files. If some of the files are in their own place, the
+    folder of another may differ only by its number: any other folder may hold an older copy.
+
+    Args:
+        key: the camera, whose name must be among the folders; None for tables.
     """
     absent = {episode: path for episode, path in paths.items() if not path.is_file()}
     if not absent:
@@ -213,7 +216,7 @@ def misplaced(folder: Path, paths: dict[int, Path], key: str | None = None) -> d
 
 
 def without_numbers(path: Path) -> str:
-    """A file's path with every number as 0, which is the same for the files of one template."""
+    """A file's path with every number as 0: the same for all files of a template."""
     return re.sub(r"\d+", "0", str(path))
 
 
@@ -226,28 +229,28 @@ def misplaced_lines(meta) -> list[str]:
         kinds.append(("video_path", f"videos/{key}", {"video_key": key, "key": key}, video_paths(meta, key)))
     lines = []
     for setting, columns, more_fields, found in kinds:
-        told = episode_paths(meta, setting, columns, more_fields)
-        moved = [episode for episode in told if found[episode] != told[episode]]
+        expected = episode_paths(meta, setting, columns, more_fields)
+        moved = [episode for episode in expected if found[episode] != expected[episode]]
         if moved:
             place = found[moved[0]].relative_to(meta.root)
             lines.append(
-                f"{examples(meta.root, [told[episode] for episode in moved])}: not where {setting} of info.json says, "
+                f"{examples(meta.root, [expected[episode] for episode in moved])}: not where {setting} of info.json says, "
                 f"read from {place.parent}"
             )
     return lines
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a file is a system's own, such as ._episode_000000.parquet beside what macOS copied."""
+    """Whether a file is hidden, such as the ._episode_000000.parquet that macOS leaves beside a copied file."""
     return path.name.startswith(".")
 
 
 def stray_files(meta) -> list[Path]:
     """Files of a v2.0 or v2.1 dataset, beside its tables and videos, that belong to no described episode."""
+    kinds = [("data", data_paths(meta), None)]
+    kinds += [("videos", video_paths(meta, key), key) for key in meta.video_keys]
     stray = []
-    for folder, paths, key in [("data", data_paths(meta), None)] + [
-        ("videos", video_paths(meta, key), key) for key in meta.video_keys
-    ]:
+    for folder, paths, key in kinds:
         own = set(paths.values())
         for path in sorted((meta.root / folder).rglob("*")):
             if path not in own and (key is None or key in path.parts) and path.is_file() and not is_hidden(path):
@@ -264,7 +267,7 @@ def episodes_by_file(paths: dict[int, Path]) -> dict[Path, list[int]]:
 
 
 def file_lines(root: Path, faults: dict[Path, str], holds: dict[Path, list[int]]) -> list[str]:
-    """A line for each kind of fault: the first file that has it, how many more, and the episodes that they hold.
+    """A line for each kind of fault: the first file with it, how many more, and the episodes in these files.
 
     Args:
         root: the dataset's folder.

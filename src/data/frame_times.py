@@ -32,12 +32,12 @@ class FrameTimes:
 
     Attributes:
         pts: (F,) int64 presentation times, ascending, in units of `time_base`.
-        key_pts: (K,) int64 presentation times of the key frames, also of those that an edit list hides, ascending.
+        key_pts: (K,) int64 presentation times of the key frames, ascending, with those that an edit list hides.
         key_dts: (K,) int64 their decoding times, by which a container seeks.
         time_base: seconds.
         height, width: pixels, as the frames are shown.
         rotation: degrees, counter-clockwise, by which the stored pixels are turned to be shown.
-        unreadable: how many frames the file lists and does not give: none of a whole file without an edit list.
+        unreadable: how many frames the file lists that cannot be read; 0 if the file is whole and has no edit list.
     """
 
     pts: np.ndarray
@@ -57,7 +57,7 @@ class FrameTimes:
     def starts(self, number: int) -> list[int]:
         """Where to start decoding for a frame, in units of `time_base`: its key frame, then earlier ones.
 
-        A container seeks by decoding time, and may end after the key frame that was asked for.
+        A container seeks by decoding time, and may land after the key frame that was asked for.
         """
         keys = np.searchsorted(self.key_pts, self.pts[number], side="right")
         nearest = self.key_dts[max(0, keys - 3) : keys].tolist()[::-1]
@@ -65,7 +65,7 @@ class FrameTimes:
         return [*nearest, int(beginning[0])]
 
     def mappings(self) -> str:
-        """The list as torchcodec's `custom_frame_mappings`, with which it needs no scan of its own."""
+        """The list as torchcodec's `custom_frame_mappings`, which save it a scan of its own."""
         gaps = np.diff(self.pts)
         last = int(np.median(gaps)) if len(gaps) else 1
         keys = np.isin(self.pts, self.key_pts)
@@ -128,7 +128,7 @@ class PacketList:
         key_dts: {presentation time: decoding time} of all key frames.
         unreadable: as in FrameTimes.
         first_frame: the first frame that was decoded.
-        is_complete: whether each of `pts` is sure to be one shown frame.
+        is_complete: whether each of `pts` is certainly one frame that is shown.
     """
 
     pts: np.ndarray
@@ -139,7 +139,7 @@ class PacketList:
 
 
 def list_packets(container, stream) -> PacketList:
-    """List the packets that are shown: not those that an edit list discards, nor those without data."""
+    """List the packets that are shown: all but those that an edit list discards and those without data."""
     pts = []
     key_dts = {}
     stream.codec_context.thread_count = 1  # for one frame: starting threads takes longer than decoding it
@@ -168,18 +168,24 @@ def list_packets(container, stream) -> PacketList:
 
     has_times = None not in pts
     pts = np.array(sorted(pts) if has_times else [], np.int64)
-    # Packets of VP8 may be hidden frames, and those that share a time are fields of one frame. Frames that are shown before
-    # the first key frame may not decode.
+    # Packets of VP8 may be hidden frames, and packets that share a time are fields of one frame. Frames before the first key
+    # frame may not decode.
     starts_at_key = first_packet is not None and first_packet.is_keyframe and first_packet.pts is not None
     is_complete = has_times and starts_at_key and stream.codec_context.name != "vp8"
     if is_complete and len(pts):
         is_complete = pts[0] >= first_packet.pts and (np.diff(pts) > 0).all()
     unreadable = max(unreadable, stream.frames - packets)  # `frames` is 0 where the container does not count them
-    return PacketList(pts, key_dts, unreadable, first_frame, bool(is_complete))
+    return PacketList(
+        pts=pts,
+        key_dts=key_dts,
+        unreadable=unreadable,
+        first_frame=first_frame,
+        is_complete=bool(is_complete),
+    )
 
 
 def pts_by_decoding(path: Path) -> np.ndarray:
-    """(F,) int64 presentation times of the frames that a file decodes to: slower, and right where packets do not say."""
+    """(F,) int64 presentation times of the frames that a file decodes to: slower, for files whose packets do not say."""
     import av
 
     with av.open(str(path)) as container:
@@ -191,7 +197,7 @@ def rotation_of(frame) -> int:
     """Degrees, counter-clockwise, by which a decoded frame is turned to be shown.
 
     Raises:
-        ValueError: it is mirrored, or turned by another angle than a right one.
+        ValueError: it is mirrored, or turned by an angle that is not one of RIGHT_ANGLES.
     """
     rotation = round(frame.rotation) % 360
     matrix = [side_data for side_data in frame.side_data if side_data.type.name == "DISPLAYMATRIX"]
@@ -204,16 +210,16 @@ def rotation_of(frame) -> int:
     return rotation
 
 
-# Remembered between runs.
+# The cache of frame times.
 
 
 def frame_times_of(
     files: list[Path], root: Path, name: str, cache_dir: str | Path | None = None, quiet: bool = False
 ) -> list[FrameTimes | str]:
-    """The frame times of every file, or why it has none: read in parallel, and remembered while the file stays the same.
+    """The frame times of every file, or why it has none: read in parallel, and cached until the file changes.
 
     Args:
-        files: videos; one that is missing gives a line too.
+        files: videos, which may be missing.
         root: the dataset's folder.
         name: what the files are, for the bar; a part of the cache file's name.
         cache_dir: folder of the frame cache; None for the user's.
@@ -224,7 +230,7 @@ def frame_times_of(
     remembered = read_cache(cache)
     identities = [file_identity(path) for path in files]
     times = [remembered.get(identity) for identity in identities]
-    unknown = [i for i, known in enumerate(times) if known is None]
+    unknown = [i for i, of_file in enumerate(times) if of_file is None]
     if unknown:
         bar = tqdm(
             desc=f"reading the times of {name}",
@@ -238,12 +244,14 @@ def frame_times_of(
             for i, result in zip(unknown, pool.map(lambda i: times_or_problem(files[i]), unknown), strict=True):
                 times[i] = result
                 bar.update()
-        known = {identities[i]: times[i] for i in unknown if isinstance(times[i], FrameTimes)}
-        write_cache(cache, {**remembered, **known})
+        fresh = {identities[i]: times[i] for i in unknown if isinstance(times[i], FrameTimes)}
+        if fresh:
+            write_cache(cache, remembered | fresh)
     return times
 
 
 def times_or_problem(path: Path) -> FrameTimes | str:
+    """The frame times of a file, or why it has none."""
     if not path.is_file():
         return "is missing"
     if is_lfs_pointer(path):
@@ -272,7 +280,7 @@ def cache_path(root: Path, name: str, cache_dir: str | Path | None) -> Path:
 def read_cache(path: Path) -> dict[tuple, FrameTimes]:
     """{file identity: frame times} that an earlier run wrote; empty if it cannot be read."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as stored:
             files = json.loads(stored["files"].item())
             ends = np.cumsum([file["frames"] for file in files])[:-1]
             pts = np.split(stored["pts"], ends)
@@ -297,7 +305,7 @@ def read_cache(path: Path) -> dict[tuple, FrameTimes]:
 
 
 def write_cache(path: Path, times: dict[tuple, FrameTimes]) -> None:
-    """Write what `read_cache` reads, complete or not at all. A cache that cannot be written is done without."""
+    """Write what `read_cache` reads, complete or not at all. An error of the disk is ignored: the cache only saves time."""
     files = [
         {
             "identity": identity,
@@ -311,18 +319,17 @@ def write_cache(path: Path, times: dict[tuple, FrameTimes]) -> None:
         }
         for identity, of_file in times.items()
     ]
-    if not files:
-        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            fresh = Path(folder) / path.name
             np.savez_compressed(
-                file,
+                fresh,
                 files=json.dumps(files),
                 pts=np.concatenate([of_file.pts for of_file in times.values()]),
                 key_pts=np.concatenate([of_file.key_pts for of_file in times.values()]),
                 key_dts=np.concatenate([of_file.key_dts for of_file in times.values()]),
             )
-        os.replace(file.name, path)
+            os.replace(fresh, path)
     except OSError:
         pass

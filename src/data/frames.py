@@ -35,12 +35,12 @@ from data.source import Source
 from errors import UserError, one_line
 from runtime import is_out_of_memory, progress_interval, to_device, user_cache_dir
 
-LAYOUT = 2  # part of the hash. Stores of layout 1 may hold wrong frames: theirs were found by the video's rate
+LAYOUT = 2  # part of the hash. Stores of layout 1 may hold wrong frames, found by the video's rate
 SPARE = 2 * 2**30  # bytes that `auto` leaves free on the disk, or a tenth of the disk if that is more
 
 
 class Frames:
-    """Frames of every camera of a source. This constructor's are decoded when asked for; see also `open_or_build`.
+    """Frames of every camera of a source, decoded when asked for, or from stores if made by `open_or_build`.
 
     Args:
         source: the open dataset.
@@ -215,9 +215,8 @@ class FrameStore:
             raise UserError(f"{path} is damaged: expected {self.num_bytes} bytes, got {size}. Delete {self.folder}")
         with contextlib.suppress(OSError):  # the cache may be read-only, or another user's
             os.utime(self.folder)  # when it was last used, for `runs.py cache prune`
-        return torch.from_numpy(
-            np.memmap(path, np.uint8, "c", shape=self.shape)
-        )  # torch wants write access; "c" has no effect on disk
+        # torch wants write access; mode "c" gives it without an effect on the file.
+        return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=self.shape))
 
     def build(self, num_threads: int, quiet: bool) -> None:
         """Decode every frame, or wait for another process that does.
@@ -286,7 +285,7 @@ class FrameStore:
         journal.unlink()
 
     def _episodes_on_disk(self, journal: Path) -> set[int]:
-        """Positions of the episodes that a stopped build wrote, by its journal and their bytes: neither is trusted alone."""
+        """Positions of the episodes that a stopped build wrote: those whose bytes have the CRC that its journal lists."""
         done = set()
         if not journal.exists():
             return done
@@ -307,7 +306,7 @@ class FrameStore:
         return done
 
     def _decode_episode(self, episode: int, bar) -> int:
-        """Decode one episode, by its position in `Source.episodes`, to its place in frames.u8; the CRC-32 of its bytes."""
+        """Decode one episode, by its position in `Source.episodes`, to its place in frames.u8; return its bytes' CRC-32."""
         first = int(self.decoder.source.starts[episode])
         end = int(self.decoder.source.ends[episode])
         crc = 0
@@ -326,7 +325,7 @@ class FrameStore:
 
 
 def store_name(decoder: Decoder, key: str, library: str) -> str:
-    """Name of a camera's store whose video `library` decodes, with a hash of all that decides the content."""
+    """Name of a camera's store, with a hash of all that decides its content. `library` decodes its videos."""
     source = decoder.source
     spans = [source.episodes, source.starts.tolist(), source.ends.tolist()]
     facts = [LAYOUT, decoder.shape(key), *spans]
@@ -343,7 +342,7 @@ def store_name(decoder: Decoder, key: str, library: str) -> str:
 
 
 def has_room(stores: list[FrameStore], folder: Path, mode: str, say) -> bool:
-    """Whether the disk of `folder` has room to build `stores`; where it has none, mode `auto` goes without.
+    """Whether the disk of `folder` has room to build `stores`. Without room, mode `auto` only says so.
 
     Raises:
         UserError: there is no room, and the mode is not auto.
@@ -369,7 +368,7 @@ def has_room(stores: list[FrameStore], folder: Path, mode: str, say) -> bool:
 
 
 def on_disk(path: Path) -> int:
-    """Bytes that a file takes on the disk: less than its size where nothing was written yet."""
+    """Bytes that a file takes on the disk: less than its size if parts were not written yet."""
     return path.stat().st_size if os.name == "nt" else path.stat().st_blocks * 512
 
 

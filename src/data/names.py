@@ -9,10 +9,10 @@ def joint_names(feature: dict) -> list[str] | None:
     info.json holds them as `["a", "b"]`, `[["a", "b"]]`, `{"motors": ["a", "b"]}`, or a list for each arm.
 
     Args:
-        feature: of info.json, with its shape and, perhaps, names.
+        feature: its entry in info.json, with a shape and, perhaps, names.
 
     Returns:
-        As many names as the feature has numbers; None where it has not a text for each.
+        As many names as the feature has numbers; None if some have no name.
     """
     names = flatten(feature.get("names"))
     if len(names) != math.prod(feature["shape"]) or not all(isinstance(name, str) for name in names):
@@ -30,11 +30,11 @@ def flatten(names) -> list:
 
 
 def order_warnings(trained: dict, now: dict, holder: str, dataset: str) -> list[str]:
-    """A line for each feature whose joints have other names or another order than those that a policy was trained with.
+    """A line for each feature whose joints differ in name or order from those that a policy was trained with.
 
     Args:
         trained: {feature: names} that the policy was trained with.
-        now: {feature: names} of a dataset, under the same names of features.
+        now: {feature: names} of a dataset, with features under the policy's names.
         holder, dataset: what to call the policy and the dataset.
     """
     warnings = []

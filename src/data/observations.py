@@ -16,14 +16,14 @@ def observation_names(meta) -> list[str]:
 
 
 def choose_observations(meta, patterns: list[str]) -> list[str]:
-    """Keep the observations that match a pattern: drop all others from the features and the statistics.
+    """Keep the observations that match a pattern, and drop all others from the features and the statistics.
 
     Args:
         meta: LeRobot's metadata, which is changed.
         patterns: names such as observation.images.top, short names such as top, or shell patterns such as *wrist*.
 
     Returns:
-        The names of those that were dropped.
+        The names of the dropped observations.
 
     Raises:
         UserError: a pattern matches no observation.
@@ -48,11 +48,11 @@ def check_patterns(patterns: list[str], names: list[str], owner: str) -> None:
 
 
 def observations_flag(names, renamed: dict[str, str]) -> str:
-    """The ready-made --observations for these names, which is compared with the names in the files.
+    """The ready-made --observations for these names. The flag goes by the names in the files.
 
     Args:
         names: observations of an open source.
-        renamed: {name in the files: name here}; several datasets may differ in it.
+        renamed: {name in the files: name here}; of several datasets, some may have the name already.
     """
     in_files = {}
     for name in names:
@@ -78,7 +78,7 @@ def leave_out(source: Source, keys: list[str]) -> None:
 
 
 def rename_source(source: Source, names: dict[str, str]) -> None:
-    """Give features {old: new} names, in an open dataset: metadata, statistics, columns and cameras.
+    """Rename features of an open dataset by {old: new} names: in its metadata, statistics, columns and cameras.
 
     Raises:
         UserError: the dataset has a feature of a new name already.
@@ -91,12 +91,12 @@ def rename_source(source: Source, names: dict[str, str]) -> None:
 
 
 def name_before(names: dict[str, str], new: str) -> str:
-    """The name that {old: new} names give as `new`; the same where none does."""
+    """The old name of `new` by {old: new} names; `new` itself if none is renamed so."""
     return {given: old for old, given in names.items()}.get(new, new)
 
 
 def rename_features(meta, names: dict[str, str]) -> None:
-    """Give features {old: new} names in LeRobot's metadata.
+    """Rename features by {old: new} names in LeRobot's metadata.
 
     Raises:
         UserError: the dataset has a feature of a new name already.

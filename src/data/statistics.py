@@ -1,4 +1,6 @@
-"""A dataset's statistics, `meta.stats`: read, completed from the data, and compared with them.
+"""A dataset's statistics, `meta.stats`: read them, complete them from the data, and check them against the data.
+
+What a policy makes of them is in processors/statistics.py.
 
 N rows, D numbers a row, C channels.
 """
@@ -22,16 +24,16 @@ BASIC = ("mean", "std", "min", "max")  # what LeRobot has written since its firs
 ASCENDING = (("min", "mean", "max"), ("min", "q01", "q10", "q50", "q90", "q99", "max"))
 CHUNK = 16  # frames that are decoded at a time
 
-# Where statistics do not fit the table. What LeRobot's tools write fits to 0.001; these are far wider, so that a line
-# means other units or other data.
+# How far statistics may be from the table's without a warning. What LeRobot's tools write fits to 0.001; these limits are
+# far wider, so that a warning means other units or other data.
 MEAN_OFF = 0.5  # of a standard deviation
 STD_RATIO = 2.0
 OUTSIDE = 0.25  # of the range from min to max
-NARROW = 20.0  # of only some episodes: how many times narrower the data of every joint may be
+NARROW = 20.0  # times that the range of every joint may be narrower, if only some episodes are open
 
 
 def read_statistics(path: Path, features: dict) -> dict[str, dict[str, np.ndarray]]:
-    """{feature: {statistic: array}} of a stats.json; what is null or missing there is left out, to be computed.
+    """{feature: {statistic: array}} of a stats.json, without nulls. `complete_statistics` computes what is missing.
 
     LeRobot's reader would split the names of features at a slash.
 
@@ -51,7 +53,7 @@ def read_statistics(path: Path, features: dict) -> dict[str, dict[str, np.ndarra
 
 
 def as_arrays(stats, features: dict) -> dict[str, dict[str, np.ndarray]]:
-    """The statistics of a JSON file as arrays, without nulls and what is no number.
+    """The statistics of a JSON file as arrays, without values that are not numbers.
 
     Args:
         stats: content of the file.
@@ -61,19 +63,23 @@ def as_arrays(stats, features: dict) -> dict[str, dict[str, np.ndarray]]:
         ValueError: a list of numbers is ragged.
     """
     arrays = {}
-    for key, stats_of_key in (stats if isinstance(stats, dict) else {}).items():
-        if isinstance(stats_of_key, dict):
-            values = {name: np.atleast_1d(np.array(value)) for name, value in stats_of_key.items()}
-            arrays[key] = {name: value for name, value in values.items() if value.dtype.kind in "fiub"}
-            if key in features:
-                arrays[key] = {name: in_own_shape(name, value, features[key]) for name, value in arrays[key].items()}
+    if not isinstance(stats, dict):
+        return arrays
+    for key, stats_of_key in stats.items():
+        if not isinstance(stats_of_key, dict):
+            continue
+        arrays[key] = {}
+        for name, value in stats_of_key.items():
+            array = np.atleast_1d(np.array(value))
+            if array.dtype.kind in "fiub":
+                arrays[key][name] = in_own_shape(name, array, features[key]) if key in features else array
     return arrays
 
 
 def in_own_shape(name: str, value: np.ndarray, feature: dict) -> np.ndarray:
-    """A statistic in the shape that normalising takes: that of the feature's numbers, or (C, 1, 1) of a camera.
+    """A statistic in the shape that normalising needs: the feature's own, or (C, 1, 1) for a camera.
 
-    Other tools write (D, 1), (1, D) or, of a camera, (C,). One that has not that many numbers is returned as it is.
+    Other tools write (D, 1), (1, D) or, for a camera, (C,). A statistic with another number of values is returned as it is.
     """
     shape = tuple(feature.get("shape") or (1,))
     if name == "count":
@@ -81,12 +87,12 @@ def in_own_shape(name: str, value: np.ndarray, feature: dict) -> np.ndarray:
     if feature.get("dtype") in ("video", "image"):
         shape = (shape[-1], 1, 1)
     elif value.size != math.prod(shape):
-        shape = shape[-1:]  # LeRobot has them of all numbers, or of the last axis
+        shape = shape[-1:]  # LeRobot computes them for every number, or for the last axis
     return value.reshape(shape) if value.size == math.prod(shape) else value
 
 
 def merge_statistics(parts: list[dict]) -> dict[str, dict[str, np.ndarray]]:
-    """Statistics of the whole from those of its episodes or datasets, for the features of which every part has them.
+    """Statistics of the whole from those of its episodes or datasets, for the features that have them in every part.
 
     Raises:
         ValueError: a feature's statistics differ in shape between parts.
@@ -114,7 +120,7 @@ def remedy(meta) -> str:
 
 
 def number_features(source: Source) -> list[str]:
-    """The features that a policy may normalise, but for cameras."""
+    """The features that a policy may normalise, other than cameras."""
     return [
         key
         for key, feature in source.meta.features.items()
@@ -128,7 +134,11 @@ def number_features(source: Source) -> list[str]:
 
 
 def complete_statistics(source: Source) -> list[str]:
-    """Compute what `meta.stats` lacks of the number features, and say so in one line."""
+    """Compute the statistics of number features that `meta.stats` lacks.
+
+    Returns:
+        A line that says so, if any were computed.
+    """
     lacking = {}
     for key in number_features(source):
         missing = [name for name in BASIC if name not in source.meta.stats.get(key, {})]
@@ -136,7 +146,7 @@ def complete_statistics(source: Source) -> list[str]:
             lacking[key] = missing
     lines = fill_statistics(source, lacking)
     for key in number_features(source):
-        source.meta.stats[key].setdefault("count", np.array([source.rows]))  # which v2.0 did not write
+        source.meta.stats[key].setdefault("count", np.array([source.rows]))  # v2.0 did not write it
     return lines
 
 
@@ -153,33 +163,34 @@ def fill_statistics(source: Source, lacking: dict[str, list[str]], num_threads: 
     """
     numbers = number_features(source)
     stats = dict(source.meta.stats)
-    told = {"columns": [], "pictures": []}
+    from_columns = []
+    from_pictures = []
     for key, names in lacking.items():
         if key in numbers:
             computed = column_statistics(source.columns[key])
-            told["columns"].append(f"{' '.join(names)} of {key}")
+            from_columns.append(f"{' '.join(names)} of {key}")
         elif key in source.videos or key in source.images:
             computed = camera_statistics(source, key, num_threads)
-            told["pictures"].append(f"{' '.join(names)} of {key}")
+            from_pictures.append(f"{' '.join(names)} of {key}")
         else:
             continue
         if not stats.get(key):
             names = list(computed)
-        stats[key] = {**stats.get(key, {}), **{name: computed[name] for name in names if name in computed}}
+        stats[key] = stats.get(key, {}) | {name: computed[name] for name in names if name in computed}
     source.meta.stats = stats
 
     file = statistics_file(source.meta)
     rows = plural(source.rows, "row")
     lines = []
-    if told["columns"]:
-        lines.append(f"{file} lacks {', '.join(told['columns'])}: computed from the {rows} of the table")
-    if told["pictures"]:
-        lines.append(f"{file} lacks {', '.join(told['pictures'])}: computed from frames of the {rows}")
+    if from_columns:
+        lines.append(f"{file} lacks {', '.join(from_columns)}: computed from the {rows} of the table")
+    if from_pictures:
+        lines.append(f"{file} lacks {', '.join(from_pictures)}: computed from frames of the {rows}")
     return lines
 
 
 def column_statistics(values: Tensor) -> dict[str, np.ndarray]:
-    """LeRobot's statistics of a column (N, ...): of each of its numbers, or of the last axis where there are several."""
+    """LeRobot's statistics of a column (N, ...), for each of its numbers, or for the last axis if there are several axes."""
     from lerobot.datasets.compute_stats import get_feature_stats
 
     numbers = values.double().numpy()
@@ -187,7 +198,7 @@ def column_statistics(values: Tensor) -> dict[str, np.ndarray]:
 
 
 def camera_statistics(source: Source, key: str, num_threads: int = 1) -> dict[str, np.ndarray]:
-    """LeRobot's statistics (C, 1, 1) of a camera in [0, 1], from frames that are evenly spaced over all rows."""
+    """LeRobot's statistics (C, 1, 1) of a camera in [0, 1], from evenly spaced frames."""
     from lerobot.datasets.compute_stats import RunningQuantileStats, auto_downsample_height_width, sample_indices
 
     running = RunningQuantileStats()
@@ -203,11 +214,11 @@ def camera_statistics(source: Source, key: str, num_threads: int = 1) -> dict[st
     return {**stats, "count": np.array([len(rows)])}
 
 
-# Looking at them.
+# Checking them.
 
 
 def statistics_problems(source: Source) -> list[str]:
-    """Statistics that cannot be: not finite, of another width, or in no order. A line for each feature."""
+    """Statistics that are impossible: not finite, of another width, or out of order. A line for each feature."""
     problems = []
     for key in number_features(source):
         faults = faults_of(source.meta.stats.get(key, {}), source.meta.features[key])
@@ -219,7 +230,7 @@ def statistics_problems(source: Source) -> list[str]:
 def faults_of(stats: dict, feature: dict) -> list[str]:
     """What is wrong with the statistics of one feature, with the joint and the value."""
     shape = tuple(feature["shape"])
-    widths = {math.prod(shape), *shape[-1:]}  # LeRobot has them of all numbers, or of the last axis
+    widths = {math.prod(shape), *shape[-1:]}  # LeRobot computes them for every number, or for the last axis
     names = list(dict.fromkeys(name for names in (("std",), *ASCENDING) for name in names if name in stats))
     values = {}
     for name in names:
@@ -273,40 +284,49 @@ def joint(feature: dict, size: int, wrong: np.ndarray) -> str:
 def statistics_warnings(source: Source) -> list[str]:
     """Features whose statistics are of other data than the table's, such as from before a change of units: a line each.
 
-    They are compared with all of the dataset's rows. With only some episodes, whose joints may move less, it is only told
-    where the data leave the range of the statistics, or all joints move far less.
+    The statistics are those of the whole dataset. If only some episodes are open, whose joints may move less, there is a
+    line only if the data leave the range of the statistics, or all joints move far less.
     """
     lines = []
     whole = source.rows == source.meta.total_frames
     for key in number_features(source):
         stats = source.meta.stats.get(key, {})
-        if not {"mean", "std", "min", "max"} <= set(stats) or source.rows < 2:
+        if not stats.keys() >= set(BASIC) or source.rows < 2:
             continue
-        written = {name: stats[name].astype(np.float64).ravel() for name in ("mean", "std", "min", "max")}
+        written = {name: stats[name].astype(np.float64).ravel() for name in BASIC}
         got = table_statistics(source.columns[key], written["mean"].size)
         wrong = unlike(written, got, whole)
         if wrong.any():
             index = int(np.flatnonzero(wrong)[0])
-            both = [f"mean {s['mean'][index]:.4g}, std {s['std'][index]:.4g}, {s['min'][index]:.4g} to {s['max'][index]:.4g}"
-                    for s in (written, got)]  # fmt: skip
             lines.append(
                 f"{statistics_file(source.meta)} does not fit the table in {wrong.sum()} of {plural(wrong.size, 'number')} of {key}: "
-                f"{joint(source.meta.features[key], wrong.size, wrong)} has {both[0]} there, and {both[1]} in the table. "
-                f"{remedy(source.meta)}"
+                f"{joint(source.meta.features[key], wrong.size, wrong)} has {summary(written, index)} there, and "
+                f"{summary(got, index)} in the table. {remedy(source.meta)}"
             )
     return lines
 
 
+def summary(stats: dict[str, np.ndarray], index: int) -> str:
+    """The statistics of one number, for a message."""
+    mean, std, low, high = (stats[name][index] for name in BASIC)
+    return f"mean {mean:.4g}, std {std:.4g}, {low:.4g} to {high:.4g}"
+
+
 def table_statistics(values: Tensor, size: int) -> dict[str, np.ndarray]:
-    """Mean, std, min and max of (N, ...) by number, or by the last axis if `size` says so."""
+    """Mean, std, min and max of (N, ...) for each of `size` numbers: all of a row, or those of the last axis."""
     numbers = values.double().reshape(-1, size).numpy()
     return {"mean": numbers.mean(0), "std": numbers.std(0), "min": numbers.min(0), "max": numbers.max(0)}
 
 
 def unlike(written: dict, got: dict, whole: bool) -> np.ndarray:
-    """(D,) whether the statistics in the file are of other data than those of the table."""
+    """(D,) whether the statistics in the file are of other data than those of the table.
+
+    Args:
+        written, got: {statistic: (D,)} of the file and of the table.
+        whole: whether the table has all episodes of the dataset.
+    """
     width = written["max"] - written["min"]
-    # LeRobot computes the std of float32 as the root of a small difference, which is off by a few 1e-4 of the values.
+    # LeRobot computes the std of float32 as the root of a small difference: it is off by a few 1e-4 of the values.
     rounding = 2e-3 * np.maximum(np.abs(written["min"]), np.abs(written["max"])) + 1e-6
     outside = np.maximum(written["min"] - got["min"], got["max"] - written["max"]) > OUTSIDE * width + rounding
     if not whole:

@@ -7,10 +7,10 @@ TASK_INDEX = {"dtype": "int64", "shape": (1,), "names": None}  # the feature, as
 
 
 def set_tasks(meta) -> list[str]:
-    """Bring `meta.tasks` into LeRobot's own form: texts as the index, `task_index` as the column, here ascending.
+    """Bring `meta.tasks` into LeRobot's own form, texts as the index and `task_index` as the column, in ascending order.
 
-    Other tools write the texts as a column beside a plain index. A task without a text is left out: a row that names it is
-    a problem of its own.
+    Other tools write the texts as a column beside a plain index. A task without a text is left out, and rows that name it
+    are reported by `task_problems`.
 
     Args:
         meta: LeRobot's metadata, which is changed.
@@ -25,7 +25,7 @@ def set_tasks(meta) -> list[str]:
     frame = meta.tasks
     if frame is None and (meta.root / file).is_file():  # LeRobot skips the file where info.json counts no tasks
         frame = load_tasks(meta.root)
-    meta.tasks = pandas.DataFrame({"task_index": []}, index=pandas.Index([], name="task"), dtype=np.int64)
+    meta.tasks = task_frame({})
     if frame is None or len(frame) == 0:
         return []
 
@@ -39,7 +39,7 @@ def set_tasks(meta) -> list[str]:
     numbers = pandas.to_numeric(pandas.Series(indices), errors="coerce")
     tasks = {}
     for text, written, number in zip(texts, indices, numbers, strict=True):
-        if number % 1 != 0:  # nan too
+        if number % 1 != 0 or abs(number) >= 2**63:  # NaN too, and what int64 cannot hold
             return [f"{file}: expected whole numbers as task_index, got {written!r} of task {text!r}"]
         if pandas.isna(text):
             continue
@@ -48,9 +48,16 @@ def set_tasks(meta) -> list[str]:
                 f"{file}: task_index {int(number)} has two texts, {tasks[int(number)]!r} and {text!r}. "
                 "Give each task an index of its own, in the column task_index of the table too"
             ]
-    tasks = dict(sorted(tasks.items()))
-    meta.tasks = pandas.DataFrame({"task_index": list(tasks)}, index=pandas.Index(list(tasks.values()), name="task"))
+    meta.tasks = task_frame(dict(sorted(tasks.items())))
     return []
+
+
+def task_frame(tasks: dict[int, str]):
+    """{task_index: text} in the form of LeRobot's `meta.tasks`."""
+    import pandas
+
+    texts = pandas.Index(list(tasks.values()), name="task")
+    return pandas.DataFrame({"task_index": list(tasks)}, index=texts, dtype=np.int64)
 
 
 def tasks_file(meta) -> str:
@@ -61,7 +68,7 @@ def tasks_file(meta) -> str:
 
 
 def text_values(frame) -> list | None:
-    """The texts: the column task, else the index, else the one column of texts; None if that leaves a choice or nothing."""
+    """The texts: the column task, else the index, else the only column of texts; None if there is none, or more than one."""
     columns = {name: frame[name].tolist() for name in frame.columns if is_text(frame[name])}
     if "task" in columns:
         return columns["task"]
@@ -78,7 +85,7 @@ def is_text(values) -> bool:
 
 
 def index_values(frame) -> list | None:
-    """The column task_index, or an index of numbers that was stored. A mere row number says nothing."""
+    """The column task_index, else the index if it was stored as numbers; None for a mere count of the rows."""
     import pandas
 
     if "task_index" in frame.columns:
@@ -89,9 +96,9 @@ def index_values(frame) -> list | None:
 
 
 def complete_task_index(meta, table: pa.Table) -> pa.Table:
-    """The table, with a column task_index where it has none and there is only one task that its rows can be of.
+    """The table with its column task_index, which is added if it is missing and the dataset has a single task.
 
-    Adds the feature to `meta.features` where info.json does not list it.
+    Adds the feature to `meta.features` if info.json does not list it.
     """
     if "task_index" not in table.column_names and len(meta.tasks) == 1:
         only = int(meta.tasks["task_index"].iloc[0])

@@ -13,6 +13,7 @@ from data.observations import observation_names, observations_flag
 from data.pictures import with_full_paths
 from data.source import Source
 from data.statistics import merge_statistics
+from data.tasks import task_frame
 from data.videos import Videos
 from errors import DELETE_STATISTICS, UserError, likeliest_pairs, one_line, rename_flag
 
@@ -66,7 +67,7 @@ def unite(sources: list[Source], rename: dict[str, str] | None = None) -> Source
         warnings=[f"{source.name}: {warning}" for source in sources for warning in source.warnings],
         left_out=[name for source in sources for name in source.left_out],
         renamed={old: new for source in sources for old, new in source.renamed.items()},
-        recorded_sizes={key: [recorded_size(source, key) for source in sources] for key in first.meta.camera_keys},
+        recorded_sizes={key: [source.recorded_size(key, 0) for source in sources] for key in first.meta.camera_keys},
     )
 
 
@@ -89,7 +90,7 @@ def check_alike(first: Source, other: Source, rename: dict[str, str]) -> None:
 
 
 def remedy_for(first: Source, other: Source, expected: dict, got: dict, rename: dict[str, str]) -> str:
-    """How to make two datasets alike: with other names, without the observations in which they differ, or both."""
+    """How to make two datasets alike: rename features, leave out the observations in which they differ, or both."""
     missing = {name: text for name, text in expected.items() if name not in got and name.startswith("observation.")}
     surplus = {name: text for name, text in got.items() if name not in expected}
     pairs = likeliest_pairs(missing, surplus) | other_action(expected, got) | other_action(got, expected)
@@ -109,7 +110,7 @@ def remedy_for(first: Source, other: Source, expected: dict, got: dict, rename: 
 
 
 def other_action(has: dict, lacks: dict) -> dict[str, str]:
-    """{name: "action"} of what is like one dataset's action in another one that has none; empty if nothing is."""
+    """{name: "action"} for the feature of `lacks` that is most like the action of `has`; empty if none is, or none is needed."""
     if "action" not in has or "action" in lacks:
         return {}
     candidates = {name: text for name, text in lacks.items() if name not in has}
@@ -117,7 +118,7 @@ def other_action(has: dict, lacks: dict) -> dict[str, str]:
 
 
 def described(source: Source) -> dict[str, str]:
-    """What datasets must have in common. How their videos are encoded may differ, and the size of their pictures."""
+    """What datasets must have in common. Their videos' encoding and their pictures' size may differ."""
     facts = {"fps": f"{source.meta.fps}"}
     for key, feature in source.meta.features.items():
         shape = tuple(feature["shape"])
@@ -149,8 +150,6 @@ def size_problems(source: Source, keys: set[str], image_size: list[int] | None) 
 
 def merge_metadata(sources: list[Source], name: str, tasks: list[str]):
     """The first dataset's metadata, with the statistics that all have, merged, and the tasks of all."""
-    import pandas
-
     meta = copy.copy(sources[0].meta)
     meta.repo_id = "+".join(source.meta.repo_id for source in sources)
     try:
@@ -159,14 +158,8 @@ def merge_metadata(sources: list[Source], name: str, tasks: list[str]):
         raise UserError(
             f"the statistics of {name} cannot be merged ({one_line(error)[:160]}). {DELETE_STATISTICS}"
         ) from error
-    meta.tasks = pandas.DataFrame({"task_index": range(len(tasks))}, index=pandas.Index(tasks, name="task"))
+    meta.tasks = task_frame(dict(enumerate(tasks)))
     return meta
-
-
-def recorded_size(source: Source, key: str) -> tuple[int, int]:
-    """(height, width) of a camera's pictures by info.json."""
-    height, width, _ = source.meta.features[key]["shape"]
-    return height, width
 
 
 def starts_of(lengths: list[int]) -> list[int]:

@@ -16,7 +16,7 @@ VIDEO_PATH = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_inde
 
 
 def fill_v2_metadata(meta, info: dict) -> None:
-    """Read a v2.1 or v2.0 folder's metadata into LeRobot's v3.0 class, with the values that LeRobot's converter would write.
+    """Read a v2.1 or v2.0 folder's metadata into LeRobot's v3.0 class, with the values that LeRobot's converter writes.
 
     Args:
         meta: LeRobot's metadata with its `root`.
@@ -42,9 +42,9 @@ def fill_v2_metadata(meta, info: dict) -> None:
 
 
 def converted_info(info: dict) -> dict:
-    """The settings of a v2.1 or v2.0 info.json, with what v3.0 writes into features; its file names stay as they are."""
+    """The settings of a v2.1 or v2.0 info.json, with fps in each feature as v3.0 has it. File names stay as they are."""
     converted = {"data_path": DATA_PATH, "video_path": VIDEO_PATH, **info}
-    if converted["video_path"] is None:  # as of a dataset without videos
+    if converted["video_path"] is None:  # a dataset without videos may say so
         converted["video_path"] = VIDEO_PATH
     if info["fps"] == int(info["fps"]):  # a rate such as 29.97 stays as it is
         converted["fps"] = int(info["fps"])
@@ -55,7 +55,7 @@ def converted_info(info: dict) -> dict:
 
 
 def read_stats(meta, described: set[int], features: dict) -> dict:
-    """Statistics of the whole dataset, by episode or not; empty where there are none, or not of every episode.
+    """Statistics of the whole dataset, merged from its episodes' in v2.1; empty if there are none, or an episode has none.
 
     Args:
         meta: LeRobot's metadata, whose `warnings` get a line for what is left out.
@@ -86,7 +86,7 @@ def read_stats(meta, described: set[int], features: dict) -> dict:
 
 
 def episode_rows(episodes: list[dict], meta) -> list[dict]:
-    """meta/episodes of v3.0: each episode's rows in the whole dataset, and its files, one of each kind an episode."""
+    """meta/episodes as in v3.0: each episode's rows in the whole dataset, and its own table and videos."""
     rows = []
     end = 0
     for line in episodes:
@@ -126,11 +126,11 @@ def read_json_lines(path: Path, fields: dict[str, type]) -> list[dict]:
         where = f"{path} line {number}"
         try:
             line = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter of deeply nested lists
             raise UserError(f"{where} is not valid JSON: {one_line(error)}. Copy or download the file again") from None
         for name, kind in fields.items():
             got = line.get(name) if isinstance(line, dict) else None
-            if not isinstance(got, kind) or isinstance(got, bool) or (kind is int and got < 0):
+            if not isinstance(got, kind) or isinstance(got, bool) or (kind is int and not 0 <= got < 2**63):
                 raise UserError(f"{where}: expected {name} of type {kind.__name__}, got {got!r}. Correct that line")
         index = line[key]
         if index in lines and lines[index] != line:

@@ -14,9 +14,9 @@ from errors import UserError, plural
 
 
 def fill_v3_metadata(meta, info: dict) -> None:
-    """Read a v3.0 folder's metadata into LeRobot's class, as its constructor does, with our messages.
+    """Read a v3.0 folder's metadata into LeRobot's class, as the class's constructor does, but with our messages.
 
-    The constructor would look for missing files on the Hub, and read no episodes where info.json counts none.
+    The constructor would look for missing files on the Hub, and read no episodes if info.json counts none.
 
     Args:
         meta: LeRobot's metadata with its `root`.
@@ -46,17 +46,18 @@ def fill_v3_metadata(meta, info: dict) -> None:
 
 
 def read_episodes(files: list[Path], warnings: list[str]) -> pa.Table:
-    """The rows of meta/episodes, without statistics, by ascending episode.
+    """The rows of meta/episodes without statistics, by ascending episode.
 
-    A last file that is damaged is left out: a recording that was interrupted leaves one.
+    The last of several files is left out if it is damaged: an interrupted recording leaves it so.
 
     Args:
         files: those of meta/episodes, in their order.
         warnings: gets a line for what is left out.
 
     Raises:
-        UserError: a file is damaged, or an episode is described twice or without what reading it needs.
+        UserError: another file is damaged or lacks a column, or an episode is described twice.
     """
+    folder = files[0].parent.parent
     tables = []
     for file in files:
         check_readable(file)
@@ -76,26 +77,24 @@ def read_episodes(files: list[Path], warnings: list[str]) -> pa.Table:
                 raise UserError(
                     f"{file}: expected whole numbers in the column {name}. Copy or download the dataset again"
                 )
-    with reading(files[0].parent.parent):
+    with reading(folder):
         table = pa.concat_tables(tables, promote_options="permissive")
     index = table["episode_index"].to_pylist()
     if min(index, default=0) < 0:
-        raise UserError(
-            f"{files[0].parent.parent} describes episode {min(index)}: expected numbers from 0 on. Correct it"
-        )
+        raise UserError(f"{folder} describes episode {min(index)}: expected numbers from 0 on. Correct it")
     twice = [episode for episode, count in Counter(index).items() if count > 1]
     if twice:
         raise UserError(
-            f"{files[0].parent.parent} describes {counted(twice)} more than once, in {plural(len(files), 'file')}. "
+            f"{folder} describes {counted(twice)} more than once, in {plural(len(files), 'file')}. "
             "Remove the file that is left over, or download the dataset again"
         )
     return table if index == sorted(index) else table.sort_by("episode_index")
 
 
 def placement_warnings(source: Source) -> list[str]:
-    """A line for each camera with episodes that begin at another time of their video than meta/episodes says.
+    """A line for each camera with episodes that begin at another time in their video than from_timestamp says.
 
-    Frames are counted, in the order of from_timestamp; LeRobot looks them up at that time, and finds others then.
+    Armature counts frames in the order of from_timestamp. LeRobot looks them up by time, and would read other frames.
     """
     warnings = []
     meta = source.meta

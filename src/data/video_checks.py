@@ -1,4 +1,4 @@
-"""What is wrong with a dataset's videos, and what is doubtful: by each file's own list of frame times."""
+"""What is wrong with a dataset's videos, or doubtful, by each file's own list of frame times."""
 
 from collections import Counter
 from pathlib import Path
@@ -14,7 +14,7 @@ MAX_CLOCK_ERROR = 1e-3  # seconds by which a video's clock may differ from the t
 
 
 def video_faults(source: Source) -> dict[str, dict[Path, str]]:
-    """{camera: {file: what is wrong with it}}, of videos that are not there, not whole, or do not fit the table and info.json."""
+    """{camera: {file: what is wrong with it}} for videos that are missing, cut short, or unlike the table and info.json."""
     faults = {}
     for key, videos in source.videos.items():
         problems = {path: video_problem(source, key, file) for file, path in enumerate(videos.files)}
@@ -47,7 +47,7 @@ def video_problem(source: Source, key: str, file: int) -> str | None:
 
 
 def video_warnings(source: Source) -> list[str]:
-    """Rotation flags, and how far each camera's clock is off the table's; both do no harm."""
+    """Rotation flags, and how far each camera's clock is off the table's. Frames are read right in spite of either."""
     warnings = []
     for key, videos in source.videos.items():
         rotations = Counter(times.rotation for times in videos.times if times.rotation)
@@ -60,7 +60,7 @@ def video_warnings(source: Source) -> list[str]:
 
 
 def clock_warnings_of(source: Source, key: str, videos: Videos) -> list[str]:
-    """A line where a camera's frames are shown neither at the table's timestamps nor at frame_index / fps."""
+    """A line if a camera's frames are shown neither at the table's timestamps nor at frame_index / fps."""
     regular = source.frame_index.double() / source.meta.fps
     in_table = source.columns.get("timestamp", regular).double()
     errors = clock_errors(source, videos, in_table.numpy())  # (N,)
@@ -75,7 +75,7 @@ def clock_warnings_of(source: Source, key: str, videos: Videos) -> list[str]:
 
 
 def clock_errors(source: Source, videos: Videos, clock: np.ndarray) -> np.ndarray:
-    """(N,) seconds between when a video shows each frame and a (N,) clock, both counted from the episode's first frame."""
+    """(N,) seconds between a (N,) clock and the times at which frames are shown, both counted from the episode's first frame."""
     errors = np.zeros(source.rows)
     for position, start in enumerate(source.starts.tolist()):
         end = int(source.ends[position])

@@ -1,4 +1,4 @@
-"""Where a camera's frames are: which video file, and which frames of it, hold each episode.
+"""Where a camera's frames are: which video file holds each episode, and at which frames.
 
 E selected episodes.
 """
@@ -20,10 +20,10 @@ class Videos:
 
     Attributes:
         files: videos that hold frames of the selected episodes.
-        rows_per_file: how many frames each file holds by the metadata: a frame for each row, selected or not.
+        rows_per_file: how many frames each file must hold by the metadata: one for each row, selected or not.
         file_index: (E,) position in `files` of each selected episode's video.
         first_frame: (E,) number of each selected episode's first frame in that video.
-        times: when the frames of each of `files` are shown, or why it cannot be read; empty until they are read.
+        times: when the frames of each file are shown, or why it cannot be read; empty until the files are read.
     """
 
     files: list[Path]
@@ -60,10 +60,11 @@ def find_videos(meta, key: str, episodes: list[int]) -> Videos:
 
 
 def skip_undescribed(videos: Videos, meta, key: str, episodes: list[int]) -> list[str]:
-    """Place the episodes of v3.0 videos that hold frames of an episode that was deleted from the metadata by hand.
+    """Correct the places of episodes in v3.0 videos that still hold an episode that was deleted from the metadata by hand.
 
-    Only where an episode is missing in the metadata, the video's clock is regular, and from_timestamp and to_timestamp of the
-    others leave a gap that its frames fill. Other videos stay as they are, and are refused for their number of frames.
+    This needs an episode that is missing from the metadata, a video with a regular clock, and a gap between from_timestamp
+    and to_timestamp of the other episodes that the extra frames fill. Other videos stay as they are, and are refused for
+    their number of frames.
 
     Args:
         videos: as `find_videos` gives it, with its times; changed.
@@ -100,12 +101,12 @@ def skip_undescribed(videos: Videos, meta, key: str, episodes: list[int]) -> lis
 
 
 def frames_by_clock(times: FrameTimes, spans: list[tuple], may_have_tail: bool) -> dict[int, int] | None:
-    """{episode: its first frame} by the times at which episodes begin and end; None where these do not fit the frames.
+    """{episode: its first frame} by the times at which episodes begin and end; None if these do not fit the frames.
 
     Args:
-        times: of a video with a regular clock; with another one nothing fits.
-        spans: (seconds of begin, seconds of end, episode, rows) of the episodes in it, in order.
-        may_have_tail: whether frames may follow the last of them.
+        times: of the video. Nothing fits if its clock is irregular.
+        spans: (from_timestamp, to_timestamp, episode, rows) of the episodes in it, in order.
+        may_have_tail: whether frames may follow the last episode.
     """
     gaps = np.diff(times.seconds)
     gap = float(np.median(gaps))

@@ -1,4 +1,7 @@
-"""Statistics of a dataset that normalising can use and undo."""
+"""Statistics as a policy normalises by them: made usable, and checked in its processors.
+
+How a dataset's own statistics are read, completed and checked is in data/statistics.py.
+"""
 
 import math
 from copy import deepcopy
@@ -22,14 +25,14 @@ EMPTY_CAMERA = ".empty_camera_"  # part of the names of cameras that LeRobot's V
 NORMALISE_THEMSELVES = ("groot",)  # in steps of their own
 UNDONE_BY = {"lingbot_va": "QUANTILES"}  # the mode by which the action is unnormalised
 ROUNDING = 1e-3  # by which the statistics of pictures may leave 0 to 1
-RANGES = (("min", "max"), ("q01", "q99"), ("q10", "q90"))
+RANGES = [names for mode, names in STATS_OF_MODE.items() if mode != "MEAN_STD"]
 
 
 def usable_stats(meta, imagenet: bool) -> dict:
-    """The dataset's statistics, made such that normalising and undoing it is the identity.
+    """The dataset's statistics, changed so that unnormalising gives back what was normalised.
 
-    LeRobot divides by std + 1e-8 and multiplies by std: where a joint never moves, it turns a rounding error into noise of
-    order 1 that nothing undoes. Here such a joint gets a std of 1 and a range of 2 or more instead.
+    LeRobot divides by std + 1e-8 and multiplies by std: for a joint that never moves, it turns a rounding error into noise
+    of order 1 that nothing undoes. Here such a joint gets a std of 1 and a range of 2 or more instead.
 
     Args:
         meta: LeRobot's metadata of the dataset.
@@ -55,7 +58,7 @@ def widen_constant(stats_of_key: dict) -> dict:
     """The statistics of one feature, with unit width where it is constant."""
     widened = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in stats_of_key.items()}
     if len({value.shape for name, value in widened.items() if name != "count"}) > 1:
-        return widened  # of a camera, say, whose statistics are not used
+        return widened  # such as those of a camera that was left out
     error = rounding_error(widened["mean"])
     if "std" in widened:
         constant = widened["std"] <= error
@@ -71,7 +74,7 @@ def widen_constant(stats_of_key: dict) -> dict:
 
 
 def rounding_error(values: torch.Tensor) -> torch.Tensor:
-    """How far values may differ from their mean by rounding."""
+    """How far rounding may put values from their mean."""
     return values.abs() * 1e-6 + 1e-12
 
 
@@ -96,7 +99,7 @@ def needed_statistics(config) -> dict[str, tuple[str, ...]]:
 
 
 def stats_problems(config, stats: dict) -> list[str]:
-    """Features that the policy normalises without having usable statistics, a line each; LeRobot would not normalise them.
+    """Features that the policy normalises and that have no usable statistics, a line each. LeRobot would not normalise them.
 
     Args:
         config: the policy's config.
@@ -126,7 +129,7 @@ def stats_problems(config, stats: dict) -> list[str]:
 
 
 def require_statistics(config, preprocessor, postprocessor, inputs: list[str], holder: str) -> None:
-    """Refuse pipelines that do not normalise, or undo it, as the policy's config says: LeRobot would pass numbers on as they are.
+    """Refuse pipelines that do not normalise and unnormalise as the policy's config says. LeRobot would pass the numbers on.
 
     Args:
         config: the policy's config.
@@ -135,7 +138,7 @@ def require_statistics(config, preprocessor, postprocessor, inputs: list[str], h
         holder: the policy's folder.
 
     Raises:
-        UserError: a step is missing, normalises in another way, or has no statistics or such that cannot be.
+        UserError: a step is missing, normalises in another way, or has no statistics or impossible ones.
     """
     if config.type in NORMALISE_THEMSELVES:
         return
@@ -159,9 +162,10 @@ def require_statistics(config, preprocessor, postprocessor, inputs: list[str], h
                 mode = mode_in_step(step, key)
                 if is_known and mode != wanted:
                     faults.append(f"{file} normalises {key} by {mode}, but config.json says {wanted}")
-                else:
-                    fault = fault_in_step(step, key, mode, features_of(config).get(key))
-                    faults += [f"{file} normalises {key} and has {fault}"] if fault else []
+                    continue
+                fault = fault_in_step(step, key, mode, features_of(config).get(key))
+                if fault is not None:
+                    faults.append(f"{file} normalises {key} and has {fault}")
     if faults:
         remedy = "Train it on a dataset, whose statistics it takes: train.py --policy_path"
         if absent:
@@ -175,7 +179,7 @@ def features_of(config) -> dict:
 
 
 def wanted_mode(config, key: str, undone: bool) -> str:
-    """Name of the mode by which a policy's config says that a feature is normalised, or by which that is undone."""
+    """Name of the mode by which a policy's config says that a feature is normalised, or unnormalised if `undone`."""
     if undone and config.type in UNDONE_BY:
         return UNDONE_BY[config.type]
     feature = features_of(config).get(key)
@@ -184,12 +188,12 @@ def wanted_mode(config, key: str, undone: bool) -> str:
 
 
 def name_of_mode(mode) -> str:
-    """The name of one of LeRobot's normalization modes, where None stands for IDENTITY."""
+    """The name of one of LeRobot's normalization modes; IDENTITY for None."""
     return getattr(mode, "value", "IDENTITY")
 
 
 def mode_in_step(step, key: str) -> str:
-    """Name of the mode by which a step normalises a feature, or undoes it for the action."""
+    """Name of the mode by which a step normalises a feature, or unnormalises the action."""
     if isinstance(step, UnnormalizerProcessorStep) and key == "action":
         return name_of_mode(step.norm_map.get(FeatureType.ACTION))
     if not isinstance(step, NormalizerProcessorStep) or key not in step.features:
@@ -204,7 +208,7 @@ def fault_in_step(step, key: str, mode: str, feature) -> str | None:
     """What is wrong with the statistics by which a step normalises a feature; None if nothing is.
 
     Args:
-        feature: the policy's, for a step that does not describe it; None if it has none.
+        feature: the policy's description, used if the step has none; None if the policy has none either.
     """
     names = STATS_OF_MODE[mode]
     held = step.state_dict()
@@ -229,7 +233,7 @@ def fault_in_step(step, key: str, mode: str, feature) -> str | None:
 
 
 def fits(value: torch.Tensor, feature) -> bool:
-    """Whether LeRobot's normalising takes a statistic for what it is: one number a channel, or one for each of a vector's."""
+    """Whether a statistic has the shape that LeRobot's normalising expects: a number for each channel or vector element."""
     shape = tuple(feature.shape)
     if feature.type is FeatureType.VISUAL:
         return value.numel() == shape[0] and tuple(value.shape[-3:]) == (shape[0], 1, 1)

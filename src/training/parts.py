@@ -79,7 +79,7 @@ def build_source(config: TrainConfig) -> Source:
 
 
 def observations_of(config: TrainConfig, folders: list) -> list[list[str] | None]:
-    """The patterns of --observations for each dataset. Of several, each gets those that match something in it.
+    """The patterns of --observations for each dataset: of several datasets, each gets the patterns that match something in it.
 
     Args:
         folders: where each dataset is downloaded to.
@@ -98,10 +98,10 @@ def observations_of(config: TrainConfig, folders: list) -> list[list[str] | None
 
 
 def rename_apart(sources: list[Source], rename: dict[str, str]) -> None:
-    """Rename in the sources what the first step of the policy's processors cannot.
+    """Rename features in the sources that the first step of the policy's processors cannot rename.
 
-    That is a name that only some of the datasets have, which renaming makes alike, and one that does not begin with
-    `observation.`, which LeRobot's step does not see.
+    These are features that only some of the datasets have, which renaming makes alike, and features whose name does not
+    begin with `observation.`, which LeRobot's step does not see.
     """
     holders = {old: sum(old in source.meta.features for source in sources) for old in rename}
     apart = {old for old in rename if holders[old] < len(sources) or not old.startswith("observation.")}
@@ -149,14 +149,14 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
     base = None
     if checkpoint is None and config.policy_path:
         fetched = hub.fetch(config.policy_path, "--policy_path")
-        distributed.on_main(lambda: verify_policy(fetched))  # before another folder that may lie in it is looked for
+        distributed.on_main(lambda: verify_policy(fetched))  # before a folder within it is chosen
         folder = resolve_policy_folder(fetched)
         base = str(folder.resolve()) if Path(os.path.expanduser(config.policy_path)).exists() else config.policy_path
 
     # What the dataset gives, under the names and in the sizes that the policy gets.
     given = parse_rename(config.rename)
     rename = {old: new for old, new in given.items() if old not in source.renamed}
-    if checkpoint is not None:  # a run on several datasets may go on with one that has only the new name
+    if checkpoint is not None:  # a run on several datasets may be resumed with one that has only the new name
         has = source.meta.features
         rename = {old: new for old, new in rename.items() if old in has or new not in has}
     image_size = config.image_size
@@ -198,10 +198,7 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
     # Statistics to normalise by; a checkpoint's processors hold their own.
     stats = None
     if checkpoint is None:
-        lacking = lacking_statistics(policy, source, rename, config.imagenet_stats == "on")
-        source.warnings += fill_statistics(source, lacking, thread_count(config.num_threads))
-        stats = usable_stats(source.meta, config.imagenet_stats == "on")
-        stats = {rename.get(key, key): value for key, value in stats.items()}
+        stats = complete_stats(policy, source, rename, config)
         problems = policy_problems(policy, image_size, given, source.left_out)
         if not source.problems:  # else statistics may be missing because their columns are, and shapes be wrong
             problems = stats_problems(policy, stats) + shape_problems(policy) + problems
@@ -221,6 +218,15 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
     )
 
 
+def complete_stats(policy_config, source: Source, rename: dict[str, str], settings: TrainConfig) -> dict:
+    """The statistics that a policy normalises by, under its names. What the dataset lacks is computed from its data."""
+    imagenet = settings.imagenet_stats == "on"
+    lacking = lacking_statistics(policy_config, source, rename, imagenet)
+    source.warnings += fill_statistics(source, lacking, thread_count(settings.num_threads))
+    stats = usable_stats(source.meta, imagenet)
+    return {rename.get(key, key): value for key, value in stats.items()}
+
+
 def lacking_statistics(policy_config, source: Source, rename: dict[str, str], imagenet: bool) -> dict[str, list[str]]:
     """{feature of the dataset: statistics} that a policy normalises by and the dataset does not have.
 
@@ -235,7 +241,8 @@ def lacking_statistics(policy_config, source: Source, rename: dict[str, str], im
     for key in source.meta.features:
         names = needed.get(rename.get(key, key), ())
         if key == "observation.state":
-            names = dict.fromkeys([*names, *needed.get(ENVIRONMENT_STATE, ())])  # which may be a copy of it
+            # The environment state may be a copy of it.
+            names = dict.fromkeys([*names, *needed.get(ENVIRONMENT_STATE, ())])
         known = set(source.meta.stats.get(key, {}))
         if imagenet and key in source.meta.camera_keys:
             known |= set(IMAGENET)
@@ -246,16 +253,22 @@ def lacking_statistics(policy_config, source: Source, rename: dict[str, str], im
 
 
 def names_of(policy_config, features: dict) -> dict[str, list[str]]:
-    """The joint names of what a policy takes and gives, as far as the dataset has any. Features under the policy's names."""
+    """{feature: joint names} of a policy's inputs and outputs, for those that have names in the dataset.
+
+    Args:
+        features: the dataset's, under the policy's names.
+    """
     names = {}
     for key in (*policy_config.input_features, *policy_config.output_features):
         if key in features and features[key]["dtype"] not in PICTURES:
-            names[key] = joint_names(features[key])
-    return {key: names_of_key for key, names_of_key in names.items() if names_of_key is not None}
+            names_of_key = joint_names(features[key])
+            if names_of_key is not None:
+                names[key] = names_of_key
+    return names
 
 
 def unused_observations(policy_config, inputs: dict, rename: dict[str, str]) -> list[str]:
-    """Observations of the dataset that a policy does not take, by the dataset's names.
+    """Observations that a policy does not take, under the dataset's names.
 
     Args:
         inputs: the dataset's features, under its own names.
@@ -295,7 +308,7 @@ def set_dataset_names(policy_config, features: dict) -> None:
 
 
 def build_training_policy(plan: PolicyPlan, meta):
-    """The policy on its device, with its adapters, and frozen where --freeze says so."""
+    """The policy on its device, with adapters if --peft asks for them, and with the weights frozen that --freeze names."""
     settings = plan.settings
     policy = build_policy(plan.config, meta, plan.folder)
     if settings.peft and not plan.config.use_peft:
@@ -306,7 +319,7 @@ def build_training_policy(plan: PolicyPlan, meta):
 
 
 def build_processors(plan: PolicyPlan, meta):
-    """(preprocessor, postprocessor): a checkpoint's as they are, a base's with this dataset's statistics, or new ones."""
+    """(preprocessor, postprocessor): a checkpoint's unchanged, a base's with this dataset's statistics, or new ones."""
     if plan.resumed:
         preprocess, postprocess = load_processors(plan.folder, plan.config.device)
         if plan.rename:
@@ -319,7 +332,7 @@ def build_processors(plan: PolicyPlan, meta):
 
 
 def checkpoint_bytes(plan: PolicyPlan, meta) -> int | None:
-    """Bytes of one checkpoint, estimated without building the policy; None where its code needs real weights to be built."""
+    """Bytes of one checkpoint, estimated without building the policy; None if its code needs real weights to be built."""
     if plan.settings.peft or plan.config.use_peft:
         return 0  # adapters take a few MB
     if plan.folder is not None:
@@ -336,7 +349,7 @@ def with_optimizer(weights: int, settings: TrainConfig) -> int:
 
 
 def weight_bytes_on_meta_device(policy_config, meta) -> int | None:
-    """Bytes of a new policy's weights, from a copy of it that holds none."""
+    """Bytes of a new policy's weights, from a copy without values; None if the policy cannot be built without."""
     trial = copy.deepcopy(policy_config)
     trial.device = "meta"
     if hasattr(trial, "pretrained_backbone_weights"):
@@ -344,11 +357,8 @@ def weight_bytes_on_meta_device(policy_config, meta) -> int | None:
     try:
         with torch.device("meta"):
             policy = build_policy(trial, meta)
-    except (
-        NotImplementedError,
-        RuntimeError,
-    ):  # torch's, about tensors without values: some policies compute in __init__
-        return None
+    except (NotImplementedError, RuntimeError):
+        return None  # some policies compute in __init__, which tensors without values do not allow
     return weight_bytes(policy)
 
 
