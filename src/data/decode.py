@@ -203,7 +203,7 @@ class Decoder:
         path = self.source.videos[key].files[file]
         times = self.source.videos[key].times[file]
         frames = None
-        # Both give the same pixels, and PyAV finds frames that torchcodec does not, such as the last of an open group.
+        # PyAV finds frames that torchcodec does not, such as the last of an open group. Pixels differ by rounding at most.
         for video_decoder in dict.fromkeys([self.torchcodec[0], None]):
             try:
                 with self._reader(path, times, video_decoder) as reader:

@@ -64,7 +64,7 @@ def read_tables(meta, selected: list[int], lengths: dict[int, int]) -> EpisodeTa
     """
     if not selected:
         raise UserError(f"dataset {meta.root} has no episodes: record some, or download it again")
-    # The files that the metadata names for these episodes; where it names none, all.
+    # The files that the metadata names for these episodes, or all files if it names none.
     present = sorted(path for path in (meta.root / "data").glob("*/*.parquet") if not is_hidden(path))
     paths = data_paths(meta)
     files = present
