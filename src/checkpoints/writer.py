@@ -298,9 +298,8 @@ def write_checkpoint(
             unflushed = flush(path) or unflushed
         check()
         if os.path.lexists(checkpoint):  # an earlier branch of this run wrote this step
-            if os.path.lexists(backup):
-                with contextlib.suppress(OSError):  # only its name must be free
-                    discard(backup)
+            with contextlib.suppress(OSError):  # most often there is none, and only its name must be free
+                discard(backup)
             os.rename(checkpoint, backup)
         os.rename(folder, checkpoint)
         unflushed = flush(output_dir) or unflushed
