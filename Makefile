@@ -4,7 +4,7 @@ train:
 	./setup && .venv/bin/python src/train.py --config_path configs/quickstart.json
 
 test:
-	./setup && .venv/bin/python -m pytest
+	./setup && .venv/bin/python -m pytest -n 2
 
 slow:
 	./setup && .venv/bin/python -m pytest -m slow

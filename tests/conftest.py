@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # with -n: each worker, and each process that it starts, computes on one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 pytest.register_assert_rewrite("helpers")  # its assertions show their values too
 
 from helpers.paths import REAL, ROOT, WITHOUT_TORCHCODEC  # noqa: E402

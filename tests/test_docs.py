@@ -131,4 +131,4 @@ def test_readme_is_short():
 def test_the_two_commands_of_the_readme():
     """Others rely on them as they are."""
     assert "./setup && .venv/bin/python src/train.py --config_path configs/quickstart.json\n" in blocks(PAGES[0], "sh")
-    assert "./setup && .venv/bin/python -m pytest\n" in blocks(PAGES[0], "sh")
+    assert "./setup && .venv/bin/python -m pytest -n 2\n" in blocks(PAGES[0], "sh")
