@@ -55,6 +55,7 @@ def test_a_disk_without_room_for_a_checkpoint(made, tmp_path, nothing_is_built, 
 
 def test_a_disk_without_room_for_all_checkpoints_is_a_warning(made, tmp_path, monkeypatch):
     settings = small(dataset_id=str(made("video")), output_dir=str(tmp_path / "run"), steps=100, save_freq=1)
+    free_bytes(monkeypatch, 10**15)
     with plan_run(settings) as plan:
         size = plan.checkpoint_bytes
         assert not plan.warnings
