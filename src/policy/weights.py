@@ -47,11 +47,24 @@ def load_renamed(policy, path: Path) -> None:
         with quiet_lerobot():
             state = policy._fix_pytorch_state_dict_keys(state, policy.config)
         state = {f"model.{name.removeprefix('model.')}": tensor for name, tensor in state.items()}
+    load_tensors(policy, path, state)
+
+
+def load_tensors(policy, path: Path, state: dict, optional=()) -> None:
+    """Load tensors under the policy's own names.
+
+    Args:
+        path: file that the tensors are from, for messages.
+        optional: names whose tensors may be missing.
+
+    Raises:
+        UserError: the tensors are not those of the policy.
+    """
     # Not strict, because tensors that share memory have several names in the policy and one in the file.
     missing, unexpected = policy.load_state_dict(state, strict=False)
     tensors = policy.state_dict()
     loaded = {tensors[name].data_ptr() for name in state if name in tensors}
-    missing = [name for name in missing if tensors[name].data_ptr() not in loaded]
+    missing = [name for name in missing if name not in optional and tensors[name].data_ptr() not in loaded]
     if missing or unexpected:
         raise UserError(misfit(policy, path, f"missing {missing[:3]}, unexpected {unexpected[:3]}"))
 

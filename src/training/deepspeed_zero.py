@@ -76,9 +76,9 @@ class DeepSpeedDistributed(Distributed):
             return {}
         return state
 
-    def load_weights(self, policy, path) -> None:
-        """Load a file of weights, into the fp32 copies that the engine updates as well."""
-        super().load_weights(policy, path)
+    def load_weights(self, policy, path, tensors, optional) -> None:
+        """Load weights, into the fp32 copies that the engine updates as well."""
+        super().load_weights(policy, path, tensors, optional)
         self.engine.optimizer.refresh_fp32_params()
 
     def optimizer_state(self, policy, optimizer) -> dict:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -20,17 +19,19 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from errors import UserError
 from policy.adapters import adapter_state_dict, has_adapters, load_adapter_state_dict
-from policy.factory import load_weights
+from policy.weights import load_tensors
 from runtime import StopSignals, autocast, pick_device
 
 UNSHARDED = StateDictOptions(full_state_dict=True, cpu_offload=True)
+UNSHARDED_SOME = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 # What torch's optimizers keep of each parameter, in its shape.
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta")
+
 
 PROBE_TAG = 0x10057  # of messages that nobody sends
 PROBE_SECONDS = 2  # for the system to report a connection as closed
@@ -327,14 +328,26 @@ class Distributed:
             return adapter_state_dict(policy, policy.state_dict())
         return policy.state_dict()
 
-    def load_weights(self, policy, path: Path) -> None:
-        """Load a file of what `weights` returned into the policy."""
+    def unsharded_tensors(self, tensors: dict) -> dict:
+        """{name: tensor} such as the averages of weights, unsharded."""
+        return {name: unsharded(tensor) for name, tensor in tensors.items()}
+
+    def load_weights(self, policy, path: Path, tensors: dict, optional: set[str]) -> None:
+        """Load what `weights` returned into the policy.
+
+        Args:
+            path: file that the tensors are from, for messages.
+            tensors: {name: tensor}; all of the policy's, but those of `optional` names may be missing.
+
+        Raises:
+            UserError: the tensors are not those of the policy.
+        """
         if self.is_sharded:
-            set_model_state_dict(policy, load_file(path), options=UNSHARDED)
+            set_model_state_dict(policy, tensors, options=UNSHARDED_SOME)
         elif has_adapters(policy):
-            load_adapter_state_dict(policy, load_file(path))
+            load_adapter_state_dict(policy, tensors)
         else:
-            load_weights(policy, path)
+            load_tensors(policy, path, tensors, optional)
 
     def optimizer_state(self, policy, optimizer) -> dict:
         """The optimizer's unsharded state dict, with numbered parameters as PyTorch has it."""
@@ -372,6 +385,18 @@ class Distributed:
         set_optimizer_state_dict(policy, optimizer, rename_parameters(state, names), options=UNSHARDED)
         for group, own in zip(optimizer.param_groups, settings, strict=True):
             group.update(own)  # FSDP has changed them
+
+
+def unsharded(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as one process has it. Every process calls this."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def copy_unsharded(target: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Copy a tensor, as one process has it, into one that may be sharded."""
+    if isinstance(target, DTensor):
+        tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
+    target.copy_(tensor)
 
 
 def parameter_names(policy, optimizer) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints.folder import OPTIMIZER, TRAINED_WEIGHTS, has_trained_weights, read_optimizer
@@ -17,8 +18,10 @@ from policy.presets import optimizer_preset, scheduler_preset
 from processors.augment import augment
 from processors.pipelines import to_float_batch
 from runtime import STEP, NoHostSync, make_scaler, seed_all
-from training.distributed import Distributed
+from training.distributed import Distributed, copy_unsharded
 from training.means import scalars
+
+AVERAGE = "average/"  # before the name of a weight: its float32 average, in training_weights.safetensors
 
 
 @dataclass
@@ -35,7 +38,7 @@ class LearnerState:
     """What a checkpoint holds of a learner, gathered from all processes."""
 
     weights: dict  # to act with: their average, if there is one
-    trained_weights: dict  # as they are trained, if `weights` are their average; else empty
+    trained_weights: dict  # what differs while the weights are trained, if `weights` are their average; else empty
     optimizer: dict
 
 
@@ -107,7 +110,9 @@ class Learner:
             UserError: the optimizer's file holds code, or belongs to another optimizer.
         """
         if has_trained_weights(checkpoint):
-            self.distributed.load_weights(self.policy, checkpoint / TRAINED_WEIGHTS)
+            path = checkpoint / TRAINED_WEIGHTS
+            tensors = self.ema.load(load_file(path))
+            self.distributed.load_weights(self.policy, path, tensors, optional=self.ema.without_average(self.policy))
         state = read_optimizer(checkpoint)
         try:
             self.distributed.load_optimizer_state(self.policy, self.optimizer, state)
@@ -124,7 +129,11 @@ class Learner:
         with self.distributed.detect_lost_peer():
             trained_weights = {}
             if self.ema.decay > 0:
-                trained_weights = self.distributed.weights(self.policy)
+                fixed = self.ema.without_average(self.policy)
+                weights = self.distributed.weights(self.policy)
+                trained_weights = {name: tensor for name, tensor in weights.items() if name not in fixed}
+                averages = self.distributed.unsharded_tensors(self.ema.rounded)
+                trained_weights |= {AVERAGE + name: tensor for name, tensor in averages.items()}
             with self.ema.applied():
                 return LearnerState(
                     weights=self.distributed.weights(self.policy),
@@ -134,7 +143,7 @@ class Learner:
 
     def apply_ema(self, unsharded) -> None:
         """Exchange the trained weights for their average, in the policy and in its unsharded copy, for good."""
-        self.ema.swap()
+        self.ema.apply()
         if self.distributed.is_sharded:
             with self.distributed.detect_lost_peer():
                 weights = self.distributed.weights(self.policy)
@@ -148,7 +157,7 @@ class Learner:
         try:
             yield
         finally:
-            self.ema.swap()
+            self.ema.restore()
 
 
 def num_micro_batches(config: TrainConfig, distributed: Distributed) -> int:
@@ -232,56 +241,104 @@ def make_schedule(policy_config, config: TrainConfig) -> Callable[[int], float]:
     return factor
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32, unless its dtype has more bits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class EMA:
     """Exponential moving average of a policy's weights: the policy is trained on its own, evaluated and saved with these.
 
-    The decay rises to `decay` as (1 + step) / (10 + step), so that the average forgets the initial weights.
-    Source: Polyak and Juditsky (1992); the rise is that of TensorFlow's ExponentialMovingAverage.
+    Only weights that are trained have an average. It is float32 for weights of fewer bits, in which a small step towards
+    the weights rounds to none. The decay rises to `decay` as (1 + step) / (10 + step), so that the average forgets the
+    initial weights. Source: Polyak and Juditsky (1992); the rise is that of TensorFlow's ExponentialMovingAverage.
 
     Args:
-        parameters: the policy's parameters.
-        averages: their averages so far; empty for no average.
+        parameters: {name: trained parameter of the policy}.
+        averages: {name: its average so far}; both are empty for no average.
         decay: such as 0.999; 0 for no average.
         by_copy: whether to apply the average by copying, because FSDP or DeepSpeed hold on to the parameters' memory.
     """
 
-    def __init__(self, parameters: list[Tensor], averages: list[Tensor], decay: float, by_copy: bool = False):
+    def __init__(self, parameters: dict[str, Tensor], averages: dict[str, Tensor], decay: float, by_copy: bool = False):
         self.parameters = parameters
         self.averages = averages
         self.decay = decay
         self.by_copy = by_copy
+        self.trained: dict[str, Tensor] = {}  # the trained weights, while the policy has their average
+        # Averages of more bits than the weights, and the others.
+        self.rounded = {name: average for name, average in averages.items() if average.dtype != parameters[name].dtype}
+        self.exact = {name: average for name, average in averages.items() if name not in self.rounded}
 
     @classmethod
     def start(cls, policy, decay: float, by_copy: bool = False) -> "EMA":
         """The average of a policy's weights as they are now."""
-        parameters = list(policy.parameters())
-        averages = [parameter.detach().clone() for parameter in parameters] if decay > 0 else []
+        parameters = {}
+        averages = {}
+        if decay > 0:
+            parameters = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+            averages = {name: wide(parameter.detach()).clone() for name, parameter in parameters.items()}
         return cls(parameters, averages, decay, by_copy)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after `step` steps."""
-        if self.decay > 0:
-            torch._foreach_lerp_(self.averages, self.parameters, 1 - min(self.decay, (1 + step) / (10 + step)))
+        if self.decay == 0:
+            return
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        if self.exact:
+            torch._foreach_lerp_(list(self.exact.values()), [self.parameters[name] for name in self.exact], weight)
+        for name, average in self.rounded.items():
+            average.lerp_(wide(self.parameters[name]), weight)
+
+    def without_average(self, policy) -> set[str]:
+        """Names of the policy's parameters that have no average: they do not differ while it is trained."""
+        averaged = {id(parameter) for parameter in self.parameters.values()}
+        named = policy.named_parameters(remove_duplicate=False)  # a state dict has tied weights under each name
+        return {name for name, parameter in named if id(parameter) not in averaged}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take the averages that a checkpoint holds beside the rounded ones, and return its other tensors.
+
+        Args:
+            tensors: of training_weights.safetensors; those of older versions hold no averages.
+        """
+        rest = {}
+        for name, tensor in tensors.items():
+            if name.startswith(AVERAGE):
+                copy_unsharded(self.averages[name.removeprefix(AVERAGE)], tensor)
+            else:
+                rest[name] = tensor
+        return rest
 
     @contextlib.contextmanager
     def applied(self):
         """Within this, the policy has the averaged weights."""
-        self.swap()
+        self.apply()
         try:
             yield
         finally:
-            self.swap()
+            self.restore()
 
     @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the policy's weights and their averages."""
-        for i, average in enumerate(self.averages):
-            parameter = self.parameters[i]
+    def apply(self) -> None:
+        """Give the policy the averaged weights, rounded to its dtype."""
+        for name, average in self.averages.items():
+            parameter = self.parameters[name]
             if self.by_copy:
-                trained = parameter.detach().clone()
+                self.trained[name] = parameter.detach().clone()
                 parameter.copy_(average)
-                average.copy_(trained)
             else:
-                self.averages[i] = parameter.data
-                parameter.data = average
+                self.trained[name] = parameter.data
+                parameter.data = average.to(parameter.dtype)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the policy the trained weights back."""
+        for name, trained in self.trained.items():
+            if self.by_copy:
+                self.parameters[name].copy_(trained)
+            else:
+                self.parameters[name].data = trained
+        self.trained = {}
