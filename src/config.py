@@ -75,7 +75,7 @@ class TrainConfig:
     rename: list[str] | None = setting(
         None,
         "rename observations to the policy's names, such as observation.image=observation.images.top; "
-        "with several datasets also to make them alike",
+        "auto pairs the cameras with those of --policy_path; with several datasets also to make them alike",
         metavar="OLD=NEW",
     )
 

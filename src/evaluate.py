@@ -18,7 +18,7 @@ from pathlib import Path
 from command_line import OneLineParser, command, print_warnings
 from errors import UserError, find_path, reason_of_disk
 from printing import command_output
-from sim.environments import OURS, open_simulation
+from sim.environments import OURS, Simulation, open_simulation
 
 MINIMUM = {"num_episodes": 1, "max_steps": 1, "n_action_steps": 1, "ahead": 1, "seed": 0, "num_videos": 0}
 
@@ -40,7 +40,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="OLD=NEW",
-        help="give observations of the dataset or the simulation the names that the policy takes",
+        help="give observations of the dataset or the simulation the names that the policy takes; auto pairs the cameras",
     )
     flag("--num_videos", type=int, default=2, metavar="N", help="videos of successes, and as many of failures [2]")
     flag("--output_dir", metavar="FOLDER", help="where reports are written [evaluation/ beside the checkpoint]")
@@ -58,7 +58,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if args.checkpoint == "expert" and (args.dataset_id or args.env not in (*OURS, *OURS.values())):
         parser.error("expert is a simulation's scripted expert: expected --env metaworld and no --dataset_id")
     for pair in args.rename:
-        if pair.count("=") != 1:
+        if pair.count("=") != 1 and pair != "auto":
             parser.error(f"--rename {pair}: expected OLD=NEW, such as observation.image=observation.images.top")
     return args
 
@@ -72,9 +72,11 @@ import numpy as np
 
 from data.frames import Frames
 from data.loader import Loader
+from data.observations import name_before
 from data.source import Source
 from policy.async_policy import AsyncPolicy
 from policy.loaded import LoadedPolicy, load_policy
+from processors.bases import AUTO, pair_cameras, pairs_line
 from processors.pipelines import resize_of, window_deltas
 from reports.figures import contact_sheet
 from reports.pages import closed_loop_page, open_loop_page
@@ -111,7 +113,9 @@ def evaluate_recorded(policy: LoadedPolicy, args: argparse.Namespace, name: str)
     try:
         errors = measure(policy, loader, evenly_spaced_rows(source.starts, source.ends, 0), seed=0)
         rows = evenly_spaced_rows(source.starts, source.ends, PERMUTED_SAMPLES)
-        importance = permutation_importance(policy, loader, policy.expected, rows, errors.std, seed=0)
+        importance = permutation_importance(
+            policy, loader, policy.needed(source.meta.features), rows, errors.std, seed=0
+        )
     finally:
         loader.close()
 
@@ -200,10 +204,12 @@ def evaluate_simulated(policy: LoadedPolicy | None, args: argparse.Namespace, na
         policy_config = policy.policy.config
         if args.ahead:
             policy = AsyncPolicy(policy, args.ahead)
-    rename = dict(pair.split("=") for pair in args.rename)
+    rename = dict(pair.split("=") for pair in args.rename if pair != AUTO)
     simulation = open_simulation(args.env, args.task, args.env_args, policy_config, args.max_steps, rename)
     seeds = range(args.seed, args.seed + args.num_episodes)
     try:
+        if AUTO in args.rename and policy is not None:
+            print(rename_cameras(simulation, policy))
         episodes = run_episodes(simulation, policy, seeds, args.num_videos)
     finally:
         simulation.close()
@@ -224,6 +230,19 @@ def evaluate_simulated(policy: LoadedPolicy | None, args: argparse.Namespace, na
     interval = f"95 % interval {numbers['success_low']:.1%} to {numbers['success_high']:.1%}"
     print(f"success {successes}: {numbers['success_rate']:.1%} ({interval})")
     print(f"seeds {seeds[0]} to {seeds[-1]}; report: {report}")
+
+
+def rename_cameras(simulation: Simulation, policy) -> str:
+    """Pair the cameras of a simulation with those of a policy, for `--rename auto`. Returns the line that says how."""
+    observation, _ = simulation.env.reset(seed=[0])
+    batch = simulation.batch_of(observation)
+    wanted = [key for key, (kind, _) in policy.expected.items() if kind == "uint8" and key not in batch]
+    cameras = [key for key, value in batch.items() if key not in policy.expected and getattr(value, "ndim", 0) == 4]
+    pairs = pair_cameras(cameras, wanted)
+    simulation.rename = simulation.rename | {
+        name_before(simulation.rename, old): new for old, (new, _) in pairs.items()
+    }
+    return pairs_line(pairs)
 
 
 def report_folder(checkpoint: str, output_dir: str | None, kind: str) -> Path:

@@ -20,7 +20,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--rename",
         nargs="+",
         metavar="OLD=NEW",
-        help="give observations of the dataset the names that the policy takes",
+        help="give observations of the dataset the names that the policy takes; auto pairs the cameras",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
     parser.add_argument("--n_action_steps", type=int, help="actions executed of each predicted chunk [as trained]")

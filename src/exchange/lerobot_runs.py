@@ -30,6 +30,7 @@ from errors import UserError, one_line, read_json
 from policy.factory import build_policy, load_policy_config
 from policy.migration import EMA_FOLDER, converted_dir
 from policy.presets import optimizer_preset, scheduler_preset
+from processors.bases import match_statistics
 from processors.pipelines import load_processors, parse_rename, resize_of
 from trust import OTHER_COPY
 
@@ -177,6 +178,7 @@ def from_lerobot(folder: Path) -> Path:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be read as a checkpoint of lerobot-train: {one_line(error)[:200]}") from error
     preprocessor, postprocessor = load_processors(model, "cpu")
+    match_statistics(policy_config, preprocessor)
     snapshot = Snapshot(
         step=position["step"],
         weights=weights,

@@ -37,6 +37,8 @@ class AsyncPolicy:
         self.device = loaded.device
         self.kind = loaded.kind
         self.expected = loaded.expected
+        self.optional = loaded.optional
+        self.needed = loaded.needed
         self.lead = lead
         self.actions_per_chunk = count_actions_per_chunk(loaded, lead)
         self.thread = ThreadPoolExecutor(1, "chunks")
@@ -101,7 +103,7 @@ class AsyncPolicy:
         config = self.policy.config
         batch = dict(history[-1])
         if config.observation_delta_indices is not None:
-            for key in config.input_features:
+            for key in config.input_features.keys() & batch.keys():  # not the cameras that stay empty
                 batch[key] = torch.stack([observation[key] for observation in history], dim=1)  # (1, S, ...)
         stream = contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
         with torch.inference_mode(), stream:

@@ -19,9 +19,10 @@ from policy.async_policy import AsyncPolicy
 from policy.chunk import predict_chunk
 from policy.factory import build_policy, load_policy_config
 from policy.migration import resolve_policy_folder
-from processors.pipelines import EMPTY_CAMERA, load_processors, name_before_rename, resize_of
+from processors.bases import cameras_of, does_without_cameras, match_statistics, resizes_pictures, trained_cameras
+from processors.pipelines import load_processors, name_before_rename, resize_of
 from processors.state_only import StateToEnvironmentState
-from processors.statistics import require_statistics
+from processors.statistics import EMPTY_CAMERA, require_statistics
 from runtime import pick_device
 
 
@@ -36,6 +37,7 @@ class LoadedPolicy:
 
     Attributes:
         expected: {key: (kind, shape)} of an observation, see `expected_observation`.
+        optional: cameras among them that the policy does without, as long as an observation has one of them.
         relative: whether it predicts actions relative to the robot's state (a setting of pi0's family).
     """
 
@@ -51,6 +53,7 @@ class LoadedPolicy:
         self.device = next(policy.parameters()).device
         self.kind = policy.config.type
         self.expected = expected_observation(policy.config, preprocess)
+        self.optional = optional_cameras(policy.config, preprocess)
         self.relative = any(getattr(step, "relative_step", None) and step.enabled for step in postprocess.steps)
         self.reset()
 
@@ -82,7 +85,7 @@ class LoadedPolicy:
         Raises:
             UserError: a key, shape or dtype is not what the policy was trained on.
         """
-        batch = {key: to_tensor(observation, key, *self.expected[key]) for key in self.expected}
+        batch = {key: to_tensor(observation, key, *expected) for key, expected in self.needed(observation).items()}
         unknown = set(observation) - set(self.expected) - {"task"}
         if unknown:
             key = min(map(str, unknown))
@@ -93,6 +96,13 @@ class LoadedPolicy:
         if not isinstance(task, str):
             raise UserError(f"task: expected text, got {type(task).__name__}")
         return {**batch, "task": task}
+
+    def needed(self, names) -> dict[str, tuple[str, tuple]]:
+        """`expected`, without the cameras that an observation of these names lacks and the policy does without."""
+        absent = {key for key in self.optional if key not in names}
+        if len(absent) == len(self.optional):
+            absent = set()
+        return {key: expected for key, expected in self.expected.items() if key not in absent}
 
     def select(self, batch: dict) -> torch.Tensor:
         """(B, A) actions in robot units, for LeRobot's batch of one moment's observations."""
@@ -164,9 +174,12 @@ def load_policy(
     verify_policy(fetched)  # before `resolve_policy_folder` looks for another folder in it
     folder = resolve_policy_folder(fetched)
     config = load_policy_config(folder, overrides, str(pick_device(device)))
-    policy = build_policy(config, None, folder).eval()
     preprocess, postprocess = load_processors(folder, config.device)
-    require_statistics(config, preprocess, postprocess, list(config.input_features), str(folder))
+    match_statistics(config, preprocess)
+    untrained = untrained_cameras(config, preprocess)
+    normalised = [key for key in config.input_features if key not in untrained]
+    require_statistics(config, preprocess, postprocess, normalised, str(folder))
+    policy = build_policy(config, None, folder).eval()
     return LoadedPolicy(
         policy,
         preprocess,
@@ -208,13 +221,14 @@ def is_list_of_text(value) -> bool:
 def expected_observation(config, preprocess) -> dict[str, tuple[str, tuple]]:
     """{key: (kind, shape)} that act() takes; kind is uint8 for pictures (H, W, C) and float for the rest.
 
-    None in a shape stands for any size.
+    None in a shape stands for any size. Cameras that stayed empty in the policy's training are left out.
     """
     expected = {}
-    has_any_size = resize_of(preprocess) is not None
+    has_any_size = resize_of(preprocess) is not None or resizes_pictures(config)
     copies_state = any(isinstance(step, StateToEnvironmentState) for step in preprocess.steps)
+    untrained = untrained_cameras(config, preprocess)
     for key, feature in config.input_features.items():
-        if EMPTY_CAMERA in key or (copies_state and key == "observation.environment_state"):
+        if EMPTY_CAMERA in key or key in untrained or (copies_state and key == "observation.environment_state"):
             continue  # made by the policy or its preprocessor
         name = name_before_rename(preprocess, key)
         if feature.type is not FeatureType.VISUAL:
@@ -223,6 +237,19 @@ def expected_observation(config, preprocess) -> dict[str, tuple[str, tuple]]:
         channels, height, width = feature.shape
         expected[name] = ("uint8", (None, None, channels) if has_any_size else (height, width, channels))
     return expected
+
+
+def untrained_cameras(config, preprocess) -> list[str]:
+    """Cameras of a policy, under its own names, that stayed empty in its training."""
+    trained = trained_cameras(config, preprocess)
+    return [] if trained is None else [key for key in cameras_of(config.input_features) if key not in trained]
+
+
+def optional_cameras(config, preprocess) -> set[str]:
+    """Cameras that act() can do without: those of a policy that fills them, where it is not known which were in its training."""
+    if not does_without_cameras(config) or trained_cameras(config, preprocess) is not None:
+        return set()
+    return {name_before_rename(preprocess, key) for key in cameras_of(config.input_features)}
 
 
 def to_tensor(observation: dict, key: str, kind: str, shape: tuple) -> torch.Tensor:

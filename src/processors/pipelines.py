@@ -14,8 +14,8 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError
 
 from errors import UserError, as_user_error, likeliest_pairs, plural, rename_flag, rename_remedy
+from processors.bases import AUTO, camera_problems, pads, width_problems
 from processors.state_only import StateToEnvironmentState
-from processors.statistics import EMPTY_CAMERA
 from runtime import to_device
 from trust import PIPELINES, no_remote_code, read_pipeline
 
@@ -73,9 +73,9 @@ def window_deltas(config, meta) -> dict[str, list[int]]:
 
 
 def feature_problems(
-    config, inputs: dict, outputs: dict, holder: str, rename: dict[str, str], left_out=()
+    config, inputs: dict, outputs: dict, holder: str, rename: dict[str, str], left_out=(), *, fine_tune: bool = True
 ) -> list[str]:
-    """How a dataset's features differ from those that a saved policy was trained on, a line each.
+    """What of a dataset's features a saved policy cannot take, a line each.
 
     Args:
         config: the policy's config.
@@ -83,15 +83,23 @@ def feature_problems(
         holder: name of the policy's folder.
         rename: {old: new} names that the user gave.
         left_out: the dataset's observations that --observations leaves out.
+        fine_tune: whether a new run starts from the policy, with statistics of this dataset: then a policy that pads its
+            vectors takes those of other widths.
     """
     names_of_left_out = {rename.get(old, old): old for old in left_out}
     features = {**inputs, **outputs}
-    wanted_inputs = {key: feature for key, feature in config.input_features.items() if EMPTY_CAMERA not in key}
-    missing = {key: kind_of(feature) for key, feature in wanted_inputs.items() if key not in features}
+    takes_any_width = fine_tune and pads(config)
+    vectors = {
+        key: feature
+        for key, feature in {**config.input_features, **config.output_features}.items()
+        if feature.type is not FeatureType.VISUAL
+    }
+    lacking = [key for key in vectors if key not in features and key in config.input_features]
+    missing = {key: kind_of(vectors[key]) for key in lacking}
     unused = {key: kind_of(feature) for key, feature in inputs.items() if key not in config.input_features}
     pairs = likeliest_pairs(missing, unused)
-    problems = []
-    for key, wanted in {**wanted_inputs, **config.output_features}.items():
+    problems = camera_problems(config, inputs, holder, rename, names_of_left_out)
+    for key, wanted in vectors.items():
         if key not in features:
             remedy = "Pass a dataset that has it, or train a new policy"
             if key in names_of_left_out:
@@ -99,7 +107,7 @@ def feature_problems(
             elif key in pairs.values():
                 remedy = f"{rename_remedy(pairs, rename)} if it has another name here, or train a new policy"
             problems.append(f"it has no {key}, which {holder} was trained on. {remedy}")
-        elif wanted.type is not FeatureType.VISUAL and tuple(wanted.shape) != tuple(features[key].shape):
+        elif tuple(wanted.shape) != tuple(features[key].shape) and not takes_any_width:
             problems.append(
                 f"{key}: expected {size_text(wanted)}, as in {holder}, got {size_text(features[key])}. "
                 "Pass the dataset it was trained on, or train a new policy"
@@ -227,11 +235,11 @@ def shape_problems(config) -> list[str]:
             problems.append(
                 f"{key}: expected a list of numbers, of shape [{count or 'n'}], got shape {shape}. {remedy}"
             )
-    return problems
+    return problems or width_problems(config)
 
 
 def parse_rename(pairs: list[str] | None) -> dict[str, str]:
-    """{old: new} names of observations, from OLD=NEW.
+    """{old: new} names of observations, from OLD=NEW; `auto` among them stands for pairs that are chosen later.
 
     Raises:
         UserError: a pair has another form, its new name is neither an observation's nor `action`, or its old name is
@@ -239,6 +247,8 @@ def parse_rename(pairs: list[str] | None) -> dict[str, str]:
     """
     names = {}
     for pair in pairs or []:
+        if pair == AUTO:
+            continue
         old, _, new = pair.partition("=")
         if not old or not new or "=" in new:
             raise UserError(f"--rename {pair}: expected OLD=NEW, such as observation.image=observation.images.top")
@@ -339,6 +349,19 @@ def settings_of_steps(steps: list[dict], folder: Path, overrides: dict) -> dict:
         if files or name in overrides:
             settings[name] = files | overrides.get(name, {})
     return settings
+
+
+def saved_rename(folder: Path) -> dict[str, str]:
+    """{old: new} names by which the preprocessor in a policy's folder renames observations.
+
+    Raises:
+        UserError: the file is not a pipeline, or names a step that is not allowed.
+    """
+    names = {}
+    for step in read_pipeline(folder / PIPELINES[0]):
+        if step.get("registry_name") == "rename_observations_processor":
+            names = step.get("config", {}).get("rename_map")
+    return names if isinstance(names, dict) else {}
 
 
 def has_processors(folder: Path) -> bool:

@@ -98,16 +98,19 @@ def needed_statistics(config) -> dict[str, tuple[str, ...]]:
     return needed
 
 
-def stats_problems(config, stats: dict) -> list[str]:
+def stats_problems(config, stats: dict, empty=()) -> list[str]:
     """Features that the policy normalises and that have no usable statistics, a line each. LeRobot would not normalise them.
 
     Args:
         config: the policy's config.
         stats: statistics under the policy's names.
+        empty: cameras that the dataset does not have.
     """
     problems = []
     features = features_of(config)
     for key, needed in needed_statistics(config).items():
+        if key in empty:
+            continue
         stats_of_key = stats.get(key, {})
         is_picture = features[key].type is FeatureType.VISUAL
         missing = [name for name in needed if name not in stats_of_key]

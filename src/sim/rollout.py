@@ -79,7 +79,7 @@ def run_episode(
         else:
             batch = simulation.batch_of(observation)
             if step == 1:
-                check_batch(batch, policy.expected)
+                check_batch(batch, policy.needed(batch))
             batch = {key: value for key, value in batch.items() if key in policy.expected or key == "task"}
             action = policy.select(batch)  # (1, A)
             action = simulation.postprocess({"action": action})["action"].cpu().numpy()

@@ -94,6 +94,9 @@ def meaning(name: str, value):
         for pair in value:
             key, _, text = pair.partition("=")  # of several with one name, the last one counts
             pairs[key] = text if name == "rename" else plain(text)
+        if name == "rename":
+            pairs.pop("auto", None)  # it adds to the pairs that the run has
+            return pairs or None
         return pairs
     if name in ("freeze", "observations"):
         return set(value)

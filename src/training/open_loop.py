@@ -24,6 +24,7 @@ from data.source import Source
 from errors import UserError, find_path, likeliest_pairs, nearest, rename_flag
 from policy.chunk import predict_chunk
 from policy.losses import is_training_quantizer, loss_averages_over_actions, set_vqbet_phase
+from processors.bases import AUTO, pair_cameras, pairs_line
 from processors.pipelines import name_before_rename, parse_rename, to_float_batch
 from processors.statistics import is_still
 from runtime import EVAL, VALIDATE, seed_all
@@ -116,8 +117,8 @@ def open_for_policy(
         policy: a LoadedPolicy.
         dataset_id: a folder, or a Hub id.
         episodes: which episodes, such as "0:5,9"; None for all.
-        rename: OLD=NEW, from names in the dataset to those that the policy takes. Names of --rename in its training are
-            renamed too, where the dataset has only the old one.
+        rename: OLD=NEW, from names in the dataset to those that the policy takes; `auto` pairs the cameras. Names of
+            --rename in its training are renamed too, where the dataset has only the old one.
         flag: the flag that `episodes` comes from, for messages.
         rename_others: whether `rename` may have names that the dataset does not have, such as a simulation's.
 
@@ -139,9 +140,19 @@ def open_for_policy(
         if has_only_the_old and takes_only_the_new and not {old, new} & {*given, *given.values()}:
             names[old] = new
     check_rename(policy, meta, dataset_id, given)
-    check_observations(policy, renamed(meta.features, names), dataset_id, given)
+    warnings = []
+    if AUTO in (rename or []):
+        pairs = auto_rename(policy, renamed(meta.features, names))
+        warnings.append(pairs_line(pairs))
+        names |= {name_before(names, old): new for old, (new, _) in pairs.items()}
+    features = renamed(meta.features, names)
+    check_observations(policy, features, dataset_id, given)
+    absent = policy.expected.keys() - policy.needed(features).keys()
+    if absent:
+        empty = ", ".join(sorted(absent))
+        warnings.append(f"cameras that stay empty, since {dataset_id} has none of these names: {empty}")
 
-    wanted = [glob.escape(name_before(names, key)) for key in policy.expected]
+    wanted = [glob.escape(name_before(names, key)) for key in policy.needed(features)]
     action = name_before(names, "action")
     source = open_source(dataset_id, episodes=episodes, observations=wanted, flag=flag, action=action)
     source.require()
@@ -152,8 +163,21 @@ def open_for_policy(
         feature = source.meta.features.get(name_before_rename(policy.preprocess, key))
         if feature is not None and joint_names(feature) is not None:
             names_here[key] = joint_names(feature)
+    source.warnings += warnings
     source.warnings += order_warnings(policy.joint_names, names_here, "the policy", dataset_id)
     return source
+
+
+def auto_rename(policy, features: dict) -> dict[str, tuple[str, str]]:
+    """The pairs of `--rename auto`, as `pair_cameras` gives them, for the cameras of which a policy lacks the name.
+
+    Args:
+        policy: a LoadedPolicy or AsyncPolicy.
+        features: a dataset's, as info.json has them.
+    """
+    cameras = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
+    wanted = [key for key, (kind, _) in policy.expected.items() if kind == "uint8" and key not in features]
+    return pair_cameras([key for key in cameras if key not in policy.expected], wanted)
 
 
 def check_rename(policy, meta, dataset: str, given: dict[str, str]) -> None:
@@ -185,7 +209,7 @@ def check_observations(policy, features: dict, dataset: str, given: dict[str, st
         given: {old: new} names that were renamed already.
     """
     expected = expected_kinds(policy)
-    missing = {key: kind for key, kind in expected.items() if key not in features}
+    missing = {key: expected[key] for key in policy.needed(features) if key not in features}
     got = feature_kinds(policy, features)
     wrong = [key for key, kind in expected.items() if key in got and got[key] != kind]
     remedy = "Pass the dataset that the policy was trained on"
@@ -273,7 +297,7 @@ def compare(policy, source: Source, episode: int, fps: float | None = None) -> E
     recorded = []
     milliseconds = []
     due = 0.0
-    frames = recorded_observations(source, episode, policy.expected)
+    frames = recorded_observations(source, episode, policy.needed(features))
     for observation, action in tqdm(frames, desc=f"episode {episode}", disable=not sys.stderr.isatty()):
         time.sleep(max(0.0, due - time.perf_counter()))
         begun = time.perf_counter()

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from policy.factory import build_policy, load_policy_config, policy_config
 from policy.loaded import trained_joint_names
 from policy.migration import resolve_policy_folder
 from policy.presets import apply_training_flags
+from processors.bases import AUTO, cameras_of, pads, pair_cameras, pairs_line
 from processors.pipelines import (
     ENVIRONMENT_STATE,
     adapt_processors,
@@ -37,6 +38,7 @@ from processors.pipelines import (
     policy_problems,
     rename_problems,
     resize_of,
+    saved_rename,
     set_rename,
     shape_problems,
     twice_named,
@@ -121,10 +123,12 @@ class PolicyPlan:
         base: what a new adapter's config names as its base: folder or Hub id.
         stats: statistics to normalise by, under the policy's names; None when resumed.
         rename: {name in the source: name that the policy knows}.
-        settings: the run's settings.
+        settings: the run's settings; `--rename auto` is the pairs that it found.
         unused: observations of the source that the policy does not take.
+        empty: cameras of the policy that the source does not have, and that it does without.
         joint_names: names of the state's and the action's numbers in the dataset, under the policy's names.
         warnings: how these differ from the names that the policy was trained with, a line each.
+        notes: how cameras were paired, and which stay empty, a line each.
     """
 
     config: object
@@ -135,8 +139,10 @@ class PolicyPlan:
     rename: dict[str, str]
     settings: TrainConfig
     unused: list[str]
+    empty: list[str]
     joint_names: dict[str, list[str]]
     warnings: list[str]
+    notes: list[str]
 
 
 def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, distributed: Distributed) -> PolicyPlan:
@@ -153,8 +159,18 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
         folder = resolve_policy_folder(fetched)
         base = str(folder.resolve()) if Path(os.path.expanduser(config.policy_path)).exists() else config.policy_path
 
+    # The policy's own config.
+    if folder is None:
+        policy = policy_config(config.policy, config.policy_args, str(distributed.device))
+    else:
+        policy = load_policy_config(folder, config.policy_args if base else None, str(distributed.device))
+        policy.input_features = policy.input_features or {}
+        policy.output_features = policy.output_features or {}
+
     # What the dataset gives, under the names and in the sizes that the policy gets.
-    given = parse_rename(config.rename)
+    given, notes = names_for_policy(config, source, folder, policy, is_base=base is not None)
+    if given != parse_rename(config.rename) or AUTO in (config.rename or []):
+        config = replace(config, rename=[f"{old}={new}" for old, new in given.items()] or None)
     rename = {old: new for old, new in given.items() if old not in source.renamed}
     if checkpoint is not None:  # a run on several datasets may be resumed with one that has only the new name
         has = source.meta.features
@@ -170,17 +186,25 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
         source.require(wrong_names)
     inputs = {rename.get(key, key): feature for key, feature in own_inputs.items()}
 
-    # The policy's own config.
+    # The policy's features: the dataset's, and cameras that it does without.
+    empty = []
     if folder is None:
-        policy = policy_config(config.policy, config.policy_args, str(distributed.device))
         policy.input_features = inputs
         policy.output_features = outputs
     else:
-        policy = load_policy_config(folder, config.policy_args if base else None, str(distributed.device))
-        source.require(feature_problems(policy, inputs, outputs, folder.name, given, source.left_out))
+        differences = feature_problems(
+            policy, inputs, outputs, folder.name, given, source.left_out, fine_tune=checkpoint is None
+        )
+        source.require(differences)
         source.require(task_problems(policy, source, folder.name))
-    if base:  # pictures may have another size than those that the base was trained on
-        policy.input_features = {key: inputs.get(key, feature) for key, feature in policy.input_features.items()}
+        empty = [key for key in cameras_of(policy.input_features) if key not in inputs]
+    if base:
+        taken = policy.input_features or inputs  # LeRobot too gives a base without features those of the dataset
+        policy.input_features = {key: inputs.get(key, feature) for key, feature in taken.items()}
+        if pads(policy) or not policy.output_features:
+            policy.output_features = outputs
+    if empty:
+        notes.append(f"cameras that stay empty, since {source.name} has none of these names: {', '.join(empty)}")
     features = {rename.get(key, key): feature for key, feature in source.meta.features.items()}
     names = names_of(policy, features)
     warnings = []
@@ -201,7 +225,7 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
         stats = complete_stats(policy, source, rename, config)
         problems = policy_problems(policy, image_size, given, source.left_out)
         if not source.problems:  # else statistics may be missing because their columns are, and shapes be wrong
-            problems = stats_problems(policy, stats) + shape_problems(policy) + problems
+            problems = stats_problems(policy, stats, empty) + shape_problems(policy) + problems
         source.require(problems)
     source.require(size_problems(source, own_inputs.keys() - set(unused), image_size))
     return PolicyPlan(
@@ -213,9 +237,56 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
         rename=rename,
         settings=config,
         unused=unused,
+        empty=empty,
         joint_names=names,
         warnings=warnings,
+        notes=notes,
     )
+
+
+def names_for_policy(
+    config: TrainConfig, source: Source, folder: Path | None, policy, *, is_base: bool
+) -> tuple[dict[str, str], list[str]]:
+    """{old: new} names of the dataset's observations that the policy gets, and a line for what the user did not give.
+
+    These are the pairs of --rename, those by which the base itself renames what it was trained on, and those that
+    `--rename auto` finds.
+
+    Args:
+        folder: the policy's; None for a new one.
+        policy: its config.
+        is_base: whether the run starts from it.
+
+    Raises:
+        UserError: `auto` has no policy whose cameras to pair with.
+    """
+    names = parse_rename(config.rename)
+    notes = []
+    has = source.meta.features
+    if is_base and has_processors(folder):
+        taken = {*names, *names.values(), *has}
+        known = {
+            old: new
+            for old, new in saved_rename(folder).items()
+            if old in has and old not in names and new not in taken
+        }
+        if known:
+            names |= known
+            pairs = ", ".join(f"{old} -> {new}" for old, new in known.items())
+            notes.append(f"renamed as {folder.name} does it: {pairs}")
+    if AUTO not in (config.rename or []):
+        return names, notes
+
+    if folder is None:
+        raise UserError(
+            "--rename auto pairs the cameras with those of a base: expected --policy_path. Pass one, or OLD=NEW"
+        )
+    wanted = cameras_of(policy.input_features or {})
+    cameras = [key for key in source.meta.camera_keys if key not in names and key not in wanted]
+    present = {names.get(key, key) for key in has}
+    pairs = pair_cameras(cameras, [key for key in wanted if key not in present])
+    notes.append(pairs_line(pairs))
+    return names | {old: new for old, (new, _) in pairs.items()}, notes
 
 
 def complete_stats(policy_config, source: Source, rename: dict[str, str], settings: TrainConfig) -> dict:

@@ -43,6 +43,7 @@ from exchange.lerobot_runs import from_lerobot, lerobot_checkpoint
 from policy.factory import saved_config_class
 from policy.migration import resolve_policy_folder
 from policy.presets import merge_training_preset
+from processors.bases import AUTO
 from processors.pipelines import ignored_states
 from processors.statistics import require_statistics
 from sim.environments import Simulation
@@ -188,9 +189,10 @@ def plan_run(settings: dict) -> RunPlan:
 
         # The policy: its settings and processors, without weights.
         policy = plan_policy(config, chosen.checkpoint, source, distributed)
+        config = policy.settings
         # As a trial: tokenizers are fetched here.
         preprocess, postprocess = build_processors(copy.deepcopy(policy), source.meta)
-        normalised = [*policy.config.input_features, "action"]
+        normalised = [key for key in (*policy.config.input_features, "action") if key not in policy.empty]
         require_statistics(policy.config, preprocess, postprocess, normalised, str(policy.folder or policy.config.type))
         if policy.unused:
             leave_out(source, policy.unused)  # after `describe_data`, whose hash is of all that was opened
@@ -232,7 +234,7 @@ def plan_run(settings: dict) -> RunPlan:
 
 def unused_notes(policy: PolicyPlan, source: Source) -> list[str]:
     """What the policy does not look at, in a line each."""
-    notes = []
+    notes = list(policy.notes)
     if policy.unused:
         note = f"not decoded, since the policy does not take it: {', '.join(policy.unused)}"
         if not policy.resumed:
@@ -315,6 +317,7 @@ def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> Cho
         state = read_state(checkpoint, given.get("resume_step"))
         # A None would ask for the preset again: what it filled in for the checkpoint stays.
         given = {name: value for name, value in given.items() if value is not None or name not in PRESET_FIELDS}
+        given = with_recorded_names(given, state.train_config)
     elif asked is not None:  # auto, which found none
         given = with_policy_of_base(given)
 
@@ -335,6 +338,13 @@ def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> Cho
     warnings += folder.warnings
     warnings += check_branch(output_dir, checkpoint, state)
     return ChosenRun(config, output_dir, folder, checkpoint, state, warnings)
+
+
+def with_recorded_names(given: dict, recorded: dict) -> dict:
+    """The settings of a resume, in which `--rename auto` adds to the pairs that the run has."""
+    if AUTO not in (given.get("rename") or []):
+        return given
+    return {**given, "rename": [*(recorded.get("rename") or []), *given["rename"]]}
 
 
 def find_checkpoint(asked: str | None, output_dir: Path | None) -> tuple[Path | None, list[str]]:
