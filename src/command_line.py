@@ -13,7 +13,7 @@ from dataclasses import fields
 import argparse_dataclass
 
 from config import FIELDS, TYPE_NAMES, TrainConfig, nargs, value_type
-from errors import UserError, nearest
+from errors import UserError, nearest, printable
 from printing import command_output
 
 DEBUG = "ARMATURE_DEBUG"  # environment variable; --debug sets it, so that processes started later see it too
@@ -51,7 +51,7 @@ def print_error(error: UserError, prefix: str = "") -> None:
 def print_warnings(warnings: list[str]) -> None:
     """Print warnings, one line each."""
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
 
 
 def command(main):
@@ -211,6 +211,12 @@ def flags_table() -> str:
     return "\n".join(lines[1:]) + "\n"
 
 
+def split_pair(text: str) -> tuple[str, str, str]:
+    """NAME=VALUE as (name, "=", value), without the spaces around them, with which YAML's users write it; as str.partition."""
+    name, equals, value = text.partition("=")
+    return name.strip(), equals, value.strip()
+
+
 def parse_overrides(flag: str, config_class, overrides: list[str] | None) -> dict:
     """NAME=VALUE overrides as values of the types that a config class of LeRobot declares.
 
@@ -226,9 +232,9 @@ def parse_overrides(flag: str, config_class, overrides: list[str] | None) -> dic
         owner = f"policy {owner}"
     values = {}
     for override in overrides or []:
-        name, equals, text = override.partition("=")
+        name, equals, text = split_pair(override)
         if not equals:
-            raise UserError(f"{flag} {override}: expected {override}=VALUE")
+            raise UserError(f"{flag} {override}: expected {name}=VALUE without spaces, or in quotes")
         if name not in known:
             raise UserError(f"{flag} {name}: {owner} has no such setting{nearest(name, known)}")
         values[name] = decoded(text, types[name], f"{flag} {name}")

@@ -125,7 +125,9 @@ class TrainConfig:
         above=0,
         below=float("inf"),
     )
-    weight_decay: float | None = setting(None, "weight decay (unset: policy's preset)", at_least=0)
+    weight_decay: float | None = setting(
+        None, "weight decay (unset: policy's preset)", at_least=0, below=float("inf")
+    )
     grad_clip_norm: float | None = setting(
         None, "clip gradients to this norm; 0 turns clipping off (unset: policy's preset)", at_least=0
     )
@@ -283,8 +285,8 @@ def typed(f, value):
             if isinstance(value, str) or not is_complete:
                 raise ValueError
             value = [converted(kind, item) for item in value]
-    except (TypeError, ValueError):
-        raise UserError(f"--{f.name} must be {expected}, got {value!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"--{f.name} must be {expected}, got {value!r:.80}") from None
     choices = f.metadata.get("choices", (value,))
     if value not in choices:
         raise UserError(f"--{f.name} must be one of {', '.join(choices)}, got {value!r}")

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import unicodedata
 import urllib.error
 from pathlib import Path
 
@@ -23,8 +24,26 @@ RECOMPUTE_STATISTICS = (
 )
 
 
+def printable(text: str) -> str:
+    """A text for one line of a terminal: line breaks, escapes and other characters that show nothing are written as `\\n`."""
+    shown = []
+    for character in text:
+        if not character.isprintable() and unicodedata.category(character) != "Zs":  # spaces of all kinds stay
+            character = character.encode("unicode_escape").decode()
+        shown.append(character)
+    return "".join(shown)
+
+
 class UserError(ValueError):
-    """A mistake that the user can mend. The message is one line: what is wrong, expected against got, what to do."""
+    """A mistake that the user can mend. The message is one line: what is wrong, expected against got, what to do.
+
+    Args:
+        message: the line. Names in it may hold anything: it is made `printable`.
+        more: further lines, of a list of problems.
+    """
+
+    def __init__(self, message: str, *more: str):
+        super().__init__("\n".join(map(printable, (message, *more))))
 
 
 def nearest(name: str, names) -> str:
@@ -115,6 +134,7 @@ def find_path(text: str | Path, what: str) -> Path | None:
         UserError: it has a NUL or is too long, the system's encoding lacks a character of it, or it may not be entered.
     """
     text = str(text)
+    remedy = "Pass another path"
     try:
         path = Path(os.path.expanduser(text))
         str(path).encode()  # fails for a name that is not in UTF-8, which could not be printed
@@ -128,15 +148,43 @@ def find_path(text: str | Path, what: str) -> Path | None:
     except OSError as error:
         reason = reason_of_disk(error)
     except UnicodeError:
-        reason = "its name is not in UTF-8, or not in the encoding of this system's file names"
+        encoding = sys.getfilesystemencoding()
+        reason = "its name is not in UTF-8"
+        if encoding != "utf-8":
+            reason = f"the encoding of file names here is {encoding}, which lacks a character of it"
+            remedy = "Set PYTHONUTF8=1, or a locale with UTF-8 such as LC_ALL=C.UTF-8"
     except ValueError as error:
         reason = one_line(error)
     else:
         return path
-    shown = text if text.isprintable() else ascii(text)[1:-1]
+    shown = text
     if len(shown) > 100:
         shown = f"{shown[:60]}...{shown[-20:]}"
-    raise UserError(f"{what} {shown} cannot be opened: {reason}. Pass another path")
+    raise UserError(f"{what} {shown} cannot be opened: {reason}. {remedy}")
+
+
+def not_a_file(path: Path) -> str | None:
+    """What is at the path of a file that is to be read, such as "a folder"; None for a file, and where there is nothing.
+
+    Reading a pipe waits for ever, and a link to nothing looks like a file that is absent.
+    """
+    if os.path.isfile(path) or not os.path.lexists(path):
+        return None
+    if os.path.isdir(path):
+        return "a folder"
+    return "a pipe, a socket or a device" if os.path.exists(path) else "a link to nothing"
+
+
+def require_files(folder: Path, remedy: str) -> None:
+    """Refuse a folder in which something else has the name of a file that is read: JSON, tensors or a pickle.
+
+    Raises:
+        UserError: names the first that is no file.
+    """
+    for path in sorted(folder.iterdir()):
+        found = not_a_file(path) if path.suffix in READ_SUFFIXES else None
+        if found:
+            raise UserError(f"{path} cannot be read: expected a file, got {found}. {remedy}")
 
 
 def read_json(path: Path, remedy: str = "") -> dict:

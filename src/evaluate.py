@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import OneLineParser, command, print_warnings
+from command_line import OneLineParser, command, print_warnings, split_pair
 from errors import UserError, find_path, reason_of_disk
 from printing import command_output
 from sim.environments import OURS, Simulation, open_simulation
@@ -204,7 +204,7 @@ def evaluate_simulated(policy: LoadedPolicy | None, args: argparse.Namespace, na
         policy_config = policy.policy.config
         if args.ahead:
             policy = AsyncPolicy(policy, args.ahead)
-    rename = dict(pair.split("=") for pair in args.rename if pair != AUTO)
+    rename = dict(split_pair(pair)[::2] for pair in args.rename if pair != AUTO)
     simulation = open_simulation(args.env, args.task, args.env_args, policy_config, args.max_steps, rename)
     seeds = range(args.seed, args.seed + args.num_episodes)
     try:

@@ -20,7 +20,7 @@ from pathlib import Path
 from checkpoints.folder import MANIFEST, best_checkpoint, find_checkpoints, sort_key, verify
 from command_line import OneLineParser, command, print_warnings
 from config import FIELDS
-from errors import UserError, find_path, read_json, reason_of_disk
+from errors import UserError, find_path, printable, read_json, reason_of_disk
 
 
 def checkpoints_at(path: Path) -> list[Path]:
@@ -42,7 +42,7 @@ def list_checkpoints(args) -> int:
     checkpoints = checkpoints_at(args.path)
     for checkpoint in checkpoints:
         is_newest = checkpoint == checkpoints[-1] and checkpoint != args.path
-        print(describe(checkpoint) + ("  newest" if is_newest else ""))
+        print(printable(describe(checkpoint) + ("  newest" if is_newest else "")))
     return 0
 
 
@@ -84,12 +84,12 @@ def show_checkpoint(args) -> int:
     verify(checkpoint)
     for name, value in read_json(checkpoint / "training_info.json").items():
         if not isinstance(value, dict):
-            print(f"{name:<15} {value}")
+            print(printable(f"{name:<15} {value}"))
     for name, value in read_json(checkpoint / "train_config.json").items():
         if name in FIELDS and value != FIELDS[name].default:
-            print(f"--{name} {value}")
+            print(printable(f"--{name} {value}"))
     for file in sorted(checkpoint.iterdir()):
-        print(f"{file.stat().st_size:>12,}  {file.name}")
+        print(printable(f"{file.stat().st_size:>12,}  {file.name}"))
     return 0
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from command_line import parse_command_line, print_error
-from errors import UserError
+from errors import UserError, printable
 from printing import command_output, safe_output
 
 if __name__ == "__main__":
@@ -62,6 +62,8 @@ def train(**settings) -> TrainResult:
     ):
         if run.evaluation_is_missing and run.is_evaluation_step():
             run.evaluate()
+            if not run.evaluation_is_missing:
+                run.save()  # the same checkpoint again, with what was measured: best.json goes by that
         while not run.is_over():
             batch = run.next_batch()
             result = run.learner.step(batch, run.step)  # forward, backward, optimizer, average
@@ -195,6 +197,17 @@ class Run:
             f"last good checkpoint: {last_good}. Lower --lr, or look at those frames"
         )
 
+    def stop_if_weights_are_not_finite(self) -> None:
+        """Call before a save: the loss of the step that spoilt them was finite, and no later one may have shown it."""
+        (is_spoilt,) = self.distributed.all_reduce_max(int(not self.learner.is_finite()))
+        if is_spoilt:
+            self.writer.wait()  # for the checkpoint that may be the last good one
+            last_good = max(find_checkpoints(self.plan.output_dir), key=sort_key, default="none yet")
+            raise UserError(
+                f"the weights are not finite after step {self.step}, which is not saved; last good checkpoint: "
+                f"{last_good}. Lower --lr"
+            )
+
     def log(self, result) -> None:
         """Write a line of metrics, with the mean loss since the line before."""
         self.stop_if_not_finite()
@@ -249,6 +262,7 @@ class Run:
     def save(self) -> None:
         """Start writing checkpoint-<step>; a run that went bad since the last log line is stopped instead."""
         self.stop_if_not_finite()
+        self.stop_if_weights_are_not_finite()
         with self.stopwatch.paused():
             losses = self.losses.state()  # both gathered from all processes
             state = self.learner.state()
@@ -385,7 +399,7 @@ def build_run(plan: RunPlan) -> Run:
         )
         report.say(header(plan, policy, position["step"]))
         for note in plan.notes:
-            report.say(note)
+            report.say(printable(note))
         report.warn(*warnings)
         evaluator = Evaluator(
             config=config,

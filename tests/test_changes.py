@@ -1,25 +1,28 @@
 """What a resume reports: settings that mean another run, and a machine that computes otherwise."""
 
+import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoints.folder import TrainState
+from checkpoints.folder import TrainState, write_manifest
 from config import TrainConfig
 from data.opening import open_source
 from errors import UserError
-from helpers.runs import small
+from helpers.runs import assert_same_run, small
 from train import train
 from training.changes import compare_data, compare_machine, compare_settings, describe_data, meaning
 
 MACHINE = {"device": "cpu", "device_name": "x86_64", "versions": {"torch": "2.1", "lerobot": "0.6.1", "numpy": "2"}}
 
 
-def changes(before: dict, now: dict) -> list[str]:
+def changes(before: dict, now: dict, data=None) -> list[str]:
     """The lines of a resume with the settings `now` of a run that had those of `before`."""
     state = TrainState(
-        trainer_state={"step": 1, "world_size": 1, "data": {}},
+        trainer_state={"step": 1, "world_size": 1, "data": data},
         train_config={**TrainConfig(dataset_id=["x"]).asdict(), "precision": "fp32", **before},
         training_info={},
     )
@@ -36,6 +39,9 @@ def changes(before: dict, now: dict) -> list[str]:
      ["observation.c=observation.d", "observation.a=observation.b"]),
     ("observations", ["state", "top"], ["top", "state"]),
     ("episodes", "0,1", "0:2"), ("episodes", "1:3,0", " 0 : 3"), ("val_episodes", "4,5,6,9", "9,4:7"),
+    ("policy_args", ["dim_model = 32"], ["dim_model=32"]), ("policy_args", ["chunk_size=100"], None),
+    ("policy_args", ["chunk_size=4", "n_action_steps=4"], ["chunk_size=4"]), ("rename", ["observation.a=observation.a"], None),
+    ("rename", [" observation.a = observation.b "], ["observation.a=observation.b"]), ("policy_path", ".", os.getcwd()),
 ])  # fmt: skip
 def test_another_way_to_write_a_setting_is_no_change(name, one, other):
     assert changes({name: one}, {name: other}) == []
@@ -44,10 +50,18 @@ def test_another_way_to_write_a_setting_is_no_change(name, one, other):
 
 @pytest.mark.parametrize(("name", "one", "other"), [
     ("rename", ["observation.a=observation.b"], ["observation.a=observation.c"]), ("observations", ["top"], None),
-    ("episodes", "0,1", "0:3"), ("episodes", "0,1", None), ("episodes", "0,2", "0:2"), ("lr", 1e-3, 2e-3)])  # fmt: skip
+    ("episodes", "0,1", "0:3"), ("episodes", "0,1", None), ("episodes", "0,2", "0:2"), ("seed", 1, 2),
+    ("dataset_weights", [1.0], None)])  # fmt: skip
 def test_another_run_is_reported(name, one, other):
     (line,) = changes({name: one}, {name: other})
-    assert line.startswith(f"--{name}: {one} -> {other}; from here on this is not the run that wrote checkpoint-1")
+    assert line == f"--{name}: {one} -> {other}; from here on this is not the run that wrote the checkpoint"
+    assert (name in ("episodes", "observations")) == (
+        changes({name: one}, {name: other}, data={}) == []
+    )  # goes by the data
+
+
+def test_weights_in_the_same_proportions_are_no_change():
+    assert meaning("dataset_weights", [3, 1, 1]) == meaning("dataset_weights", [6.0, 2.0, 2.0])
 
 
 @pytest.mark.parametrize(("one", "other"), [
@@ -113,7 +127,128 @@ def test_videos_that_changed_places_are_reported(copy_of):
     top.write_bytes(pixels[1])
     wrist.write_bytes(pixels[0])
     now = describe_data(open_source(str(root)), torch.tensor([0]))
-    state = TrainState(trainer_state={"data": before}, train_config={}, training_info={})
-    assert compare_data(state, now) == ["dataset: its videos changed places or sizes; from here on this is another run"]
+    config = TrainConfig(dataset_id=["x"])
+    state = TrainState(trainer_state={"data": before}, train_config=config.asdict(), training_info={})
+    assert compare_data(state, now, config) == [
+        "dataset: its videos changed places or sizes; from here on this is another run"
+    ]
     del before["videos_sha256"]  # of an older version
-    assert compare_data(state, now) == []
+    assert compare_data(state, now, config) == []
+
+
+@pytest.fixture(scope="module")
+def run(made, tmp_path_factory):
+    """A finished run on all three episodes, one of them held out."""
+    folder = tmp_path_factory.mktemp("changes") / "run"
+    settings = small(dataset_id=[str(made("no_camera"))], val_fraction=0.3, steps=2, save_freq=1)
+    del settings["lr"]
+    train(**settings, output_dir=str(folder))
+    return folder
+
+
+def warnings_of(capsys) -> list[str]:
+    shown = capsys.readouterr()
+    return [line for line in (shown.out + shown.err).splitlines() if line.startswith("warning: ")]
+
+
+SAME = {
+    "all episodes": {"episodes": "0:3"},
+    "all episodes, one by one": {"episodes": "2,1,0"},
+    "every observation": {"observations": ["state"]},
+    "every observation by a pattern": {"observations": ["observation.*"]},
+    "the same held-out fraction": {"val_fraction": 0.34},
+    "the presets of the optimizer": {"lr": 1e-5, "weight_decay": 1e-4, "grad_clip_norm": 10},
+    "the schedule of the preset": {"lr_schedule": "constant", "warmup_steps": 0},
+    "a default of the policy": {"policy_args": ["dim_model = 32", "use_vae=true", "chunk_size=4", "dim_feedforward=32",
+                                "n_heads=2", "n_encoder_layers=1", "n_vae_encoder_layers=1", "latent_dim=4",
+                                "pretrained_backbone_weights=none"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", SAME.values(), ids=SAME)
+def test_a_setting_that_comes_to_the_same_is_no_change(run, tmp_path, capsys, given):
+    """It trains to the same bits, and resuming from that without the setting is no change either."""
+    settings = {"quiet": True, "output_dir": str(tmp_path / "again")}
+    train(resume_from_checkpoint=str(run / "checkpoint-1"), **settings, **given)
+    assert warnings_of(capsys) == []
+    assert_same_run(run, tmp_path / "again", 2)
+    unset = {name: None for name in given if name not in ("policy_args", "val_fraction")}
+    train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-2"), quiet=True, **unset)
+    assert warnings_of(capsys) == []
+
+
+OTHERS = {
+    "fewer episodes": ({"episodes": "0:2"}, "--episodes: None -> 0:2"),
+    "other held-out episodes": ({"val_fraction": 0.6}, "--val_fraction: 0.3 -> 0.6"),
+    "a rate": ({"lr": 2e-5}, "--lr: None -> 2e-05"),
+    "no clipping": ({"grad_clip_norm": 0}, "--grad_clip_norm: None -> 0.0"),
+    "a schedule": ({"lr_schedule": "cosine"}, "--lr_schedule: None -> cosine"),
+    "a warm-up": ({"warmup_steps": 2}, "--warmup_steps: None -> 2"),
+}
+
+
+@pytest.mark.parametrize(("given", "line"), OTHERS.values(), ids=OTHERS)
+def test_a_setting_that_comes_to_another_run_is_reported(run, tmp_path, capsys, given, line):
+    settings = {"quiet": True, "output_dir": str(tmp_path / "again")}
+    train(resume_from_checkpoint=str(run / "checkpoint-1"), **settings, **given)
+    assert any(line in warning for warning in warnings_of(capsys))
+
+
+@pytest.fixture
+def recorder(made, tmp_path):
+    """A run whose settings write a tracker's files, and decoded frames to a folder of its own."""
+    settings = small(dataset_id=[str(made("front"))], tracker="tensorboard", cache_dir=str(tmp_path / "cache"), steps=1)
+    train(**settings, output_dir=str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def test_a_run_in_its_own_folder_keeps_its_tracker_also_when_the_folder_was_moved(recorder, capsys):
+    moved = recorder.rename(recorder.with_name("moved"))
+    shutil.rmtree(moved / "tensorboard")
+    train(resume_from_checkpoint=str(moved / "checkpoint-1"), steps=2, quiet=True)
+    assert (moved / "tensorboard").is_dir()
+    assert not any("taken over" in warning for warning in warnings_of(capsys))
+
+
+@pytest.mark.parametrize("from_elsewhere", ["copied", "of an older version", "of another run"])
+def test_a_checkpoint_from_elsewhere_does_not_choose_where_a_run_reports_and_writes(
+    recorder, tmp_path, capsys, monkeypatch, from_elsewhere
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("hub.check_login", lambda repo: pytest.fail("it asks the Hub"))
+    foreign = Path(shutil.copytree(recorder, tmp_path / "foreign"))
+    shutil.rmtree(foreign / "tensorboard")
+    shutil.rmtree(tmp_path / "cache")
+    checkpoint = foreign / "checkpoint-1"
+    edit_json(checkpoint / "train_config.json", push_to_hub="me/mine", push_checkpoints=True)
+    if from_elsewhere == "of an older version":
+        edit_json(checkpoint / "trainer_state.json", folder=None)
+    elif from_elsewhere == "of another run":
+        edit_json(checkpoint / "trainer_state.json", folder=str(recorder.stat().st_ino))
+    write_manifest(checkpoint)
+    train(resume_from_checkpoint=str(checkpoint), steps=2, quiet=True)
+    (line,) = [warning for warning in warnings_of(capsys) if "taken over" in warning]
+    assert "checkpoint-1 was not written by a run in" in line
+    flags = f"--push_to_hub me/mine --push_checkpoints on --tracker tensorboard --cache_dir {tmp_path / 'cache'}"
+    assert "".join(sorted(flags)) == "".join(sorted(line.partition("pass ")[2]))
+    assert not (foreign / "tensorboard").exists()
+    assert not (tmp_path / "cache").exists()
+    settings = json.loads((foreign / "checkpoint-2" / "train_config.json").read_text())
+    assert (settings["push_to_hub"], settings["tracker"], settings["cache_dir"]) == (None, "none", None)
+
+
+def test_what_is_given_again_is_taken_over(recorder, tmp_path, capsys):
+    foreign = Path(shutil.copytree(recorder, tmp_path / "foreign"))
+    shutil.rmtree(foreign / "tensorboard")
+    given = {"tracker": "tensorboard", "cache_dir": str(tmp_path / "cache")}
+    train(resume_from_checkpoint=str(foreign / "checkpoint-1"), steps=2, quiet=True, **given)
+    assert (foreign / "tensorboard").is_dir()
+    assert not any("taken over" in warning for warning in warnings_of(capsys))
+
+
+def edit_json(path: Path, **values) -> None:
+    """Write values into a JSON file; None takes a name out."""
+    content = {**json.loads(path.read_text()), **values}
+    path.write_text(
+        json.dumps({name: value for name, value in content.items() if value is not None or name not in values})
+    )

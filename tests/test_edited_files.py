@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from checkpoints.folder import write_manifest
 from errors import UserError
@@ -95,26 +96,34 @@ def edited(checkpoint, file, change):
     write_manifest(checkpoint)
 
 
+NAN = float("nan")
+INFINITY = float("inf")
+SCALER = {"scale": 1.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
 WRONG = [
-    ("trainer_state.json", "step", ["4", None, 4.5, True, [4], {}, -1]),
-    ("trainer_state.json", "samples_seen", ["16", None, 1.5, False, [], -4]),
-    ("trainer_state.json", "world_size", ["1", None]),
-    ("trainer_state.json", "loss_count", ["1", None, 0.5]),
-    ("trainer_state.json", "loss_sums", ["1", None, 1.0, ["1"], [None], {}]),
-    ("trainer_state.json", "branch", ["1", None, 1.5]),
+    ("trainer_state.json", "step", ["4", None, 4.5, True, [4], {}, -1, 10**400, 2**62]),
+    ("trainer_state.json", "samples_seen", ["16", None, 1.5, False, [], -4, 10**400, 2**62]),
+    ("trainer_state.json", "world_size", ["1", None, 0, -1]),
+    ("trainer_state.json", "loss_count", ["1", None, 0.5, -1, 10**400]),
+    ("trainer_state.json", "loss_sums", ["1", None, 1.0, ["1"], [None], {}, [], [NAN], [INFINITY], [10**400], [True]]),
+    ("trainer_state.json", "sub_loss_sums", [{}, [[]], [{"a": 1}], [{"a": [1.0]}], [{"a": [1.0, 0]}], [{"a": [1, -2]}],
+                                             [{"a": [1, NAN]}], [{"a": [10**400, 1]}], [{"a": ["1", 1]}]]),
+    ("trainer_state.json", "optimizer_entries", ["1", None, -1]),
+    ("trainer_state.json", "folder", [1, None]),
+    ("trainer_state.json", "branch", ["1", None, 1.5, -1, 10**400]),
     ("trainer_state.json", "ancestors", [None, 1, [1], [["0", 1]], [[1, 2, 3]], {}]),
-    ("trainer_state.json", "scaler", [None, [], 1, {"scale": "big"}]),
+    ("trainer_state.json", "scaler", [None, [], 1, {"scale": "big"}, {"scale": 1.0}, {**SCALER, "scale": NAN},
+                                      {**SCALER, "scale": 0}, {**SCALER, "growth_interval": 10**400}]),
     ("trainer_state.json", "tracker_run_id", [1, []]),
     ("trainer_state.json", "data", ["x", [], 1, {}, {"episodes": 3}]),
-    ("train_config.json", "steps", ["many", None, 1.5, True, [4], "4"]),
-    ("train_config.json", "lr", ["fast", [1], {}, True, "0.1"]),
+    ("train_config.json", "steps", ["many", None, 1.5, True, [4], "4", 10**400, INFINITY]),
+    ("train_config.json", "lr", ["fast", [1], {}, True, "0.1", 10**400]),
     ("train_config.json", "compile", ["on", 1, None]),
     ("train_config.json", "policy", [None, 1, [], {}]),
     ("train_config.json", "dataset_id", [1, {}, [1], [None]]),
     ("train_config.json", "policy_args", ["chunk_size=4", 1, [1]]),
     ("train_config.json", "image_size", ["64x64", 64, ["64", "64"]]),
-    ("training_info.json", "train_seconds", ["1", None, [], True]),
-    ("training_info.json", "loss", ["1", [], True]),
+    ("training_info.json", "train_seconds", ["1", None, [], True, -1, NAN, 10**400]),
+    ("training_info.json", "loss", ["1", [], True, 10**400]),
     ("training_info.json", "val_loss", ["1", {}]),
     ("training_info.json", "saved_at", [1, None]),
     ("training_info.json", "versions", [[], "0.6.1"]),
@@ -215,7 +224,7 @@ WRONG_STATES = {
 def test_an_optimizers_state_of_another_policy_is_refused(run, change):
     change_optimizer(run / "checkpoint-4", change)
     with pytest.raises(
-        UserError, match=r"optimizer_state\.pth does not fit this policy's optimizer: .*Resume from another"
+        UserError, match=r"optimizer_state\.pth (does not fit|is damaged|holds no).*Resume from another"
     ):
         train(resume_from_checkpoint=str(run / "checkpoint-4"), steps=6)
 
@@ -234,3 +243,140 @@ def test_what_is_no_optimizers_state_is_refused(run, content):
         UserError, match=r"optimizer_state\.pth holds no optimizer's state: expected state and param_groups"
     ):
         train(resume_from_checkpoint=str(run / "checkpoint-4"), steps=6)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("steps", -4), ("lr", NAN), ("lr", INFINITY), ("weight_decay", INFINITY), ("batch_size", 0), ("seed", -1), ("steps", 2),
+])  # fmt: skip
+def test_settings_beyond_their_limits_are_one_line(run, name, value):
+    edited(run / "checkpoint-4", "train_config.json", lambda config: {**config, name: value})
+    with pytest.raises(UserError, match=f"--{name}"):
+        train(resume_from_checkpoint=str(run / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("content", [{}, {"val_fraction": None}])
+def test_settings_that_are_missing_are_the_defaults(settings, whole, run, content):
+    """As in a checkpoint of an older version."""
+    settings = {**settings}
+    shutil.rmtree(run / "checkpoint-4")
+    edited(run / "checkpoint-2", "train_config.json", lambda _: content)
+    del settings["policy_args"]
+    train(**settings, resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert_same_run(whole, run, 4)
+
+
+def first_moment(make):
+    def change(state):
+        state["state"][0]["exp_avg"] = make(state["state"][0]["exp_avg"])
+
+    return change
+
+
+def as_quantized(moment):
+    return torch.quantize_per_tensor(moment, 0.1, 0, torch.qint8)
+
+
+UNUSABLE = {
+    "NaN": first_moment(lambda moment: moment.fill_(NAN)),
+    "one NaN": lambda state: state["state"][3]["exp_avg_sq"].view(-1)[-1:].fill_(NAN),
+    "infinite": first_moment(lambda moment: moment.fill_(-INFINITY)),
+    "NaN in float16": first_moment(lambda moment: moment.half().fill_(NAN)),
+    "sparse": first_moment(lambda moment: moment.to_sparse()),
+    "meta": first_moment(lambda moment: moment.to("meta")),
+    "quantized": first_moment(as_quantized),
+    "complex": first_moment(lambda moment: torch.complex(moment, moment)),
+    "a step of NaN": lambda state: state["state"][0].update(step=torch.tensor(NAN)),
+    "a step of Python's NaN": lambda state: state["state"][0].update(step=NAN),
+    "a negative step": lambda state: state["state"][0].update(step=torch.tensor(-3.0)),
+    "a step beyond counting": lambda state: state["state"][0].update(step=10**400),
+    "a complex step": lambda state: state["state"][0].update(step=torch.tensor(1j)),
+    "no entry of one parameter": lambda state: state["state"].__delitem__(0),
+    "no entries": lambda state: state["state"].clear(),
+    "an entry without a moment": lambda state: state["state"][0].__delitem__("exp_avg_sq"),
+    "an entry without its step": lambda state: state["state"][0].__delitem__("step"),
+    "an entry of nothing": lambda state: state["state"][0].clear(),
+    "parameters in another order": lambda state: state["param_groups"][0]["params"].reverse(),
+    "parameters twice": lambda state: state["param_groups"][0]["params"].append(0),
+    "parameters by name": lambda state: state["param_groups"][0].update(params=["a", "b"]),
+}
+
+
+@pytest.mark.parametrize("change", UNUSABLE.values(), ids=UNUSABLE)
+def test_an_optimizers_state_that_nothing_can_be_trained_from_is_refused(run, change):
+    change_optimizer(run / "checkpoint-4", lambda state: change(state) and None)
+    with pytest.raises(UserError, match=r"optimizer_state\.pth (does not fit|is damaged|holds no)") as refused:
+        train(resume_from_checkpoint=str(run / "checkpoint-4"), steps=6)
+    assert str(refused.value).endswith("Resume from another checkpoint") or "pass this one as" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def with_shared_memory(state):
+    """Zero moments, all in one tensor, of which each entry is a view that repeats a number."""
+    for entry in state["state"].values():
+        entry["exp_avg"].zero_()
+        entry["exp_avg_sq"].zero_()
+    zero = torch.zeros(1)
+    views = {number: zero.expand(entry["exp_avg"].shape) for number, entry in state["state"].items()}
+    return {
+        number: {**entry, "exp_avg": views[number], "exp_avg_sq": views[number]}
+        for number, entry in state["state"].items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["float64", "a gradient", "shared memory", "transposed memory"])
+def test_moments_that_are_stored_in_another_way_train_the_same(settings, whole, run, kind):
+    shutil.rmtree(run / "checkpoint-4")
+    checkpoint = run / "checkpoint-2"
+    same = {
+        "float64": lambda moment: moment.double(),
+        "a gradient": lambda moment: moment.clone().requires_grad_(),
+        "transposed memory": lambda moment: moment.t().contiguous().t() if moment.ndim == 2 else moment,
+    }
+    if kind == "shared memory":
+        zeros = run.parent / "zeros"
+        shutil.copytree(run, zeros)
+
+        def zeroed(state):
+            for entry in state["state"].values():
+                entry["exp_avg"].zero_()
+                entry["exp_avg_sq"].zero_()
+
+        change_optimizer(zeros / "checkpoint-2", zeroed)
+        train(**settings, resume_from_checkpoint=str(zeros / "checkpoint-2"))
+        change_optimizer(checkpoint, lambda state: {**state, "state": with_shared_memory(state)})
+        train(**settings, resume_from_checkpoint=str(checkpoint))
+        assert_same_run(zeros, run, 4)
+        return
+
+    def change(state):
+        for entry in state["state"].values():
+            entry["exp_avg"] = same[kind](entry["exp_avg"])
+
+    change_optimizer(checkpoint, change)
+    train(**settings, resume_from_checkpoint=str(checkpoint))
+    assert_same_run(whole, run, 4)
+
+
+@pytest.mark.parametrize("kind", ["NaN", "complex"])
+@pytest.mark.parametrize("file", ["policy.safetensors", "training_weights.safetensors"])
+def test_weights_that_nothing_can_be_trained_from_are_refused(settings, tmp_path, file, kind):
+    checkpoint = train(**{**settings, "ema_decay": 0.9, "steps": 1}, output_dir=str(tmp_path / "run")).checkpoint
+    weights = load_file(checkpoint / file)
+    name = next(name for name in weights if name.endswith("weight"))
+    weights[name] = weights[name] * NAN if kind == "NaN" else torch.complex(weights[name], weights[name])
+    save_file(weights, checkpoint / file)
+    if file == "policy.safetensors":
+        write_manifest(checkpoint)
+        with pytest.raises(UserError, match=r"damaged: model\.safetensors is not the same file as policy\.safetensors"):
+            train(resume_from_checkpoint=str(checkpoint), steps=2)
+        save_file(weights, checkpoint / "model.safetensors")
+    write_manifest(checkpoint)
+    with pytest.raises(UserError, match=r"checkpoint-1/.*\.safetensors is damaged: .*Resume from another checkpoint"):
+        train(resume_from_checkpoint=str(checkpoint), steps=2)
+
+
+def test_weights_that_the_last_step_spoilt_are_not_saved(settings, tmp_path):
+    """Its loss and gradient were finite, and no later step shows it."""
+    with pytest.raises(UserError, match="the weights are not finite after step 1, which is not saved; last good"):
+        train(**{**settings, "lr": 1e39, "steps": 1}, output_dir=str(tmp_path / "run"))
+    assert not list((tmp_path / "run").glob("checkpoint-*"))

@@ -411,7 +411,7 @@ def test_hub_repo_without_checkpoint(hub, made, tmp_path):
 
 def test_an_optimizers_state_goes_to_the_device_of_its_kernels(tmp_path):
     """lerobot-train's optimizer is not fused, ours is: its count of steps goes to the weights' device ("meta" in a GPU's place)."""
-    from checkpoints.folder import read_optimizer
+    from checkpoints.tensors import read_optimizer
     from training.distributed import Distributed
 
     theirs, mine = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta")

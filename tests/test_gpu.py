@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints.folder import read_optimizer
+from checkpoints.tensors import read_optimizer
 from helpers.runs import DETERMINISTIC_ACT, assert_same_run, small
 from policy.async_policy import AsyncPolicy
 from policy.loaded import load_policy

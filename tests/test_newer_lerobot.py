@@ -122,7 +122,7 @@ def test_excluded_episodes_stay_out(newer):
 
 
 @pytest.mark.parametrize(("change", "why"), [
-    ("shards", "holds its weights in shards .* Convert it with lerobot-convert-dcp"),
+    ("shards", "holds its weights in shards .* Run lerobot-convert-dcp --checkpoint_dir=.* Then pass --policy_path"),
     ("sharded optimizer", r"sharded optimizer state \(FSDP\), which Armature does not resume. Pass --policy_path"),
     ("accumulation", "gradient accumulation, whose steps it counts otherwise, which Armature does not resume"),
     ("adapters", r"adapters \(peft\), which Armature does not resume"),

@@ -18,7 +18,8 @@ import export
 import infer
 import serve
 import trust
-from checkpoints.folder import read_optimizer, write_manifest
+from checkpoints.folder import write_manifest
+from checkpoints.tensors import read_optimizer
 from errors import UserError
 from exchange.lerobot_runs import to_lerobot
 from helpers.paths import ROOT

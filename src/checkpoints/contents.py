@@ -1,9 +1,13 @@
-"""What the JSON files of a checkpoint must hold. A value of another type is reported as damage, not as a traceback later."""
+"""What the JSON files of a checkpoint must hold. Any other value is reported as damage, not as a traceback later."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from config import FIELDS, FRESH, TYPE_NAMES, as_on_the_command_line, nargs, value_type
+
+LARGEST = 2**53  # of an integer: beyond it, arithmetic with floats and int64 is not exact
+SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")  # of torch's GradScaler
 
 
 @dataclass(frozen=True)
@@ -21,46 +25,73 @@ class Kind:
 
 
 def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value is a number that float64 holds: JSON has integers of any length."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1023)
+
+
+def is_finite(value) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 def is_integer(value) -> bool:
-    return is_number(value) and value == value // 1
+    return is_finite(value) and value == value // 1
+
+
+def is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+
+
+def is_scaler(value) -> bool:
+    """Whether a value is the state of torch's GradScaler, which is empty without fp16."""
+    if not isinstance(value, dict):
+        return False
+    is_whole = set(SCALER) <= value.keys() and all(is_finite(number) and number >= 0 for number in value.values())
+    return value == {} or (is_whole and value["scale"] > 0)
+
+
+def are_sums(value) -> bool:
+    """Whether a value maps names to [sum, number of terms]."""
+    return isinstance(value, dict) and all(
+        isinstance(pair, list) and len(pair) == 2 and is_number(pair[0]) and is_finite(pair[1]) and pair[1] > 0
+        for pair in value.values()
+    )
 
 
 NUMBER = Kind("a number", is_number)
-COUNT = Kind("an integer of 0 or more", lambda value: isinstance(value, int) and is_number(value) and value >= 0)
+FINITE = Kind("a finite number", is_finite)
+SECONDS = Kind("a number of 0 or more", lambda value: is_finite(value) and value >= 0)
+COUNT = Kind(f"an integer from 0 to {LARGEST}", is_count)
+AT_LEAST_ONE = Kind(f"an integer from 1 to {LARGEST}", lambda value: is_count(value) and value >= 1)
 TEXT = Kind("text", lambda value: isinstance(value, str))
 MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
-NUMBERS = Kind("a mapping to numbers", lambda value: isinstance(value, dict) and all(map(is_number, value.values())))
 EPISODE = Kind("an episode", lambda value: isinstance(value, (int, str)))
 BRANCH = Kind(
     "a branch and its last step",
     lambda value: isinstance(value, list) and len(value) == 2 and all(map(COUNT.fits, value)),
 )
-SUMS = Kind(
-    "a mapping to sums and counts",
-    lambda value: (
-        isinstance(value, dict) and all(NUMBER.listed().fits(sums) and len(sums) == 2 for sums in value.values())
-    ),
-)
+LOSS_SUMS = Kind("a finite number of each process", lambda value: bool(value) and FINITE.listed().fits(value))
+SUMS = Kind("a mapping to sums and counts above 0", are_sums)
 DATASETS = Kind("a list of names", lambda value: isinstance(value, str) or TEXT.listed().fits(value))
 
 TRAINER_STATE = {
     "step": COUNT,
     "samples_seen": COUNT,
     "batch_size": COUNT,
-    "seed": COUNT,
-    "world_size": COUNT,
+    "seed": Kind("an integer", is_integer),
+    "world_size": AT_LEAST_ONE,
     "branch": COUNT,
     "course": COUNT,  # the name of `branch` in older versions
     "ancestors": BRANCH.listed(),
-    "loss_sums": NUMBER.listed(),
-    "loss_sum": NUMBER,  # in older versions
+    "loss_sums": LOSS_SUMS,
+    "loss_sum": FINITE,  # in older versions
     "loss_count": COUNT,
     "sub_loss_sums": SUMS.listed(),
     "evaluation_is_missing": Kind("true or false", lambda value: isinstance(value, bool)),
-    "scaler": NUMBERS,
+    "optimizer_entries": COUNT,
+    "scaler": Kind("the state of torch's GradScaler, or {}", is_scaler),
+    "folder": TEXT,
     "tracker_run_id": TEXT.or_null(),
     "data": MAPPING.or_null(),
 }
@@ -83,7 +114,7 @@ TRAINING_INFO = {
     "saved_at": TEXT,
     "step": COUNT,
     "batch_size": COUNT,
-    "train_seconds": NUMBER,
+    "train_seconds": SECONDS,
     "joint_names": MAPPING.or_null(),
     "device_name": TEXT,
     "versions": MAPPING,

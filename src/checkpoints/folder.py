@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -14,12 +13,14 @@ from pathlib import Path
 from uuid import uuid4
 
 from checkpoints.contents import REQUIRED, content_problems, is_number
-from errors import UserError, find_path, nearest, one_line, read_json, reason_of_disk
+from config import FIELDS
+from errors import UserError, find_path, nearest, not_a_file, one_line, read_json, reason_of_disk
 from hub import newest_checkpoint
 
 WEIGHTS = "policy.safetensors"
 TRAINED_WEIGHTS = "training_weights.safetensors"  # with --ema_decay, where WEIGHTS are the average
 OPTIMIZER = "optimizer_state.pth"
+OPTIMIZER_ENTRIES = "optimizer_entries"  # in trainer_state.json: how many parameters have a state in OPTIMIZER
 MANIFEST = "manifest.json"
 POLICY_MANIFEST = "policy_manifest.json"  # of the finished policy in a run's own folder
 ALIASES = {  # LeRobot's name of a file: ours. Both are links to one file.
@@ -335,6 +336,9 @@ def verify(path: Path, suffix: str = "", manifest: str = MANIFEST) -> None:
                 damage.append(f"{name} {problem}")
     damage += [f"{name} is not listed in {manifest}" for name in unlisted(path, files)]
     if not damage and not suffix:
+        for alias, name in ALIASES.items():
+            if alias in files and name in files and files[alias]["sha256"] != files[name]["sha256"]:
+                damage.append(f"{alias} is not the same file as {name}")
         for name in REQUIRED:
             if name in files:
                 damage += content_problems(name, read_json(path / name))
@@ -350,6 +354,9 @@ def unlisted(path: Path, files: dict[str, dict]) -> list[str]:
 
 def file_problem(file: Path, expected: dict, hashes: dict) -> str | None:
     """How a file differs from its entry in the manifest; None if it does not."""
+    found = not_a_file(file)
+    if found:
+        return f"is {found}"
     if not file.is_file():
         return "is missing"
     stat = file.stat()
@@ -395,6 +402,7 @@ def read_state(path: Path, resume_step: int | None) -> TrainState:
         train_config=read_json(path / "train_config.json"),
         training_info=read_json(path / "training_info.json"),
     )
+    state.train_config = {name: field.default for name, field in FIELDS.items()} | state.train_config
     if "loss_sum" in state.trainer_state:  # older versions kept one sum, not one per process
         state.trainer_state["loss_sums"] = [state.trainer_state.pop("loss_sum")]
     step = state.trainer_state["step"]
@@ -412,39 +420,14 @@ def read_state(path: Path, resume_step: int | None) -> TrainState:
     return state
 
 
-def read_optimizer(checkpoint: Path) -> dict:
-    """The optimizer's state dict in a checkpoint: tensors and numbers, on the CPU.
+def folder_id(folder: Path) -> str:
+    """What tells a folder on this disk from one that was downloaded or unpacked from elsewhere: its inode number."""
+    return str(folder.stat().st_ino)
 
-    Raises:
-        UserError: the file is damaged, or holds code, which is not run.
+
+def is_own(checkpoint: Path, state: TrainState) -> bool:
+    """Whether a run wrote this checkpoint right where it is, so that its settings are the user's own.
+
+    Checkpoints from the Hub, of lerobot-train, copied ones and those of older versions are not.
     """
-    import torch
-
-    file = checkpoint / OPTIMIZER
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code:
-            raise UserError(
-                f"{file} is refused: expected tensors and numbers, got code that would run {code[1]}. "
-                "Resume from a checkpoint that you trust"
-            ) from error
-        raise UserError(f"{file} cannot be read: {one_line(error)[:160]}. Resume from another checkpoint") from error
-    if not is_optimizer_state(state):
-        raise UserError(
-            f"{file} holds no optimizer's state: expected state and param_groups. Resume from another checkpoint"
-        )
-    return state
-
-
-def is_optimizer_state(state) -> bool:
-    """Whether a value has the form of a torch optimizer's state dict."""
-    if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
-        return False
-    entries = state["state"]
-    groups = state["param_groups"]
-    if not isinstance(entries, dict) or not isinstance(groups, list):
-        return False
-    has_parameters = all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
-    return has_parameters and all(isinstance(entry, dict) for entry in entries.values())
+    return state.trainer_state.get("folder") == folder_id(checkpoint.parent)

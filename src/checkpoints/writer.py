@@ -27,6 +27,7 @@ from checkpoints.folder import (
     ADAPTER,
     ALIASES,
     OPTIMIZER,
+    OPTIMIZER_ENTRIES,
     POLICY_MANIFEST,
     RESUME_ONLY,
     TRAINED_WEIGHTS,
@@ -34,6 +35,7 @@ from checkpoints.folder import (
     TrainState,
     best_checkpoint,
     discard,
+    folder_id,
     listed_files,
     manifest_text,
     nothing,
@@ -338,14 +340,24 @@ def write_files(folder: Path, snapshot: Snapshot) -> None:
     if snapshot.trained_weights:
         save_weights(snapshot.trained_weights, folder / TRAINED_WEIGHTS)
     torch.save(snapshot.optimizer, folder / OPTIMIZER)
-    for name in ("trainer_state", "train_config", "training_info"):
-        (folder / f"{name}.json").write_text(json.dumps(getattr(snapshot.state, name), indent=2) + "\n")
+    trainer_state = {
+        **snapshot.state.trainer_state,
+        OPTIMIZER_ENTRIES: len(snapshot.optimizer["state"]),
+        "folder": folder_id(folder.parent),
+    }
+    write_json(folder / "trainer_state.json", trainer_state)
+    write_json(folder / "train_config.json", snapshot.state.train_config)
+    write_json(folder / "training_info.json", snapshot.state.training_info)
     if snapshot.adapters is not None:
         snapshot.adapters.save_pretrained(folder)
     for alias, source in ALIASES.items():
         is_adapter = snapshot.adapters is not None and source == WEIGHTS
         link(folder / source, folder / (ADAPTER if is_adapter else alias))
     share_weights(folder, as_file=folder / "trainer_state.json")
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def share_weights(folder: Path, as_file: Path) -> None:

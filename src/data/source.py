@@ -140,8 +140,10 @@ class Source:
             end = f". {self.remedy}" if self.remedy else ""
             raise UserError(f"dataset {self.name}: {problems[0]}{end}")
         if problems:
-            end = f"\n{self.remedy}" if self.remedy and not more_problems else ""
-            raise UserError(f"dataset {self.name} has {len(problems)} problems:\n  - " + "\n  - ".join(problems) + end)
+            lines = [f"  - {problem}" for problem in problems]
+            if self.remedy and not more_problems:
+                lines.append(self.remedy)
+            raise UserError(f"dataset {self.name} has {len(problems)} problems:", *lines)
 
 
 def episode_spans(table: pa.Table) -> tuple[list[int], np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from checkpoints.folder import TRAINED_WEIGHTS, TrainState, read_optimizer, step_of
+from checkpoints.contents import is_count
+from checkpoints.folder import ADAPTER, TRAINED_WEIGHTS, TrainState, step_of
+from checkpoints.tensors import read_optimizer
 from checkpoints.writer import Snapshot, write_checkpoint
 from config import FIELDS, TrainConfig
 from data.opening import open_source
@@ -207,7 +210,7 @@ def refuse_theirs(folder: Path, theirs: dict, position: dict) -> None:
     model = folder / "pretrained_model"
     wrong = [name for name, kind in THEIR_TYPES.items() if not isinstance(value_at(theirs, name), (kind, type(None)))]
     numbers = ("step", "batch_size", "num_processes", "dp_world_size", "grad_accum_steps")
-    wrong += [name for name in numbers if not isinstance(position.get(name), (int, type(None)))]
+    wrong += [name for name in numbers if position.get(name) is not None and not is_count(position[name])]
     if position.get("step") is None:
         wrong.append("step")
     if not value_at(theirs, "dataset.repo_id"):
@@ -219,8 +222,10 @@ def refuse_theirs(folder: Path, theirs: dict, position: dict) -> None:
         )
     if not (model / "model.safetensors").is_file() and any(model.glob("pytorch_model_fsdp_*")):
         raise UserError(
-            f"{folder} holds its weights in shards (checkpoint_format dcp), which Armature does not read. Convert it with "
-            "lerobot-convert-dcp, and pass what that writes as --policy_path to start a new run from its weights"
+            f"{folder} holds its weights in shards (checkpoint_format dcp), which Armature does not read. Run "
+            f"lerobot-convert-dcp --checkpoint_dir={shlex.quote(str(folder))} with the version of LeRobot that wrote it "
+            f"(0.6.1 has no such command), which merges them. Then pass --policy_path {shlex.quote(str(folder))} to start a "
+            "new run from its weights"
         )
     used = {
         name: value_at(theirs, name) for name in ("sample_weighting", "use_rabc", "dataset.streaming", "reward_model")

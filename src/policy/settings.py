@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from torchvision import models
 
+from command_line import split_pair
 from errors import UserError
 
 AT_LEAST_ONE = ("chunk_size", "n_action_steps", "n_obs_steps", "n_heads", "gpt_n_head", "n_groups")
@@ -22,7 +23,7 @@ def check_no_features(overrides: list[str] | None) -> None:
         UserError: an override is for one of them.
     """
     for override in overrides or []:
-        name = override.partition("=")[0]
+        name = split_pair(override)[0]
         if name in ("input_features", "output_features"):
             raise UserError(
                 f"--policy_args {name}: a policy's features are those of the dataset. Pass --observations NAME ... to "

@@ -13,6 +13,7 @@ from lerobot.processor import ImageCropResizeProcessorStep, NormalizerProcessorS
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError
 
+from command_line import split_pair
 from errors import UserError, as_user_error, likeliest_pairs, plural, rename_flag, rename_remedy
 from processors.bases import AUTO, camera_problems, pads, width_problems
 from processors.state_only import StateToEnvironmentState
@@ -249,7 +250,7 @@ def parse_rename(pairs: list[str] | None) -> dict[str, str]:
     for pair in pairs or []:
         if pair == AUTO:
             continue
-        old, _, new = pair.partition("=")
+        old, _, new = split_pair(pair)
         if not old or not new or "=" in new:
             raise UserError(f"--rename {pair}: expected OLD=NEW, such as observation.image=observation.images.top")
         if not new.startswith("observation.") and new != "action":

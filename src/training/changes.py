@@ -1,17 +1,23 @@
 """What a resume changes: another value of some settings is refused, of others it makes another run, which is reported."""
 
+import contextlib
 import copy
 import hashlib
 import json
+import os
+import shlex
 from pathlib import Path
 
 import yaml
 from torch import Tensor
 
-from checkpoints.folder import TrainState
+from checkpoints.folder import TrainState, is_own
+from command_line import split_pair
 from config import FIELDS, TrainConfig
 from data.source import Source
-from errors import UserError
+from errors import UserError, find_path
+from policy.factory import load_policy_config, policy_config
+from policy.presets import optimizer_preset, scheduler_preset
 from training.learner import make_schedule
 
 # A resumed run keeps its policy: another value of these is refused.
@@ -29,9 +35,40 @@ POLICY_FIELDS = (
 # Another value of these makes a resumed run another run: it is reported.
 RUN_FIELDS = (
     "dataset_id", "dataset_weights", "observations", "rename", "revision", "episodes", "val_fraction", "val_episodes",
-    "batch_size", "lr", "weight_decay", "grad_clip_norm", "compile", "deterministic",
-    "warmup_steps", "lr_schedule", "ema_decay", "augment", "seed", "precision", "grad_accumulation_steps",
+    "batch_size", "compile", "deterministic", "ema_decay", "augment", "seed", "precision", "grad_accumulation_steps",
 )  # fmt: skip
+# Of these, a checkpoint records what they chose, which `compare_data` goes by: a dataset may be moved, and 0:3 be all of it.
+DATA_FIELDS = ("revision", "episodes", "observations")
+SPLIT_FIELDS = ("val_fraction", "val_episodes")
+# What these mean depends on the policy's presets: see `compare_optimizers`.
+OPTIMIZER_FIELDS = ("lr", "weight_decay", "grad_clip_norm", "warmup_steps", "lr_schedule")
+# Settings that send data away or write outside the run's folder: see `settings_taken_over`.
+OUTWARD_FIELDS = ("push_to_hub", "push_checkpoints", "tracker", "dataset_root", "cache_dir")
+
+
+def settings_taken_over(given: dict, state: TrainState, checkpoint: Path) -> tuple[dict, list[str]]:
+    """The settings that a resume takes from its checkpoint, and a line that names those that it does not.
+
+    A checkpoint that somebody else wrote must not choose where this run sends its data or writes.
+
+    Args:
+        given: the settings of this process.
+    """
+    recorded = state.train_config
+    if is_own(checkpoint, state):
+        return recorded, []
+    left_out = {}
+    for name in OUTWARD_FIELDS:
+        if recorded[name] != FIELDS[name].default and name not in given:
+            left_out[name] = "on" if recorded[name] is True else shlex.quote(str(recorded[name]))
+    if not left_out:
+        return recorded, []
+    flags = " ".join(f"--{name} {value}" for name, value in left_out.items())
+    warning = (
+        f"{checkpoint.name} was not written by a run in {checkpoint.parent}, so what its settings say of uploads, trackers "
+        f"and other folders is not taken over. If you want it, pass {flags}"
+    )
+    return {name: value for name, value in recorded.items() if name not in left_out}, [warning]
 
 
 def compare_settings(config: TrainConfig, state: TrainState, checkpoint: Path, processes: int) -> list[str]:
@@ -53,20 +90,17 @@ def compare_settings(config: TrainConfig, state: TrainState, checkpoint: Path, p
             "Pass --steps to change them"
         )
     for name in POLICY_FIELDS:
-        if meaning(name, now[name]) != meaning(name, before[name]):
+        is_same = meaning(name, now[name]) == meaning(name, before[name])
+        if not is_same and not (name == "policy_args" and is_same_policy(config, before)):
             raise UserError(
                 f"--{name}: {checkpoint.name} was trained with {before[name]}, got {now[name]}. "
                 "A resumed run keeps its policy: leave the flag out, or start a new run"
             )
     for name in RUN_FIELDS:
-        if name == "dataset_id" and "data" in state.trainer_state:
-            continue  # a dataset may be moved: its content is compared
-        if before[name] == "auto":
-            continue  # --precision of a run that came from lerobot-train
-        if meaning(name, now[name]) != meaning(name, before[name]):
-            changes.append(
-                f"--{name}: {before[name]} -> {now[name]}; from here on this is not the run that wrote {checkpoint.name}"
-            )
+        if name in ("dataset_id", *DATA_FIELDS, *SPLIT_FIELDS) and state.trainer_state.get("data") is not None:
+            continue  # what they chose is compared
+        if before[name] != "auto":  # --precision of a run that came from lerobot-train
+            changes += changed(name, before, now)
     processes_before = state.trainer_state["world_size"]
     if processes != processes_before:
         changes.append(
@@ -82,24 +116,47 @@ def compare_settings(config: TrainConfig, state: TrainState, checkpoint: Path, p
     return changes
 
 
+def changed(name: str, before: dict, now: dict) -> list[str]:
+    """A line if a setting has another value."""
+    if meaning(name, before[name]) == meaning(name, now[name]):
+        return []
+    return [f"--{name}: {before[name]} -> {now[name]}; from here on this is not the run that wrote the checkpoint"]
+
+
+def is_same_policy(config: TrainConfig, before: dict) -> bool:
+    """Whether other --policy_args make the same policy: they may name its defaults."""
+    if config.policy_path is not None:
+        return False  # whose own settings may be gone
+    with contextlib.suppress(UserError):  # another version's settings
+        args = (config.policy_args, before["policy_args"])
+        first, second = (policy_config(config.policy, overrides, "cpu") for overrides in args)
+        return first == second
+    return False
+
+
 def meaning(name: str, value):
     """A setting's value in a form that is equal for different ways to write the same.
 
-    These are other orders of NAME=VALUE, of patterns and of episodes, and `0,1` for `0:2`.
+    These are other orders of NAME=VALUE, of patterns and of episodes, `0,1` for `0:2`, weights in the same proportions, and
+    another path to the same folder.
     """
     if value is None:
         return None
     if name in ("policy_args", "peft_args", "rename"):
         pairs = {}
         for pair in value:
-            key, _, text = pair.partition("=")  # of several with one name, the last one counts
+            key, _, text = split_pair(pair)  # of several with one name, the last one counts
             pairs[key] = text if name == "rename" else plain(text)
         if name == "rename":
             pairs.pop("auto", None)  # it adds to the pairs that the run has
-            return pairs or None
+            return {old: new for old, new in pairs.items() if old != new} or None
         return pairs
     if name in ("freeze", "observations"):
         return set(value)
+    if name == "dataset_weights":
+        return [weight / sum(value) for weight in value]
+    if name == "policy_path" and find_path(value, "--policy_path") is not None:
+        return os.path.realpath(os.path.expanduser(value))
     if name in ("episodes", "val_episodes"):
         try:
             return episodes_meant(value)
@@ -196,8 +253,13 @@ def hash_of_videos(source: Source) -> str:
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
 
-def compare_data(state: TrainState | None, now: dict) -> list[str]:
-    """A line for each way in which the data of a resumed run differ from those that its checkpoint recorded."""
+def compare_data(state: TrainState | None, now: dict, config: TrainConfig) -> list[str]:
+    """A line for each way in which the data of a resumed run differ from those that its checkpoint recorded, and for the setting.
+
+    Args:
+        now: of `describe_data`.
+        config: this run's settings.
+    """
     before = state.trainer_state.get("data") if state else None
     if before is None:  # a new run, or a checkpoint of an older version
         return []
@@ -214,10 +276,48 @@ def compare_data(state: TrainState | None, now: dict) -> list[str]:
         changes.append(f"dataset: its videos or pictures changed ({change}); from here on this is another run")
     elif before.get("videos_sha256", now["videos_sha256"]) != now["videos_sha256"]:
         changes.append("dataset: its videos changed places or sizes; from here on this is another run")
+    settings = config.asdict()
+    if changes:
+        changes = [line for name in DATA_FIELDS for line in changed(name, state.train_config, settings)] + changes
+    if set(now["held_out"]) != set(before["held_out"]):
+        changes += [line for name in SPLIT_FIELDS for line in changed(name, state.train_config, settings)]
     if not set(now["held_out"]) <= set(before["held_out"]):
         change = f"{before['held_out']} -> {now['held_out']}"
         changes.append(f"held-out episodes: {change}; the run has trained on some of them")
     return changes
+
+
+def compare_optimizers(state: TrainState | None, checkpoint: Path | None, policy, config: TrainConfig) -> list[str]:
+    """A line for each setting of the optimizer and of the learning rate that differs from the run's, with its presets.
+
+    Args:
+        policy: LeRobot's config of the policy, with this run's flags.
+    """
+    if state is None:
+        return []
+    settings = config.asdict()
+    config_before = copy.copy(config)
+    for name in OPTIMIZER_FIELDS:
+        setattr(config_before, name, state.train_config[name])
+    before = optimizer_meant(load_policy_config(checkpoint, None, "cpu"), config_before)
+    now = optimizer_meant(policy, config)
+    different = [name for name in OPTIMIZER_FIELDS if before[name] != now[name]]
+    return [line for name in different for line in changed(name, state.train_config, settings)]
+
+
+def optimizer_meant(policy, config: TrainConfig) -> dict:
+    """What OPTIMIZER_FIELDS come to with the presets of a policy."""
+    optimizer = optimizer_preset(policy, config)
+    schedule = scheduler_preset(policy, config)
+    if schedule is None:
+        schedule = (config.lr_schedule or "constant", config.warmup_steps or 0)
+    return {
+        "lr": optimizer.lr,
+        "weight_decay": getattr(optimizer, "weight_decay", None),
+        "grad_clip_norm": optimizer.grad_clip_norm or None,
+        "warmup_steps": schedule,
+        "lr_schedule": schedule,
+    }
 
 
 def compare_learning_rates(state: TrainState | None, policy_config, config: TrainConfig) -> list[str]:

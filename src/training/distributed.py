@@ -32,6 +32,7 @@ UNSHARDED_SOME = StateDictOptions(full_state_dict=True, cpu_offload=True, strict
 # What torch's optimizers keep of each parameter, in its shape.
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta")
 
+LARGEST_STEP = 2**53  # beyond it, floats do not count
 
 PROBE_TAG = 0x10057  # of messages that nobody sends
 PROBE_SECONDS = 2  # for the system to report a connection as closed
@@ -149,7 +150,7 @@ class Distributed:
         if error is not None:
             raise error
         if text is not None:
-            raise UserError(text)
+            raise UserError(*text.split("\n"))
 
     def broadcast(self, value):
         """What the main process passes, in every process."""
@@ -372,6 +373,7 @@ class Distributed:
                 f"expected {len(optimizer.param_groups)} parameter groups, got {len(state['param_groups'])}"
             )
         check_moments(dict(policy.named_parameters()), parameter_names(policy, optimizer), state["state"])
+        align_moments(dict(policy.named_parameters()), parameter_names(policy, optimizer), state["state"])
         settings = []
         groups = []
         for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
@@ -406,7 +408,7 @@ def parameter_names(policy, optimizer) -> list[str]:
 
 
 def check_moments(parameters: dict, names: list[str], entries: dict) -> None:
-    """Raise a ValueError for a moment whose shape is not its parameter's: PyTorch loads any.
+    """Raise a ValueError for a moment whose shape is not its parameter's, or for a step that is none: PyTorch loads any.
 
     Args:
         parameters: {name: parameter} of the policy.
@@ -425,8 +427,18 @@ def check_moments(parameters: dict, names: list[str], entries: dict) -> None:
                 raise ValueError(f"{key} of {names[number]}: expected shape {expected}, got {got}")
         step = entry.get("step", 0)
         is_number = isinstance(step, (int, float)) or (isinstance(step, torch.Tensor) and step.numel() == 1)
-        if not is_number:
-            raise ValueError(f"step of {names[number]}: expected a number")
+        if not is_number or not 0 <= step <= LARGEST_STEP:
+            raise ValueError(f"step of {names[number]}: expected a number from 0 to {LARGEST_STEP}")
+
+
+def align_moments(parameters: dict, names: list[str], entries: dict) -> None:
+    """Give each moment the strides of its parameter: fused kernels read both as they lie in memory. As `check_moments`."""
+    for number, entry in entries.items():
+        parameter = parameters[names[number]]
+        for key in MOMENTS:
+            moment = entry.get(key)
+            if moment is not None and moment.stride() != parameter.stride():
+                entry[key] = torch.empty_strided(parameter.shape, parameter.stride(), dtype=moment.dtype).copy_(moment)
 
 
 def rename_parameters(state: dict, new: dict) -> dict:

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from checkpoints.folder import OPTIMIZER, TRAINED_WEIGHTS, has_trained_weights, read_optimizer
+from checkpoints.folder import OPTIMIZER, TRAINED_WEIGHTS, WEIGHTS, has_trained_weights
+from checkpoints.tensors import is_finite, read_optimizer, require_finite, require_real
 from config import TrainConfig
 from errors import UserError, one_line
 from policy.losses import loss_averages_over_actions, set_vqbet_phase
@@ -107,12 +109,17 @@ class Learner:
         The policy was built with the checkpoint's weights to act with, which is where the average starts.
 
         Raises:
-            UserError: the optimizer's file holds code, or belongs to another optimizer.
+            UserError: weights or moments are not finite numbers, or the optimizer's file holds code, or belongs to another
+                optimizer.
         """
+        require_real(checkpoint / WEIGHTS)
+        require_finite(self.local_weights(), checkpoint / WEIGHTS)
         if has_trained_weights(checkpoint):
             path = checkpoint / TRAINED_WEIGHTS
+            require_real(path)
             tensors = self.ema.load(load_file(path))
             self.distributed.load_weights(self.policy, path, tensors, optional=self.ema.without_average(self.policy))
+            require_finite(self.local_weights(), path)
         state = read_optimizer(checkpoint)
         try:
             self.distributed.load_optimizer_state(self.policy, self.optimizer, state)
@@ -123,6 +130,15 @@ class Learner:
             ) from error
         if self.scaler.is_enabled() and scaler:
             self.scaler.load_state_dict(scaler)
+
+    def local_weights(self) -> list[Tensor]:
+        """The weights that are trained, or this process's shards of them."""
+        weights = [parameter.detach() for parameter in self.policy.parameters() if parameter.requires_grad]
+        return [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+
+    def is_finite(self) -> bool:
+        """Whether the weights of this process are. Waits for the device."""
+        return all(map(is_finite, self.local_weights()))
 
     def state(self) -> LearnerState:
         """What a checkpoint holds, unsharded. Every process calls this; only the main one gets it where it is sharded."""

@@ -47,7 +47,15 @@ from processors.bases import AUTO
 from processors.pipelines import ignored_states
 from processors.statistics import require_statistics
 from sim.environments import Simulation
-from training.changes import compare_data, compare_learning_rates, compare_machine, compare_settings, describe_data
+from training.changes import (
+    compare_data,
+    compare_learning_rates,
+    compare_machine,
+    compare_optimizers,
+    compare_settings,
+    describe_data,
+    settings_taken_over,
+)
 from training.distributed import Distributed
 from training.evaluation import open_simulation
 from training.launch import make_distributed
@@ -185,7 +193,7 @@ def plan_run(settings: dict) -> RunPlan:
         distributed.local_batch_size(config.batch_size, config.grad_accumulation_steps)  # fails if it does not divide
         split = split_episodes(source, config, chosen.state)
         data = distributed.on_main(lambda: describe_data(source, split.held_out), for_others=lambda data: data)
-        warnings += compare_data(chosen.state, data)
+        warnings += compare_data(chosen.state, data, config)
 
         # The policy: its settings and processors, without weights.
         policy = plan_policy(config, chosen.checkpoint, source, distributed)
@@ -200,6 +208,7 @@ def plan_run(settings: dict) -> RunPlan:
         if simulation is not None:
             cleanup.callback(simulation.close)
         warnings += policy.warnings
+        warnings += compare_optimizers(chosen.state, chosen.checkpoint, policy.config, config)
         warnings += compare_learning_rates(chosen.state, policy.config, config)
         size = checkpoint_bytes(policy, source.meta)
         if size is not None:
@@ -322,7 +331,11 @@ def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> Cho
         given = with_policy_of_base(given)
 
     # The settings: those given over those of the checkpoint.
-    config = merge(given, state.train_config if state else None)
+    recorded = None
+    if state is not None:
+        recorded, not_taken = settings_taken_over(given, state, checkpoint)
+        warnings += not_taken
+    config = merge(given, recorded)
     check_paths(config.asdict())
     device = distributed.use(config.device)
     config = replace(config, precision=runtime.pick_precision(config.precision, device))

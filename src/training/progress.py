@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from errors import one_line, reason_of_disk
+from errors import one_line, printable, reason_of_disk
 from processors.pipelines import policy_features
 from reports.figures import curves_figure
 from reports.model_card import model_card
@@ -137,7 +137,7 @@ class Report:
 
     def warn(self, *texts: str) -> None:
         for text in texts:
-            self._print(f"warning: {text}")
+            self._print(f"warning: {printable(text)}")
 
     def _print(self, text: str) -> None:
         if not self.is_main:
@@ -285,7 +285,7 @@ def header(plan, policy, start_step: int) -> str:
     resumed = f", resumed from {plan.checkpoint.name}" if plan.checkpoint else ""
     lines.append(f"run       steps {start_step + 1:,} to {config.steps:,} of batch {config.batch_size}{resumed}")
     lines.append(f"saves to  {plan.output_dir}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def features_text(meta, image_size) -> str:
