@@ -3,8 +3,10 @@
 import contextlib
 import difflib
 import errno
+import importlib.metadata
 import json
 import os
+import re
 import shlex
 import sys
 import unicodedata
@@ -12,6 +14,8 @@ import urllib.error
 from pathlib import Path
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # the errors of a disk that come without a file name
+WRAPPERS = (OSError, ValueError, RuntimeError)  # in which libraries wrap what went wrong; others are bugs
+READ_SUFFIXES = (".json", ".safetensors", ".pth", ".bin", ".model")  # of what is read in a folder of a policy's
 
 
 # Remedies for wrong statistics of a dataset: in any format, and in v3.0, which is all that LeRobot's tool reads.
@@ -197,8 +201,14 @@ def read_json(path: Path, remedy: str = "") -> dict:
         UserError: it cannot be read, or holds something else.
     """
     end = f". {remedy}" if remedy else ""
+    found = not_a_file(path)
+    if found:
+        raise UserError(f"{path} cannot be read: expected a file, got {found}{end}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(content, ensure_ascii=False).encode()  # fails for half a character, which could not be written again
     except (OSError, ValueError, RecursionError) as error:  # the last of deeply nested lists
         raise UserError(f"{path} cannot be read: {one_line(error)[:160]}{end}") from None
     if not isinstance(content, dict):
@@ -211,6 +221,7 @@ def as_user_error(
     what: str,
     invalid: type[Exception] | tuple[type[Exception], ...] = (),
     offline: str = "Check the network connection",
+    policy: str | None = None,
 ):
     """Turn the errors of a library that the user can mend into a UserError, `<what>: <reason>`.
 
@@ -222,6 +233,7 @@ def as_user_error(
         what: the subject of the message, such as "dataset lerobot/pusht".
         invalid: types of error by which the library refuses a value that came from the user.
         offline: what to do when the network does not answer.
+        policy: name of the policy of LeRobot's whose packages are needed.
 
     Raises:
         UserError: one of these errors occurred.
@@ -231,7 +243,7 @@ def as_user_error(
     except UserError:
         raise
     except Exception as error:
-        reason = reason_of(error, offline)
+        reason = reason_of(error, offline, policy)
         if reason is None and isinstance(error, invalid):
             reason = one_line(error)[:300]
         if reason is None:
@@ -239,21 +251,35 @@ def as_user_error(
         raise UserError(f"{what}: {reason}") from error
 
 
-def reason_of(error: Exception, offline: str) -> str | None:
-    """Why a library failed and what to do about it; None if the user cannot mend it."""
-    import httpx
+def reason_of(error: Exception, offline: str, policy: str | None = None) -> str | None:
+    """Why a library failed and what to do about it; None if the user cannot mend it.
+
+    transformers and LeRobot raise errors of their own from refused requests and missing packages, which are the reason.
+    """
+    reason = reason_of_one(error, offline, policy)
+    while reason is None and isinstance(error, WRAPPERS) and error.__cause__ is not None:
+        error = error.__cause__
+        reason = reason_of_one(error, offline, policy)
+    return reason
+
+
+def reason_of_one(error: BaseException, offline: str, policy: str | None) -> str | None:
+    """As `reason_of`, whatever the error was raised from."""
     from huggingface_hub import errors
 
-    network = (urllib.error.URLError, ConnectionError, TimeoutError, httpx.TransportError)
-    network += (errors.LocalEntryNotFoundError,)  # offline, and not in the cache
     if isinstance(error, ImportError):
-        return f"a package is missing. {one_line(error)}"
+        return missing_package(error, policy)
+    repo = getattr(error, "repo_id", None)
     if isinstance(error, errors.GatedRepoError):
-        return "the Hub lets in only who asked. Request access on the repo's page there, then run `hf auth login`"
+        if repo is None:
+            return "the Hub lets in only who asked. Request access on the repo's page there, then run `hf auth login`"
+        return f"the Hub gives {repo} only to who was granted access. {ask_for_access(repo)}"
     if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
-        return "the Hub has no such repo or revision. Check the name, or run `hf auth login` if it is private"
-    # transformers hides the failed request behind an OSError of its own
-    if isinstance(error, network) or isinstance(error.__cause__, network):
+        subject = "the Hub has no such repo or revision"
+        if repo is not None:
+            subject += f" ({repo})"
+        return f"{subject}. Check the name, or run `hf auth login` if it is private"
+    if is_network_error(error):
         return f"the network request failed ({one_line(error)[:120]}). {offline}"
     if isinstance(error, errors.LocalTokenNotFoundError):
         return "you are not logged in to the Hub. Run `hf auth login`"
@@ -267,3 +293,53 @@ def reason_of(error: Exception, offline: str) -> str | None:
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         return reason_of_disk(error)
     return None
+
+
+def is_network_error(error: BaseException) -> bool:
+    """Whether a request did not get through, or was not made because of HF_HUB_OFFLINE."""
+    import httpx
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    network = (urllib.error.URLError, ConnectionError, TimeoutError, httpx.TransportError)
+    network += (LocalEntryNotFoundError,)  # offline, and not in the cache
+    # transformers hides the failed request behind an OSError of its own
+    return isinstance(error, network) or isinstance(error.__cause__, network)
+
+
+def ask_for_access(repo: str) -> str:
+    """What to do to read a gated repo of the Hub."""
+    return f"Accept its licence on https://huggingface.co/{repo}, then run `hf auth login`"
+
+
+def missing_package(error: ImportError, policy: str | None) -> str:
+    """What to install: the extra of the installed LeRobot that has the packages, if it is known which."""
+    named = re.search(r"lerobot\[([\w-]+)\]", str(error))
+    extra = None
+    if policy is not None:
+        extra = lerobot_extra(policy)
+    if extra is None and named is not None:
+        extra = lerobot_extra(named[1])
+    reason = one_line(error)
+    if extra is None:
+        return f"a package is missing. {reason}"
+    reason = re.split(r"[.:]? (?:Please i|I)nstall it with", reason)[0]
+    return f"a package is missing ({reason[:200]}). Install it with: {install_extra(extra)}"
+
+
+def install_extra(extra: str) -> str:
+    """The command that installs an extra of LeRobot's, and keeps LeRobot's version."""
+    return f'uv pip install "lerobot[{extra}]=={importlib.metadata.version("lerobot")}"'
+
+
+def lerobot_extra(name: str) -> str | None:
+    """The extra of the installed LeRobot for a policy, or for an extra that its messages misspell; None if there is none.
+
+    Policies are called like their extra, but for - and _: multi_task_dit has multi-task-dit, and pi05 has pi.
+    """
+    extras = importlib.metadata.metadata("lerobot").get_all("Provides-Extra") or []
+    letters = {re.sub(r"[^a-z0-9]", "", extra): extra for extra in extras}
+    wanted = re.sub(r"[^a-z0-9]", "", name)
+    fitting = [plain for plain in letters if wanted.startswith(plain)]
+    if not fitting:
+        return None
+    return letters[max(fitting, key=len)]

@@ -1,23 +1,26 @@
 """The Hugging Face Hub: fetch from it, and upload to it without ever ending a run for it."""
 
+import contextlib
 import re
 import threading
 import time
 from pathlib import Path
 
-from errors import UserError, as_user_error, find_path, one_line
+from errors import UserError, as_user_error, find_path, is_network_error, one_line
 
 WAITS = (5.0, 30.0)  # seconds between the tries of an upload
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?"  # user/name or user/name@revision
 ONLINE = "Check the path, or try again online"
+WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "policy.safetensors", "*.bin", "*.pt", "*.pth", "*.onnx")
 
 
-def fetch(repo: str, what: str) -> Path:
+def fetch(repo: str, what: str, *, weights: bool = True) -> Path:
     """A folder, or the snapshot of a Hub repo without its checkpoints and logs.
 
     Args:
         repo: a folder, user/name or user/name@revision.
         what: the flag or noun that messages call it by.
+        weights: whether to download the weights too, which are nearly all of its bytes.
 
     Raises:
         UserError: there is neither, or the Hub cannot be reached.
@@ -28,8 +31,74 @@ def fetch(repo: str, what: str) -> Path:
     repo_id, revision = parse_hub_id(repo, what)
     from huggingface_hub import snapshot_download
 
+    unwanted = ["checkpoint-*/*", "tensorboard/*"]
+    if not weights:
+        unwanted += [*WEIGHTS, *(f"*/{pattern}" for pattern in WEIGHTS)]
     with as_user_error(f"{what} {repo} (no local folder)", offline=ONLINE):
-        return Path(snapshot_download(repo_id, revision=revision, ignore_patterns=["checkpoint-*/*", "tensorboard/*"]))
+        return Path(snapshot_download(repo_id, revision=revision, ignore_patterns=unwanted))
+
+
+def require_repos(needs: dict[str, bool], what: str) -> None:
+    """Refuse what is neither on this machine nor to be had from the Hub, all in one message, before any of it is downloaded.
+
+    Args:
+        needs: {Hub id: whether its weights are needed, besides its settings and its tokenizer}.
+        what: what needs them, to begin the message.
+
+    Raises:
+        UserError: a repo is gated or does not exist, or the Hub cannot be reached.
+    """
+    problems = []
+    unreachable = {}  # repo: command that downloads what is needed of it
+    for repo, weights in needs.items():
+        if is_downloaded(repo, weights):
+            continue
+        try:
+            with as_user_error(repo):
+                request_file(repo)
+        except UserError as error:
+            if is_network_error(error.__cause__):
+                unreachable[repo] = download_command(repo, weights)
+            else:
+                problems.append(str(error))
+    if unreachable:
+        from huggingface_hub import constants
+
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+        problems.append(
+            f"{reason}, and the files needed of {' and '.join(unreachable)} are not on this machine. Run this online "
+            f"once: {' && '.join(unreachable.values())}"
+        )
+    if problems:
+        raise UserError(f"{what}: {'. '.join(problems)}")
+
+
+def download_command(repo: str, weights: bool = True) -> str:
+    """The command that downloads a repo, with its weights or only what is beside them."""
+    command = f"hf download {repo}"
+    if not weights:
+        command += " --exclude '*.safetensors'"
+    return command
+
+
+def is_downloaded(repo: str, weights: bool) -> bool:
+    """Whether the cache has files of a repo, and if asked for, weights among them."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
+    names = [path.name for path in folder.rglob("*") if path.is_file()]
+    if weights:
+        names = [name for name in names if name.endswith((".safetensors", ".bin"))]
+    return bool(names)
+
+
+def request_file(repo: str) -> None:
+    """Ask the Hub about a file of a repo, as a download does first: fails without access, not where the file is missing."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with contextlib.suppress(EntryNotFoundError):
+        get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=20)
 
 
 def newest_checkpoint(repo: str, what: str, sort_key) -> Path:

@@ -227,13 +227,15 @@ def test_policy_args(capsys, made, pairs, expected):
 
 
 def test_policy_whose_extra_is_missing(capsys, made):
+    import importlib.metadata
     import importlib.util
 
     if importlib.util.find_spec("transformers"):
         pytest.skip("transformers is installed, so smolvla's extra is not missing")
     line = message(capsys, dataset_id=str(made("video")), policy="smolvla", device="cpu")
-    assert line.startswith("policy smolvla: a package is missing. ")
-    assert "pip install 'lerobot[" in line
+    version = importlib.metadata.version("lerobot")
+    assert line.startswith("policy smolvla: a package is missing (")
+    assert line.endswith(f'). Install it with: uv pip install "lerobot[smolvla]=={version}"')
 
 
 def test_backbone_that_cannot_be_fetched(capsys, made, tmp_path, monkeypatch):

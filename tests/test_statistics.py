@@ -401,7 +401,7 @@ def test_a_policy_with_statistics_that_cannot_be_does_not_act(trained, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "kind", ["act", "diffusion", "vqbet", "tdmpc", "flow", "gaussian_actor", "groot", "lingbot_va", "vla_jepa", "evo1"]
+    "kind", ["act", "diffusion", "vqbet", "flow", "groot", "lingbot_va", "vla_jepa", "evo1"]
 )
 def test_what_lerobot_makes_for_each_policy_is_accepted(kind):
     """To act, and to train on: its processors need not follow the mapping in the config."""

@@ -3,7 +3,7 @@
 # What the losses of LeRobot 0.6.1's policies average over, by their sources; two more have a setting for it. pi0_fast,
 # molmoact2 and wall_x average over tokens, whose number is known only inside them.
 OVER_ACTIONS = ("act", "evo1", "groot", "smolvla", "vla_jepa")
-OVER_SAMPLES = ("fastwam", "gaussian_actor", "lingbot_va", "pi0", "pi05", "tdmpc", "vqbet", "xvla")
+OVER_SAMPLES = ("fastwam", "lingbot_va", "pi0", "pi05", "vqbet", "xvla")
 
 
 def loss_averages_over_actions(config) -> bool | None:
