@@ -78,11 +78,17 @@ def main(address: str = "http://127.0.0.1:8000") -> None:
         shape = [size or 64 for size in entry["shape"]]  # 0 stands for any size
         observation[key] = np.zeros(shape, "uint8" if entry["kind"] == "uint8" else "float32")
     client.reset()
+    pause = 0.0
+    if "ahead" in health:
+        pause = (
+            1 / health["ahead"]["fps"]
+        )  # served with --ahead FPS: chunks are ready for an arm that asks at that rate
     times = []
     for _ in range(100):
         begun = time.perf_counter()
         client.act(observation)
         times.append(1000 * (time.perf_counter() - begun))
+        time.sleep(max(0.0, begun + pause - time.perf_counter()))
     median, p99 = np.percentile(times, [50, 99])
     print(f"an action takes {median:.1f} ms (median), {p99:.1f} ms (99 %), including the network")
 

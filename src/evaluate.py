@@ -20,6 +20,10 @@ from errors import UserError, find_path, reason_of_disk
 from printing import command_output
 from sim.environments import OURS, Simulation, open_simulation
 
+AHEAD = (
+    "in simulation: predict each chunk N steps before it is needed, as on an arm that does not wait for predictions. flow "
+    "blends the chunks; smolvla, pi0 and pi05 continue them with LeRobot's real-time chunking"
+)
 MINIMUM = {"num_episodes": 1, "max_steps": 1, "n_action_steps": 1, "ahead": 1, "seed": 0, "num_videos": 0}
 
 
@@ -46,7 +50,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     flag("--output_dir", metavar="FOLDER", help="where reports are written [evaluation/ beside the checkpoint]")
     flag("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
     flag("--n_action_steps", type=int, metavar="N", help="actions executed of each predicted chunk [as trained]")
-    flag("--ahead", type=int, metavar="N", help="in simulation: predict each chunk N steps before it is needed")
+    flag("--ahead", type=int, metavar="N", help=AHEAD)
     args = parser.parse_args(argv)
 
     for name, minimum in MINIMUM.items():

@@ -8,7 +8,13 @@ import signal
 import sys
 
 from command_line import OneLineParser, command, print_warnings
+from errors import printable
 from printing import command_output
+
+AHEAD = (
+    "predict each chunk in a thread while the last one is carried out, in real time at the dataset's fps, and print how the "
+    "chunks fit together. flow blends them; smolvla, pi0 and pi05 continue them with LeRobot's real-time chunking"
+)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -24,7 +30,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
     parser.add_argument("--n_action_steps", type=int, help="actions executed of each predicted chunk [as trained]")
-    parser.add_argument("--ahead", action="store_true", help="predict chunks ahead, to keep up with the dataset's fps")
+    parser.add_argument("--ahead", action="store_true", help=AHEAD)
     return parser.parse_args(argv)
 
 
@@ -34,8 +40,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes over, Ctrl-C ends the process without a traceback
 
 import numpy as np
+import torch
 
 from policy.loaded import load_policy
+from processors.statistics import is_still
 from training.open_loop import EpisodeComparison, compare, open_for_policy, recorded_observations
 
 __all__ = ["compare", "load_policy", "recorded_observations"]
@@ -47,12 +55,27 @@ def print_comparison(result: EpisodeComparison, device) -> None:
     frames = len(result.milliseconds)
     print(f"{'joint':<{width}}  mean |error|  recorded std   (robot units, episode {result.episode}, {frames} frames)")
     for name, error, std in zip(result.names, result.error, result.recorded.std(0), strict=True):
-        print(f"{name:<{width}}  {error:12.4g}  {std:12.4g}")
+        print(printable(f"{name:<{width}}  {error:12.4g}  {std:12.4g}"))
     first, *later = result.milliseconds
     latency = f"latency of act() on {device}: first frame {first:.1f} ms"
     if later:
         latency += f", then {np.median(later):.1f} ms (median) and {max(later):.1f} ms at most"
     print(latency)
+
+
+def print_chunks(result: EpisodeComparison) -> None:
+    """Print how far the action moves per frame where the chunk changes, and elsewhere."""
+    std = result.recorded.std(0)
+    moving = ~is_still(torch.from_numpy(result.recorded)).numpy()
+    changes = np.diff(result.chunks) > 0  # (N - 1,), without the first chunk
+    if not changes.any() or not moving.any():
+        return
+    moves = np.abs(np.diff(result.predicted, axis=0))[:, moving] / std[moving]
+    moves = moves.mean(1)  # (N - 1,)
+    print("how far the action moves from frame to frame, in recorded standard deviations, averaged over joints:")
+    for where, rows in (("where a chunk begins", changes), ("elsewhere", ~changes)):
+        if rows.any():
+            print(f"  {where:<20}  mean {moves[rows].mean():.3g}  most {moves[rows].max():.3g}  frames {rows.sum()}")
 
 
 @command
@@ -68,7 +91,11 @@ def main(argv: list[str]) -> int:
         print(
             f"each chunk is requested {policy.lead} frames ahead, and {policy.actions_per_chunk} of its actions are executed"
         )
-    print_comparison(compare(policy, source, args.episode, fps), policy.device)
+    result = compare(policy, source, args.episode, fps)
+    print_comparison(result, policy.device)
+    if args.ahead:
+        print_chunks(result)
+        print(policy.timing())
     return 0
 
 

@@ -265,6 +265,8 @@ class PolicyServer:
         for key, (kind, shape) in self.policy.expected.items():
             expects[key] = {"kind": kind, "shape": [size or 0 for size in shape]}  # 0 stands for any size
         served = {"policy": self.policy.kind, "device": str(self.policy.device), "expects": expects}
+        if hasattr(self.policy, "lead"):
+            served["ahead"] = {name: getattr(self.policy, name) for name in ("fps", "lead", "chunks", "late", "held")}
         return answer({"status": "ok", **served, "actions": len(times), "p50_ms": p50, "p99_ms": p99})
 
     async def act(self, request: web.Request) -> web.Response:
@@ -276,11 +278,19 @@ class PolicyServer:
                 got = type(observation).__name__
                 raise UserError(f"the observation is no dict: expected a dict of names to arrays, got {got}")
             begun = time.perf_counter()  # the wait for an earlier call counts: the arm waits too
-            action = await self.in_policy_thread(connection, self.policy.act, observation)
+            action = await self.in_policy_thread(connection, self.act_and_log, observation)
             self.milliseconds.append(1000 * (time.perf_counter() - begun))
         finally:
             connection.held = 0
         return answer({"action": action})
+
+    def act_and_log(self, observation: dict) -> np.ndarray:
+        """The action to execute now. A chunk that comes late gets a line in the log."""
+        late = getattr(self.policy, "late", 0)
+        action = self.policy.act(observation)
+        if getattr(self.policy, "late", 0) > late:
+            LOG.warning("a chunk comes late: %s", self.policy.timing())
+        return action
 
     async def reset(self, request: web.Request) -> web.Response:
         await self.in_policy_thread(self.connections[request.protocol], self.policy.reset)
@@ -386,7 +396,13 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
     parser.add_argument("--n_action_steps", type=int, help="actions executed from each predicted chunk [as trained]")
-    parser.add_argument("--ahead", type=float, metavar="FPS", help="predict chunks early, for FPS requests a second")
+    parser.add_argument(
+        "--ahead",
+        type=float,
+        metavar="FPS",
+        help="for an arm that asks FPS times a second: predict each chunk in a thread while the last one is carried out. flow "
+        "blends them; smolvla, pi0 and pi05 continue them with LeRobot's real-time chunking",
+    )
     parser.add_argument("--task", default="", help="task text for observations without one")
     args = parser.parse_args(argv)
     if args.ahead is not None and not 0 < args.ahead < math.inf:

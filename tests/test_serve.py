@@ -133,6 +133,20 @@ def client(checkpoint):
         yield client
 
 
+def test_a_policy_that_predicts_ahead(checkpoint):
+    """It answers as another one, and /health counts its chunks."""
+    policy = load_policy(checkpoint, device="cpu").ahead(fps=0.1)
+    with served(PolicyServer(policy, 1_000_000)) as client:
+        client.reset()
+        actions = np.stack([client.act(OBSERVATION) for _ in range(20)])
+        counted = client.health()["ahead"]
+    assert actions.shape == (20, 3)
+    assert np.isfinite(actions).all()
+    assert (counted["lead"], counted["held"]) == (1, 0)
+    assert counted["chunks"] == policy.chunks > 1
+    assert counted["late"] == policy.late
+
+
 def test_actions_are_the_policys(client, checkpoint):
     policy = load_policy(checkpoint, device="cpu")
     client.reset()

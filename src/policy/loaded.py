@@ -16,7 +16,7 @@ import hub
 from checkpoints.folder import verify_policy
 from errors import UserError, nearest, one_line, read_json
 from policy.async_policy import AsyncPolicy
-from policy.chunk import predict_chunk
+from policy.chunk import predict_chunk, rtc_off, supports_rtc
 from policy.factory import build_policy, load_policy_config
 from policy.migration import resolve_policy_folder
 from processors.bases import cameras_of, does_without_cameras, match_statistics, resizes_pictures, trained_cameras
@@ -109,7 +109,8 @@ class LoadedPolicy:
         with torch.inference_mode():
             ready = self.preprocess(batch)
             if not self.relative:
-                return self.postprocess(self.policy.select_action(ready))
+                with rtc_off(self.policy):
+                    return self.postprocess(self.policy.select_action(ready))
             # The postprocessor adds the latest state: postprocess a chunk whole, at the state that it was predicted from.
             if not self.planned:
                 chunk = self.postprocess(predict_chunk(self.policy, ready))  # (B, T, A)
@@ -119,7 +120,8 @@ class LoadedPolicy:
     def ahead(self, fps: float, task: str = "") -> AsyncPolicy:
         """This policy, with chunks predicted in a thread so that an arm with `fps` actions a second never waits for one.
 
-        Measures how long a prediction takes. A policy that blends chunks (flow) starts blending after that time.
+        Measures how long a prediction takes, without the first ones, which take longer. Policies that continue the current
+        chunk (flow, which blends, and those with LeRobot's real-time chunking) do so from that time on.
 
         Returns:
             An AsyncPolicy, which acts and resets like this one.
@@ -127,7 +129,11 @@ class LoadedPolicy:
         Raises:
             UserError: predicting a chunk takes longer than half of its actions.
         """
-        return AsyncPolicy(self, lead=max(1, math.ceil(self.latency(task) * fps)))
+        if not supports_rtc(self.policy):
+            return AsyncPolicy(self, lead=max(1, math.ceil(self.latency(task) * fps)), fps=fps)
+        policy = AsyncPolicy(self, lead=1, fps=fps)
+        policy.warm_up(self.blank_observation(task))
+        return policy
 
     def latency(self, task: str = "", runs: int = 30, pixels: int = 480) -> float:
         """Seconds from an observation to a chunk, the 99th percentile.
@@ -137,10 +143,7 @@ class LoadedPolicy:
             runs: predictions to measure, after three that warm up.
             pixels: height and width of pictures, where the policy takes any.
         """
-        tasks = getattr(self.policy.config, "tasks", None) or [""]  # flow with a task embedding knows only these
-        observation = {"task": task or self.task or tasks[0]}
-        for key, (kind, shape) in self.expected.items():
-            observation[key] = np.zeros([size or pixels for size in shape], np.uint8 if kind == "uint8" else np.float32)
+        observation = self.blank_observation(task, pixels)
         seconds = []
         for _ in range(runs + 3):
             self.reset()
@@ -149,6 +152,14 @@ class LoadedPolicy:
             seconds.append(time.perf_counter() - begun)
         self.reset()
         return float(np.percentile(seconds[3:], 99))
+
+    def blank_observation(self, task: str = "", pixels: int = 480) -> dict:
+        """An observation of zeros, for `act`; arguments as for `latency`."""
+        tasks = getattr(self.policy.config, "tasks", None) or [""]  # flow with a task embedding knows only these
+        observation = {"task": task or self.task or tasks[0]}
+        for key, (kind, shape) in self.expected.items():
+            observation[key] = np.zeros([size or pixels for size in shape], np.uint8 if kind == "uint8" else np.float32)
+        return observation
 
 
 def load_policy(

@@ -41,6 +41,7 @@ class EpisodeComparison:
         names: (A,) joints.
         predicted, recorded: (N, A) float32 actions in robot units.
         milliseconds: (N,) that each act() took.
+        chunks: (N,) how many chunks an AsyncPolicy had begun by then; 0 for a LoadedPolicy.
     """
 
     episode: int
@@ -48,6 +49,7 @@ class EpisodeComparison:
     predicted: np.ndarray
     recorded: np.ndarray
     milliseconds: np.ndarray
+    chunks: np.ndarray
 
     @property
     def error(self) -> np.ndarray:
@@ -296,6 +298,7 @@ def compare(policy, source: Source, episode: int, fps: float | None = None) -> E
     predicted = []
     recorded = []
     milliseconds = []
+    chunks = []
     due = 0.0
     frames = recorded_observations(source, episode, policy.needed(features))
     for observation, action in tqdm(frames, desc=f"episode {episode}", disable=not sys.stderr.isatty()):
@@ -305,9 +308,16 @@ def compare(policy, source: Source, episode: int, fps: float | None = None) -> E
             due = begun + 1 / fps
         predicted.append(policy.act(observation))
         milliseconds.append(1000 * (time.perf_counter() - begun))
+        chunks.append(getattr(policy, "chunks", 0))
         recorded.append(action)
-    names = action_names(source.meta)
-    return EpisodeComparison(episode, names, np.stack(predicted), np.stack(recorded), np.array(milliseconds))
+    return EpisodeComparison(
+        episode=episode,
+        names=action_names(source.meta),
+        predicted=np.stack(predicted),
+        recorded=np.stack(recorded),
+        milliseconds=np.array(milliseconds),
+        chunks=np.array(chunks),
+    )
 
 
 @torch.no_grad()
