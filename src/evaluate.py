@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from command_line import OneLineParser, command, print_warnings, split_pair
-from errors import UserError, find_path, reason_of_disk
+from errors import UserError, find_path, printable, reason_of_disk
 from printing import command_output
 from sim.environments import OURS, Simulation, open_simulation
 
@@ -277,7 +277,7 @@ def write_report(folder: Path, numbers: dict, page: str) -> Path:
 
 
 def named(values: dict[str, float], digits: str) -> str:
-    return ", ".join(f"{name} {value:{digits}}" for name, value in values.items())
+    return printable(", ".join(f"{name} {value:{digits}}" for name, value in values.items()))
 
 
 @command

@@ -71,7 +71,7 @@ def verify_checkpoints(args) -> int:
     for checkpoint in checkpoints_at(args.path):
         try:
             verify(checkpoint)
-            print(f"{checkpoint}: intact")
+            print(printable(f"{checkpoint}: intact"))
         except UserError as error:  # the others are looked at as well
             print(f"error: {error}", file=sys.stderr)
             status = 2

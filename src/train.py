@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from command_line import parse_command_line, print_error
-from errors import UserError, printable
+from errors import UserError
 from printing import command_output, safe_output
 
 if __name__ == "__main__":
@@ -397,9 +397,8 @@ def build_run(plan: RunPlan) -> Run:
                 check_folder=plan.check_folder,
             )
         )
-        report.say(header(plan, policy, position["step"]))
-        for note in plan.notes:
-            report.say(printable(note))
+        for line in [*header(plan, policy, position["step"]).split("\n"), *plan.notes]:
+            report.say(line)
         report.warn(*warnings)
         evaluator = Evaluator(
             config=config,

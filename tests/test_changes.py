@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from lerobot.policies.act.configuration_act import ACTConfig
 
 from checkpoints.folder import TrainState, write_manifest
+from command_line import parse_overrides
 from config import TrainConfig
 from data.opening import open_source
 from errors import UserError
 from helpers.runs import assert_same_run, small
+from processors.pipelines import parse_rename
 from train import train
 from training.changes import compare_data, compare_machine, compare_settings, describe_data, meaning
 
@@ -71,6 +74,20 @@ def test_another_policy_is_refused(one, other):
         UserError, match=r"--policy_args: checkpoint-1 was trained with .* A resumed run keeps its policy"
     ):
         changes({"policy_args": one}, {"policy_args": other})
+
+
+def test_spaces_around_the_equals_sign_are_left_out():
+    spaced = ["dim_model = 32", " chunk_size= 4 ", "pretrained_backbone_weights =none"]
+    assert parse_overrides("--policy_args", ACTConfig, spaced) == {
+        "dim_model": 32,
+        "chunk_size": 4,
+        "pretrained_backbone_weights": None,
+    }
+    assert parse_rename(["observation.a = observation.b"]) == {"observation.a": "observation.b"}
+    with pytest.raises(
+        UserError, match="--policy_args dim_model: expected dim_model=VALUE without spaces, or in quotes"
+    ):
+        parse_overrides("--policy_args", ACTConfig, ["dim_model", "=", "32"])
 
 
 def test_settings_of_a_later_version_are_named():

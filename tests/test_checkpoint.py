@@ -9,11 +9,11 @@ import sys
 import pytest
 
 import runtime
-from checkpoints.folder import MANIFEST, find_checkpoints, prune, recover, verify, write_manifest
+from checkpoints.folder import MANIFEST, find_checkpoints, listed_files, prune, recover, verify, write_manifest
 from checkpoints.writer import publish
-from errors import UserError
+from errors import UserError, read_json
 from helpers.paths import ROOT, SHIPPED
-from helpers.runs import small
+from helpers.runs import assert_same_run, at_step, small
 from policy.loaded import load_policy
 from train import train
 
@@ -130,6 +130,31 @@ def test_keep_last_while_training(made, tmp_path):
     settings = small(dataset_id=str(made("no_camera")), output_dir=str(tmp_path), save_freq=1, keep_last=2)
     train(**{**settings, "steps": 4})
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_validation_that_a_stop_prevented_is_made_up_for_in_its_checkpoint(made, tmp_path, monkeypatch):
+    """The checkpoint is written again with the validation loss, so that it can be the best one."""
+    settings = small(dataset_id=str(made("no_camera")), val_fraction=0.4, steps=6)
+    train(**settings, output_dir=str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: signal.raise_signal(signal.SIGTERM))
+        stopped = train(**settings, output_dir=str(tmp_path / "run"))
+    assert (stopped.steps, stopped.stopped_by) == (4, "SIGTERM")
+    assert read_json(stopped.checkpoint / "training_info.json")["val_loss"] is None
+    before = {name: entry["sha256"] for name, entry in listed_files(stopped.checkpoint).items()}
+
+    train(resume_from_checkpoint=str(stopped.checkpoint), quiet=True)
+    verify(stopped.checkpoint)
+    after = {name: entry["sha256"] for name, entry in listed_files(stopped.checkpoint).items()}
+    assert all(before[name] == after[name] for name in before if name.endswith((".safetensors", ".pth")))
+    for step in (2, 4, 6):
+        losses = [
+            read_json(tmp_path / run / f"checkpoint-{step}" / "training_info.json")["val_loss"]
+            for run in ("whole", "run")
+        ]
+        assert losses[0] == losses[1] is not None
+    assert read_json(tmp_path / "run" / "best.json") == read_json(tmp_path / "whole" / "best.json")
+    assert_same_run(tmp_path / "whole", tmp_path / "run", 6)
 
 
 @pytest.mark.slow

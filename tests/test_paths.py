@@ -1,6 +1,7 @@
 """Paths that there cannot be, or that may not be entered: one line, for every flag that takes a path."""
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +16,9 @@ import infer
 import runs
 import serve
 import train as train_module
-from errors import UserError, find_path
+from checkpoints.folder import write_manifest
+from command_line import print_error, print_warnings
+from errors import UserError, find_path, printable
 from helpers.paths import ROOT
 from helpers.runs import small
 from training.plan import gather_settings
@@ -92,10 +95,18 @@ def test_links_in_a_circle_and_folders_that_may_not_be_entered(closed, tmp_path)
 
 def test_a_name_that_this_systems_encoding_lacks():
     code = "import sys; sys.path.insert(0, 'src'); from errors import find_path, UserError\n"
-    code += "try: find_path(chr(0x65e5), '--flag')\nexcept UserError as error: print(ascii(str(error)))"
+    code += "try: print(find_path(sys.argv[1], '--flag'))\nexcept UserError as error: print(error)"
+    name = os.fsencode("日ü")  # as the shell passes it, whatever the encoding
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    assert "its name is not in UTF-8, or not in the encoding of this system" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", code, name], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    assert "the encoding of file names here is ascii, which lacks a character of it. Set PYTHONUTF8=1" in done.stdout
+    assert done.stdout.count("\n") == 1
+    for remedy in ({"PYTHONUTF8": "1"}, {"LC_ALL": "C.UTF-8"}):
+        command = [sys.executable, "-c", code, name]
+        done = subprocess.run(command, cwd=ROOT, env=env | remedy, capture_output=True, text=True, check=True)
+        assert done.stdout == "None\n"
 
 
 TRAIN_FLAGS = (
@@ -195,3 +206,62 @@ def test_a_checkpoint_that_may_not_be_entered_is_no_traceback(policy, tmp_path, 
     shown = capsys.readouterr().err.splitlines()
     assert shown[0].endswith("is not a checkpoint and holds none. Pass a run's folder or a checkpoint-<step> folder")
     assert shown[1].endswith("checkpoint-1 cannot be opened: Permission denied. Pass another path")
+
+
+NAMES = {
+    "line breaks": "a\nb\r\nc\x0bd\x85e\u2028f",
+    "terminal escapes": "a\x1b[2J\x1b]0;title\x07b\x9b1mc",
+    "backspaces and NUL": "a\x08\x08\x00b\x7f",
+    "other directions": "a\u202eb\u2066c\ufeffd",
+    "lone surrogates": "a\udce9b",
+}
+
+
+def is_one_line(text: str) -> bool:
+    return text.endswith("\n") and text.isascii() and text[:-1].isprintable()
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_a_message_is_one_line_that_moves_no_cursor_whatever_is_in_its_names(capsys, name):
+    print_error(UserError(f"camera {name}: expected another name. Rename it"))
+    print_error(UserError(name), prefix="process 1: ")
+    print_warnings([f"task {name}"])
+    lines = capsys.readouterr().err.splitlines(keepends=True)
+    assert len(lines) == 3
+    assert all(map(is_one_line, lines))
+    assert str(UserError("2 problems:", name, "end")).count("\n") == 2
+
+
+def test_what_can_be_printed_stays_as_it_is():
+    text = "日本　ü\u00a0é 'x' \\n \"y\" 🤖"
+    assert printable(text) == text
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_names_in_a_run_and_in_its_checkpoint(policy, made, tmp_path, capsys, name):
+    """A folder, a setting, and values of a checkpoint's JSON that somebody wrote."""
+    name = name.replace("\0", "")  # which no path can have
+    folder = tmp_path / name
+    if "\udce9" in name:
+        return  # no folder of a run: `find_path` refuses it
+    settings = {"dataset_id": [str(made("no_camera"))], "output_dir": str(folder), "steps": 1}
+    assert train_module.main({**small(**settings), "quiet": False, "observations": ["state"]}) == 0
+    checkpoint = folder / "checkpoint-1"
+    edit_json(checkpoint / "training_info.json", saved_at=name, note=name)
+    edit_json(checkpoint / "train_config.json", {name: name}, revision=name)
+    write_manifest(checkpoint)
+    assert train_module.main({"resume_from_checkpoint": str(checkpoint), "steps": 2, "batch_size": 2}) == 0
+    for arguments in (["list", str(folder)], ["show", str(checkpoint)], ["verify", str(folder)]):
+        assert runs.main(arguments) == 0
+    (checkpoint / "notes.safetensors").write_bytes(b"")
+    assert runs.main(["verify", str(checkpoint)]) == 2
+    shown = capsys.readouterr()
+    for line in (shown.out + shown.err).splitlines(keepends=True):
+        assert is_one_line(line), line
+
+
+def edit_json(path: Path, *more: dict, **values) -> None:
+    content = json.loads(path.read_text()) | values
+    for names in more:
+        content |= names
+    path.write_text(json.dumps(content))

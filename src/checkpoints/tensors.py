@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoints.folder import OPTIMIZER, OPTIMIZER_ENTRIES
@@ -132,11 +132,19 @@ def separate(entries: dict) -> None:
             seen.add(storage.data_ptr())
 
 
-def require_real(file: Path) -> None:
-    """Raise a UserError if a safetensors file has a complex tensor, of which PyTorch would drop the imaginary part."""
-    with safe_open(file, "pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118  (it is no dict)
-            dtype = tensors.get_slice(name).get_dtype()
+def require_real(checkpoint: Path) -> None:
+    """Refuse a checkpoint with complex tensors, of which PyTorch would drop the imaginary part. Reads the files' headers.
+
+    Raises:
+        UserError: a safetensors file has one, or cannot be read.
+    """
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as tensors:
+                dtypes = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read: {one_line(error)[:160]}. {OTHER_CHECKPOINT}") from error
+        for name, dtype in dtypes.items():
             if dtype.startswith("C"):
                 raise UserError(
                     f"{file} is damaged: {name}: expected real numbers, got dtype {dtype}. {OTHER_CHECKPOINT}"

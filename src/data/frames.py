@@ -32,7 +32,7 @@ from torch import Tensor
 from data.decode import CHUNK, LIBRARIES, Decoder
 from data.frame_times import file_identity
 from data.source import Source
-from errors import UserError, one_line
+from errors import UserError, one_line, printable
 from runtime import is_out_of_memory, progress_interval, to_device, user_cache_dir
 
 LAYOUT = 2  # part of the hash. Stores of layout 1 may hold wrong frames, found by the video's rate
@@ -233,7 +233,7 @@ class FrameStore:
                 lock.acquire(timeout=0)
             except Timeout:
                 message = f"another process is decoding {self.key} into {cache_dir}: waiting for it"
-                print(message, file=sys.stderr, flush=True)
+                print(printable(message), file=sys.stderr, flush=True)
                 lock.acquire()
             if not self.folder.is_dir():
                 self._decode_all(num_threads, quiet)

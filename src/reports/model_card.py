@@ -32,25 +32,31 @@ def model_card(checkpoint: Path) -> str:
     # A folder's name says something to people, its path only to its owner. Only the Hub's names are links in the card.
     datasets = []
     hub_datasets = []
-    for name in info["dataset"]:
+    names = info.get("dataset", [])
+    names = [names] if isinstance(names, str) else names  # of older versions
+    for name in names:
         is_on_hub = name.count("/") == 1 and not Path(os.path.expanduser(name)).exists()
         datasets.append(name if is_on_hub else Path(name).name)
         if is_on_hub:
             hub_datasets.append(name)
-    facts = {
-        "policy": f"{info['policy']}, {info['parameters']:,} parameters",
-        "dataset": ", ".join(datasets),
-        "steps": f"{info['step']:,} of batch {info['batch_size']}, {info['epoch']:.1f} epochs",
-        "training loss": shown(info["loss"]),
-        "validation loss": shown(info["val_loss"]),
-        "success rate in simulation": shown(info["success_rate"]),
-        "training time": f"{info['train_seconds'] / 60:.1f} minutes on {info['device_name']} ({info['cores']} cores)",
-        "versions": ", ".join(f"{name} {version}" for name, version in info["versions"].items()),
-    }
+    policy = info.get("policy", config.get("policy", "?"))
+    facts = {"policy": policy, "dataset": ", ".join(datasets)}
+    if "parameters" in info:  # which a checkpoint that came from lerobot-train lacks, as it does the machine
+        facts["policy"] += f", {info['parameters']:,} parameters"
+    if {"step", "batch_size"} <= info.keys():
+        facts["steps"] = f"{info['step']:,} of batch {info['batch_size']}, {info.get('epoch', 0):.1f} epochs"
+    facts["training loss"] = shown(info.get("loss"))
+    facts["validation loss"] = shown(info.get("val_loss"))
+    facts["success rate in simulation"] = shown(info.get("success_rate"))
+    facts["training time"] = f"{info['train_seconds'] / 60:.1f} minutes"
+    if "device_name" in info:
+        facts["training time"] += f" on {info['device_name']} ({info.get('cores', '?')} cores)"
+    versions = info.get("versions", {})
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items()) or "-"
     return render(
         "model_card.md",
-        policy=info["policy"],
-        dataset=info["dataset"][0].rstrip("/").rpartition("/")[2],
+        policy=policy,
+        dataset=", ".join(names[:1]).rstrip("/").rpartition("/")[2],
         hub_datasets=hub_datasets,
         facts={name: value for name, value in facts.items() if value != "-"},
         command=as_command(config),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from checkpoints.folder import OPTIMIZER, TRAINED_WEIGHTS, WEIGHTS, has_trained_weights
-from checkpoints.tensors import is_finite, read_optimizer, require_finite, require_real
+from checkpoints.tensors import is_finite, read_optimizer, require_finite
 from config import TrainConfig
 from errors import UserError, one_line
 from policy.losses import loss_averages_over_actions, set_vqbet_phase
@@ -112,11 +112,9 @@ class Learner:
             UserError: weights or moments are not finite numbers, or the optimizer's file holds code, or belongs to another
                 optimizer.
         """
-        require_real(checkpoint / WEIGHTS)
         require_finite(self.local_weights(), checkpoint / WEIGHTS)
         if has_trained_weights(checkpoint):
             path = checkpoint / TRAINED_WEIGHTS
-            require_real(path)
             tensors = self.ema.load(load_file(path))
             self.distributed.load_weights(self.policy, path, tensors, optional=self.ema.without_average(self.policy))
             require_finite(self.local_weights(), path)

@@ -34,6 +34,7 @@ from checkpoints.folder import (
     verify,
 )
 from checkpoints.lock import RunFolder, sole_writer
+from checkpoints.tensors import require_real
 from config import TrainConfig, check_names, merge, read_config_file
 from data.observations import leave_out, observation_names, observations_flag
 from data.source import Source
@@ -333,6 +334,7 @@ def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> Cho
     # The settings: those given over those of the checkpoint.
     recorded = None
     if state is not None:
+        require_real(checkpoint)
         recorded, not_taken = settings_taken_over(given, state, checkpoint)
         warnings += not_taken
     config = merge(given, recorded)

@@ -133,7 +133,7 @@ class Report:
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            self._print(text)
+            self._print(printable(text))
 
     def warn(self, *texts: str) -> None:
         for text in texts:
@@ -317,7 +317,7 @@ def episodes_text(source, positions, most: int = 8) -> str:
 def closing_message(result: TrainResult, plan, start_step: int) -> str:
     """How the run ended, and the command to run next."""
     config = plan.config
-    checkpoint = shlex.quote(str(result.checkpoint))
+    checkpoint = printable(shlex.quote(str(result.checkpoint)))
     if result.stopped_by:
         # How several processes were launched is not known here.
         launcher = "python" if plan.distributed.size == 1 else "accelerate launch ..."
@@ -328,7 +328,7 @@ def closing_message(result: TrainResult, plan, start_step: int) -> str:
     end = f"nothing to do: {checkpoint} is already at step {result.steps}. Pass a larger --steps to train on"
     if result.steps > start_step:
         end = f"done: {checkpoint}, loss {result.final_loss:.4g}"
-    dataset = shlex.quote(config.dataset_id[0])
+    dataset = printable(shlex.quote(config.dataset_id[0]))
     episode = str(plan.source.episodes[0]).rpartition("#")[2]  # of several datasets, the first one's
     return f"{end}\nnext: python src/infer.py {checkpoint} --dataset_id {dataset} --episode {episode}"
 
