@@ -17,7 +17,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.processor import ProcessorStep, ProcessorStepRegistry
 from lerobot.utils.import_utils import register_third_party_plugins
 
-from errors import UserError, read_json
+from errors import UserError, find_path, not_a_file, read_json, require_files
 
 PIPELINES = ("policy_preprocessor.json", "policy_postprocessor.json")  # LeRobot's names
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
@@ -32,8 +32,10 @@ def check_policy_folder(folder: Path) -> None:
     """Check every file of a policy's folder that can name code or other files.
 
     Raises:
-        UserError: one of them names what is not allowed, or is not of its form.
+        UserError: one of them names what is not allowed, is not of its form, or is no file but a pipe, say.
     """
+    if folder.is_dir():
+        require_files(folder, OTHER_COPY)
     for name in PIPELINES:
         if (folder / name).is_file():
             read_pipeline(folder / name)
@@ -47,7 +49,11 @@ def read_pipeline(path: Path) -> list[dict]:
     Raises:
         UserError: the file is not a pipeline, or a step is not allowed.
     """
-    steps = read_json(path, OTHER_COPY).get("steps")
+    pipeline = read_json(path, OTHER_COPY)
+    name = pipeline.get("name", "")
+    if not isinstance(name, str) or len(name) > 100:  # LeRobot names the steps' files by it
+        raise UserError(f"{path}: expected a short text as name, got {name!r:.60}. {OTHER_COPY}")
+    steps = pipeline.get("steps")
     if not isinstance(steps, list):
         raise UserError(f"{path}: expected a list of steps, got {steps!r:.60}. Use another copy of the policy")
     for number, step in enumerate(steps):
@@ -87,9 +93,28 @@ def step_problem(step, folder: Path) -> str | None:
     for name in files:
         if not is_inside(name):
             return f"is refused: expected a file in {folder}, got {name!r:.80}. Use another copy of the policy"
-        if not (folder / name).exists():
+        found = find_path(folder / name, "a processor's file")
+        if found is None:
             return f"has a file {name} that is missing from {folder}. Use another copy of the policy"
+        if found.is_dir():
+            require_files_within(found)
+    if "state_file" in step:
+        found = not_a_file(folder / step["state_file"])
+        if found:
+            return f"is refused: expected a file, got {found} as {step['state_file']}. Use another copy of the policy"
     return None
+
+
+def require_files_within(folder: Path) -> None:
+    """Refuse a folder of a processor's files, such as a tokenizer's, that holds what is neither a file nor a folder.
+
+    Raises:
+        UserError: names the first.
+    """
+    for path in sorted(folder.rglob("*")):
+        found = None if path.is_dir() else not_a_file(path)
+        if found:
+            raise UserError(f"{path} cannot be read: expected a file, got {found}. {OTHER_COPY}")
 
 
 def is_registered(name) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import sys
 import types
@@ -25,7 +26,7 @@ from exchange.lerobot_runs import to_lerobot
 from helpers.paths import ROOT
 from helpers.runs import small
 from policy.adapters import base_model_of, load_adapters
-from policy.factory import load_policy_config
+from policy.factory import build_policy, load_policy_config, policy_config
 from policy.loaded import load_policy
 from policy.migration import migrate
 from processors.pipelines import load_processors
@@ -145,7 +146,7 @@ def test_a_step_that_is_not_one_is_refused(planted, step, why):
     assert "planted" not in sys.modules
 
 
-@pytest.mark.parametrize("content", ["", "[]", "5", '{"steps": {}}', "{}", '{"steps": null}', "[" * 100_000])
+@pytest.mark.parametrize("content", ["", "[]", "5", '{"steps": {}}', '{"name": 1, "steps": []}', "{}", '{"steps": null}', "[" * 100_000])
 @pytest.mark.parametrize("name", [*PIPELINES, "config.json"])
 def test_a_file_of_another_form_is_one_line(planted, content, name):
     folder, _ = planted
@@ -470,3 +471,198 @@ def test_a_policy_of_another_version_is_one_line(planted):
 
 def test_a_good_policy_still_acts(trained):
     assert load_policy(trained, device="cpu").act({"observation.state": np.zeros(3)}).shape == (3,)
+
+
+def put(kind: str, path: Path) -> None:
+    """Something else in the place of a file."""
+    path.unlink(missing_ok=True)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to("gone")
+    else:
+        os.mkfifo(path)
+
+
+NOT_FILES = {"folder": "a folder", "link": "a link to nothing", "pipe": "a pipe, a socket or a device"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on Windows")
+@pytest.mark.parametrize("kind", NOT_FILES)
+def test_only_files_are_read(trained, made, tmp_path, kind):
+    """Reading a pipe waits for ever. A pipeline that is a folder or a dangling link looked like none: new ones were made."""
+    names = sorted(path.name for path in trained.iterdir() if path.suffix in (".json", ".safetensors", ".pth"))
+    names += ["adapter_config.json", "model.safetensors.index.json"]
+    for number, name in enumerate(names):
+        folder = Path(shutil.copytree(trained, tmp_path / str(number) / trained.name))
+        put(kind, folder / name)
+        with pytest.raises(
+            UserError, match=rf"{name} is (missing|{NOT_FILES[kind]})|{name} is not listed|not a complete"
+        ):
+            train(resume_from_checkpoint=str(folder))
+        if name != "manifest.json":
+            (folder / "manifest.json").unlink()
+        expected = rf"{name} cannot be read: expected a file, got {NOT_FILES[kind]}"
+        with pytest.raises(UserError, match=expected):
+            load_policy(folder, device="cpu")
+        settings = small("act", dataset_id=str(made("no_camera")), policy_args=None, output_dir=str(tmp_path / "run"))
+        with pytest.raises(UserError, match=expected):
+            train(**settings, policy_path=str(folder))
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on Windows")
+def test_pipes_in_a_checkpoint_of_lerobot_and_in_a_tokenizers_folder(trained, tmp_path):
+    theirs = to_lerobot(trained, tmp_path / "theirs")
+    plant(theirs / "pretrained_model", PIPELINES[0], {"registry_name": "device_processor", "artifacts": {"x": "words"}})
+    (theirs / "pretrained_model" / "words").mkdir()
+    put("pipe", theirs / "pretrained_model" / "words" / "vocab.txt")
+    with pytest.raises(UserError, match=r"vocab\.txt cannot be read: expected a file, got a pipe"):
+        load_policy(theirs, device="cpu")
+    put("pipe", theirs / "training_state" / "optimizer_state.safetensors")
+    with pytest.raises(UserError, match=r"optimizer_state\.safetensors cannot be read: expected a file, got a pipe"):
+        train(resume_from_checkpoint=str(theirs), output_dir=str(tmp_path / "run"))
+
+
+def test_one_of_the_two_pipelines_is_no_policy_without_processors(planted, made, tmp_path):
+    folder, _ = planted
+    (folder / PIPELINES[1]).unlink()
+    settings = small("act", dataset_id=str(made("no_camera")), policy_args=None, output_dir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=f"has no {PIPELINES[1]}, one of the policy's two pipelines"):
+        train(**settings, policy_path=str(folder))
+
+
+def configured(folder: Path, **change) -> None:
+    edit(folder / "config.json", lambda config: config.update(change))
+
+
+@pytest.mark.parametrize("value", [10**5, 10**7, 10**15, 10**30, 3.2e10])
+@pytest.mark.parametrize("name", ["chunk_size", "n_encoder_layers", "dim_model", "dim_feedforward", "latent_dim"])
+def test_sizes_far_from_those_of_the_weights(planted, name, value):
+    """Refused before anything of that size is made, or looped over."""
+    folder, _ = planted
+    configured(folder, **{name: value})
+    with pytest.raises(
+        UserError,
+        match=rf"{name} of policy act .*(or less|int), got|of the size of .*model\.safetensors, got|does not fit policy",
+    ):
+        load_policy(folder, device="cpu")
+
+
+@pytest.mark.parametrize("size", [10**8, 10**12, 10**30])
+def test_features_of_impossible_sizes(planted, size):
+    folder, _ = planted
+    configured(folder, input_features={"observation.state": {"type": "STATE", "shape": [size]}})
+    with pytest.raises(UserError, match=r"numbers or fewer as shape|or less, got|the size of"):
+        load_policy(folder, device="cpu")
+
+
+@pytest.mark.parametrize("pair", [
+    "dim_model=32000000000", "dim_model=100000000", "dim_feedforward=900000000", "n_encoder_layers=1000000000",
+    "n_encoder_layers=10000", "chunk_size=1000000000", "latent_dim=1000000000"])  # fmt: skip
+def test_sizes_on_the_command_line(made, tmp_path, pair):
+    settings = small("act", dataset_id=str(made("no_camera")), output_dir=str(tmp_path / "run"))
+    settings["policy_args"] = [*settings["policy_args"], pair]
+    with pytest.raises(
+        UserError, match=r"expected \d+ or less, got|does not fit in the .* GB of memory of this machine"
+    ):
+        train(**settings)
+
+
+def test_the_limit_of_sizes_changes_no_weight():
+    from policy.limits import SizeLimit
+
+    def values():
+        torch.manual_seed(0)
+        return [torch.nn.Linear(3, 4).weight, torch.randn(2, 3), torch.rand(()), torch.zeros(2, 3), torch.arange(3.0),
+                torch.full((2,), 1.5), torch.linspace(0, 1, 3), torch.eye(2)]  # fmt: skip
+
+    with SizeLimit("a policy", None) as limit:
+        limited = values()
+    assert limit.count >= 7
+    assert all(torch.equal(value, other) for value, other in zip(limited, values(), strict=True))
+
+
+@pytest.mark.parametrize(("change", "why"), [
+    ({"dropout": float("nan")}, "dropout of policy act .*expected a finite number"),
+    ({"kl_weight": float("inf")}, "kl_weight of policy act .*expected a finite number"),
+    ({"dropout": 1e8}, "dropout"),
+    ({"temporal_ensemble_coeff": 0.01, "n_action_steps": 2}, "temporal"),
+    ({"output_features": {}}, "without observations or without an action"),
+    ({"output_features": None}, "without observations or without an action"),
+    ({"input_features": {}}, "without observations or without an action"),
+    ({"output_features": {"x": {"type": "ACTION", "shape": [3]}}}, "without observations or without an action"),
+])  # fmt: skip
+def test_values_that_a_policy_cannot_act_with(planted, change, why):
+    folder, _ = planted
+    configured(folder, **change)
+    with pytest.raises(UserError, match=why) as error:
+        load_policy(folder, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_a_backbone_in_a_pickle_is_one_line(monkeypatch):
+    def build(*arguments, **options):
+        raise pickle.UnpicklingError("Weights only load failed.\n\n" + "Re-running `torch.load` is dangerous.\n" * 50)
+
+    monkeypatch.setattr("policy.factory.get_policy_class", lambda name: build)
+    with pytest.raises(UserError, match=r"policy act: Weights only load failed") as error:
+        build_policy(policy_config("act", None, "cpu"), None)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(("step", "why"), [
+    ({"registry_name": "rename_observations_processor", "config": {"rename_map": 5}}, "expected dict.* as rename_map, got 5"),
+    ({"registry_name": "rename_observations_processor", "config": {"rename_map": {"a": 5}}}, "as rename_map"),
+    ({"registry_name": "rename_observations_processor", "config": {"rename_map": None}}, "as rename_map, got None"),
+    ({"registry_name": "time_limit_processor", "config": {"max_episode_steps": "9"}}, "expected int as max_episode_steps"),
+    ({"registry_name": "device_processor", "config": {"float_dtype": 16}}, "as float_dtype, got 16"),
+    ({"registry_name": "image_crop_resize_processor", "config": {"resize_size": [8, 8, 8]}}, "as resize_size"),
+    ({"registry_name": "image_crop_resize_processor", "config": {"resize_size": [10**6, 8]}}, "as resize_size"),
+    ({"registry_name": "normalizer_processor", "config": {"features": {"observation.state": 5}, "norm_map": {}}}, "as features"),
+    ({"registry_name": "normalizer_processor", "config": {"features": {}, "norm_map": {"STATE": "X"}}}, "as norm_map"),
+    ({"registry_name": "normalizer_processor", "config": {"features": {}, "norm_map": {}, "eps": float("nan")}}, "as eps"),
+    ({"registry_name": "device_processor", "state_file": "x" * 5000}, "cannot be opened: File name too long"),
+    ({"registry_name": "device_processor", "artifacts": {"x": "x" * 5000}}, "cannot be opened: File name too long"),
+    ({"registry_name": "rename_observations_processor", "config": {"rename_map": {"observation.state": "observation.gone"}}},
+     "fail on an observation of the policy's features: KeyError: 'observation.state'"),
+    ({"registry_name": "map_tensor_to_delta_action_dict"}, "fail on an observation of the policy's features"),
+    ({"registry_name": "torch2numpy_action_processor"}, "fail on an observation of the policy's features"),
+])  # fmt: skip
+def test_settings_of_steps_that_fail_when_they_run(planted, made, tmp_path, step, why):
+    folder, _ = planted
+    plant(folder, PIPELINES[0], step)
+    settings = small("act", dataset_id=str(made("no_camera")), policy_args=None, output_dir=str(tmp_path / "run"))
+    for use in (lambda: load_policy(folder, device="cpu"), lambda: train(**settings, policy_path=str(folder))):
+        with pytest.raises(UserError, match=why) as error:
+            use()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("step", [
+    {"registry_name": "torch2numpy_action_processor"},
+    {"registry_name": "map_tensor_to_delta_action_dict", "config": {"use_gripper": False}},
+])  # fmt: skip
+def test_a_postprocessor_that_gives_no_action(planted, step):
+    folder, _ = planted
+    plant(folder, PIPELINES[1], step)
+    with pytest.raises(
+        UserError, match="fail on an observation of the policy's features: ValueError: Action should be a PolicyAction"
+    ):
+        load_policy(folder, device="cpu")
+
+
+@pytest.mark.parametrize(("change", "why"), [
+    ({"optimizer_weight_decay": -0.1}, "policy act: its optimizer: Invalid weight_decay value: -0.1"),
+    ({"optimizer_lr": -1}, "policy act: its optimizer: Invalid learning rate: -1"),
+])  # fmt: skip
+def test_presets_that_an_optimizer_refuses(planted, made, tmp_path, change, why):
+    folder, _ = planted
+    configured(folder, **change)
+    settings = small(
+        "act", dataset_id=str(made("no_camera")), policy_args=None, output_dir=str(tmp_path / "run"), lr=None
+    )
+    with pytest.raises(UserError, match=why):
+        train(**settings, policy_path=str(folder))
+    assert not list((tmp_path / "run").glob("checkpoint-*"))

@@ -29,7 +29,7 @@ from checkpoints.writer import Snapshot, write_checkpoint
 from config import FIELDS, TrainConfig
 from data.opening import open_source
 from data.split import split_episodes
-from errors import UserError, one_line, read_json
+from errors import UserError, one_line, read_json, require_files
 from policy.factory import build_policy, load_policy_config
 from policy.migration import EMA_FOLDER, converted_dir
 from policy.presets import optimizer_preset, scheduler_preset
@@ -151,6 +151,9 @@ def from_lerobot(folder: Path) -> Path:
     """
     folder = folder.resolve()
     model = folder / "pretrained_model"
+    for part in (folder / "training_state", folder / EMA_FOLDER):
+        if part.is_dir():
+            require_files(part, OTHER_COPY)
     theirs = read_json(model / "train_config.json", OTHER_COPY)
     position = read_json(folder / "training_state" / "training_step.json", OTHER_COPY)
     refuse_theirs(folder, theirs, position)

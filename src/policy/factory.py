@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib.metadata
+import math
+import pickle
 import types
 import typing
 from dataclasses import fields, replace
@@ -17,8 +19,9 @@ import policy.flow  # noqa: F401  (registers our policy with LeRobot)
 from command_line import parse_overrides
 from errors import UserError, as_user_error, nearest, one_line, read_json
 from policy.adapters import base_model_of, load_adapters
+from policy.limits import SizeLimit
 from policy.quiet import quiet_lerobot
-from policy.settings import check_no_features, check_policy_settings
+from policy.settings import LARGEST, check_no_features, check_policy_settings, size_problem
 from policy.weights import load_weights
 from trust import OTHER_COPY, check_policy_folder, no_remote_code
 
@@ -77,9 +80,13 @@ def load_policy_config(folder: Path, overrides: list[str] | None, device: str) -
         try:
             with no_remote_code(str(folder)):
                 saved = PreTrainedConfig.from_pretrained(folder)
-        except DraccusException as error:
+        except (DraccusException, NotImplementedError) as error:
             reason = one_line(error.__cause__ or error)[:300]  # draccus hides what the policy says
             raise UserError(f"{folder / CONFIG}: policy {name} refuses its values: {reason}") from error
+        # Some bases leave them to the first dataset.
+        saved.input_features = saved.input_features or {}
+        saved.output_features = saved.output_features or {}
+        check_policy_settings(saved, {}, f"{folder / CONFIG}:")
         settings = parse_overrides("--policy_args", type(saved), overrides)
         settings = shorten_action_steps(settings, getattr(saved, "n_action_steps", None))
         check_policy_settings(saved, settings)
@@ -120,7 +127,7 @@ def check_saved_fields(config_class: type[PreTrainedConfig], folder: Path) -> No
             "delete from it what this version does without"
         )
     for field, value in saved.items():
-        expected = type_problem(hints[field], value, known[field].default)
+        expected = type_problem(hints[field], value, known[field].default) or size_problem(field, value)
         if expected is None and field in ("input_features", "output_features") and value:
             expected = features_problem(value)
         if expected is not None:
@@ -152,8 +159,10 @@ def features_problem(features: dict) -> str | None:
     """What was expected, if a feature of a policy has an impossible shape."""
     for name, feature in features.items():
         sizes = feature.get("shape")
-        if not sizes or min(sizes) < 1:
+        if not sizes or any(type(size) is not int or size < 1 for size in sizes):
             return f"sizes of 1 or more as shape of {name}"
+        if math.prod(sizes) > LARGEST:
+            return f"{LARGEST} numbers or fewer as shape of {name}"
         if feature.get("type") == "VISUAL" and len(sizes) != 3:
             return f"channels, height and width as shape of {name}"
     return None
@@ -178,26 +187,29 @@ def build_policy(config: PreTrainedConfig, meta, folder: Path | None = None):
         UserError: an extra is not installed, a backbone cannot be downloaded, or the weights do not fit.
     """
     if folder is None:
-        policy = construct(config, meta)
+        policy = construct(config, meta, None)
     elif config.use_peft:
         base = hub.fetch(base_model_of(folder), "the adapters' policy")
+        check_policy_folder(base)
         policy = load_adapters(build_policy(replace(config, use_peft=False), meta, base), folder)
         policy.config.use_peft = True  # LeRobot looks for adapters where the saved config says so
     else:
         with without_backbone_weights(config), no_remote_code(str(folder)):
-            policy = construct(config, meta)
+            policy = construct(config, meta, folder / "model.safetensors")
         load_weights(policy, folder / "model.safetensors")
     return policy.to(config.device)
 
 
-def construct(config: PreTrainedConfig, meta):
-    """The policy with new weights."""
+def construct(config: PreTrainedConfig, meta, weights: Path | None):
+    """The policy with new weights, to be replaced by those in the file `weights`."""
     if meta is not None:
         config._runtime_dataset_meta = meta  # where some of LeRobot's policies look for it
     offline = "Go online once"
     if getattr(config, "pretrained_backbone_weights", None) is not None:
         offline += ", or pass --policy_args pretrained_backbone_weights=none"
-    with as_user_error(f"policy {config.type}", invalid=ValueError, offline=offline), quiet_lerobot():
+    what = f"policy {config.type}"
+    invalid = (ValueError, pickle.UnpicklingError)  # the latter of a backbone that is a pickle of code
+    with as_user_error(what, invalid=invalid, offline=offline), quiet_lerobot(), SizeLimit(what, weights):
         return get_policy_class(config.type)(config, dataset_stats=meta and meta.stats, dataset_meta=meta)
 
 

@@ -20,10 +20,13 @@ from policy.chunk import predict_chunk, rtc_off, supports_rtc
 from policy.factory import build_policy, load_policy_config
 from policy.migration import resolve_policy_folder
 from processors.bases import cameras_of, does_without_cameras, match_statistics, resizes_pictures, trained_cameras
-from processors.pipelines import load_processors, name_before_rename, resize_of
+from processors.pipelines import NEED_STATE, load_processors, name_before_rename, resize_of
 from processors.state_only import StateToEnvironmentState
 from processors.statistics import EMPTY_CAMERA, require_statistics
 from runtime import pick_device
+from trust import OTHER_COPY
+
+PIXELS = 480  # height and width of pictures to try a policy on that takes any
 
 
 class LoadedPolicy:
@@ -135,7 +138,7 @@ class LoadedPolicy:
         policy.warm_up(self.blank_observation(task))
         return policy
 
-    def latency(self, task: str = "", runs: int = 30, pixels: int = 480) -> float:
+    def latency(self, task: str = "", runs: int = 30, pixels: int = PIXELS) -> float:
         """Seconds from an observation to a chunk, the 99th percentile.
 
         Args:
@@ -153,7 +156,7 @@ class LoadedPolicy:
         self.reset()
         return float(np.percentile(seconds[3:], 99))
 
-    def blank_observation(self, task: str = "", pixels: int = 480) -> dict:
+    def blank_observation(self, task: str = "", pixels: int = PIXELS) -> dict:
         """An observation of zeros, for `act`; arguments as for `latency`."""
         tasks = getattr(self.policy.config, "tasks", None) or [""]  # flow with a task embedding knows only these
         observation = {"task": task or self.task or tasks[0]}
@@ -190,6 +193,7 @@ def load_policy(
     untrained = untrained_cameras(config, preprocess)
     normalised = [key for key in config.input_features if key not in untrained]
     require_statistics(config, preprocess, postprocess, normalised, str(folder))
+    check_processors(config, preprocess, postprocess, folder)
     policy = build_policy(config, None, folder).eval()
     return LoadedPolicy(
         policy,
@@ -248,6 +252,70 @@ def expected_observation(config, preprocess) -> dict[str, tuple[str, tuple]]:
         channels, height, width = feature.shape
         expected[name] = ("uint8", (None, None, channels) if has_any_size else (height, width, channels))
     return expected
+
+
+def check_processors(config, preprocess, postprocess, folder: Path) -> None:
+    """Run a saved policy's processors once, on zeros: what they cannot process is refused here, and not when the arm moves.
+
+    Only pipelines of LeRobot's general steps and ours are run. A policy's own steps may pack its inputs, or take actions of
+    another width than the robot's.
+
+    Args:
+        config: the policy's.
+        folder: the policy's, for messages.
+
+    Raises:
+        UserError: the policy has no inputs or no action, a step fails, or they are not what they should be afterwards.
+    """
+    if not config.input_features or "action" not in config.output_features:
+        raise UserError(
+            f"{folder} holds a policy without observations or without an action in its config.json, to be trained first. Pass it "
+            "to train.py as --policy_path"
+        )
+    general = ("lerobot.processor.", "processors.")
+    if not all(type(step).__module__.startswith(general) for step in (*preprocess.steps, *postprocess.steps)):
+        return
+    batch = {"task": "a task"}
+    for key, (kind, shape) in expected_observation(config, preprocess).items():
+        if kind == "uint8":
+            height, width, channels = (size or PIXELS for size in shape)
+            shape = (channels, height, width)
+        batch[key] = torch.zeros(1, *shape)
+    action = torch.zeros(1, *config.output_features["action"].shape)
+    try:
+        with torch.inference_mode():
+            ready = preprocess(batch)
+            acted = postprocess(action.to(config.device))
+            is_action = isinstance(acted, torch.Tensor) and acted.shape == action.shape and bool(acted.isfinite().all())
+    except (LookupError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise UserError(
+            f"the processors in {folder} fail on an observation of the policy's features: {type(error).__name__}: "
+            f"{one_line(error)[:200]}. {OTHER_COPY}"
+        ) from error
+    finally:
+        preprocess.reset()
+        postprocess.reset()
+    made = {EMPTY_CAMERA, *untrained_cameras(config, preprocess)}
+    for key, feature in config.input_features.items():
+        if any(name in key for name in made):
+            continue
+        value = ready.get(key)
+        shape = tuple(value.shape[1:]) if isinstance(value, torch.Tensor) else None
+        if shape is None or (feature.type is not FeatureType.VISUAL and shape != tuple(feature.shape)):
+            raise UserError(
+                f"the preprocessor in {folder} is not this policy's: expected {key} of shape {list(feature.shape)} from it, "
+                f"got {'none' if shape is None else list(shape)}. {OTHER_COPY}"
+            )
+        if config.type in (*NEED_STATE, "flow") and value.dtype != torch.float32:  # whose networks convert nothing
+            raise UserError(
+                f"the preprocessor in {folder} is not this policy's: expected {key} as float32 from it, got {value.dtype}. "
+                f"{OTHER_COPY}"
+            )
+    if not is_action:
+        raise UserError(
+            f"the postprocessor in {folder} is not this policy's: expected {action.shape[1]} finite numbers from it. "
+            f"{OTHER_COPY}"
+        )
 
 
 def untrained_cameras(config, preprocess) -> list[str]:

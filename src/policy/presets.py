@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import torch
+
 from config import TrainConfig
-from errors import UserError
+from errors import UserError, as_user_error
 from policy.factory import policy_config_class
 
 
@@ -47,6 +49,25 @@ def optimizer_preset(policy_config, config: TrainConfig):
     flags = {"lr": config.lr, "weight_decay": config.weight_decay, "grad_clip_norm": config.grad_clip_norm}
     given = {name: value for name, value in flags.items() if value is not None}
     return replace(policy_config.get_optimizer_preset(), **given)
+
+
+def check_presets(policy_config, config: TrainConfig) -> None:
+    """Build the policy's optimizer and schedule for a single number, to see whether they take the policy's settings.
+
+    Raises:
+        UserError: one of them refuses a value.
+    """
+    number = torch.zeros(1, requires_grad=True)
+    preset = optimizer_preset(policy_config, config)
+    schedule = scheduler_preset(policy_config, config)
+    with as_user_error(f"policy {policy_config.type}: its optimizer", invalid=ValueError):
+        if preset.type in ("adam", "adamw", "sgd"):  # others take a policy's parameters by name
+            preset.build([number])
+    with as_user_error(f"policy {policy_config.type}: its learning rates", invalid=(ValueError, ArithmeticError)):
+        if schedule is not None:
+            factor = schedule.build(torch.optim.SGD([number], lr=1.0), config.steps).lr_lambdas[0]
+            for step in (0, 1, config.steps):
+                factor(step)
 
 
 def scheduler_preset(policy_config, config: TrainConfig):

@@ -1,5 +1,7 @@
-"""Wrong --policy_args that LeRobot's act, diffusion and vqbet answer with an assertion, a KeyError or an error of torch."""
+"""Settings that a policy answers with an assertion, a KeyError, an error of torch, or with a loop that never ends."""
 
+import math
+import re
 import typing
 from dataclasses import fields
 
@@ -14,6 +16,36 @@ CHOICES = {
     "feedforward_activation": ("relu", "gelu", "glu"),
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"),
 }
+
+LARGEST = 1_000_000_000
+# Numbers of steps, layers and passes, which are loops while a policy is built or acts: pattern of the name, the most of them.
+MOST = {
+    r"inference_(time)?steps|integration_steps|denois\w+_steps|iterations": 1_000,
+    r"chunk_size|horizon|timesteps|(obs|action)_steps|action_pred_token|frames?$|repeats$": 10_000,
+    r"layers?$|depth$|_draws$|cameras|ensemble": 10_000,
+}
+
+
+def size_problem(name: str, value) -> str | None:
+    """What was expected, if a setting's number, or one in its lists, is not finite or too large to build anything of it.
+
+    Args:
+        name: the setting's.
+        value: as from JSON, or already of the setting's type.
+    """
+    if isinstance(value, dict):
+        problems = [size_problem(name, item) for item in value.values()]
+        return next(filter(None, problems), None)
+    if isinstance(value, (list, tuple)):
+        problems = [size_problem(name, item) for item in value]
+        return next(filter(None, problems), None)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    limits = [limit for pattern, limit in MOST.items() if re.search(pattern, name)]
+    limit = min(limits, default=LARGEST)
+    if isinstance(value, int) and abs(value) > limit:
+        return f"{limit} or less"
+    return None
 
 
 def check_no_features(overrides: list[str] | None) -> None:
@@ -31,17 +63,22 @@ def check_no_features(overrides: list[str] | None) -> None:
             )
 
 
-def check_policy_settings(base, overrides: dict) -> None:
-    """Refuse values that break one of these policies while it is built.
+def check_policy_settings(base, overrides: dict, where: str = "--policy_args") -> None:
+    """Refuse values that break a policy while it is built, or when it acts.
 
     Args:
         base: the config class of a new policy, or the config of a saved one.
         overrides: {name: value} of the settings that --policy_args changes.
+        where: the flag or file that holds the values, for messages.
 
     Raises:
         UserError: a value is out of range, or contradicts another one.
     """
     config_class = base if isinstance(base, type) else type(base)
+    for name, value in overrides.items():
+        expected = size_problem(name, value)
+        if expected:
+            refuse(where, name, expected, value)
     if config_class.get_choice_name(config_class) not in ("act", "diffusion", "vqbet"):
         return
     settings = {f.name: getattr(base, f.name, None) for f in fields(base)} | overrides
@@ -49,41 +86,45 @@ def check_policy_settings(base, overrides: dict) -> None:
     for name, value in settings.items():
         least = 1 if name in AT_LEAST_ONE else 0
         if types[name] is int and value < least:
-            refuse(name, f"{least} or more", value)
+            refuse(where, name, f"{least} or more", value)
         if name in CHOICES and value not in CHOICES[name]:
-            refuse(name, f"one of {', '.join(CHOICES[name])}", value)
+            refuse(where, name, f"one of {', '.join(CHOICES[name])}", value)
         if name in WIDTH_OF_HEADS and settings[WIDTH_OF_HEADS[name]] % value:
             width = WIDTH_OF_HEADS[name]
-            refuse(name, f"a divisor of {width}, which is {settings[width]}", value)
+            refuse(where, name, f"a divisor of {width}, which is {settings[width]}", value)
     if settings.get("temporal_ensemble_coeff") is not None and settings["n_action_steps"] != 1:
-        refuse("n_action_steps", "1 with temporal_ensemble_coeff", settings["n_action_steps"])
+        refuse(where, "n_action_steps", "1 with temporal_ensemble_coeff", settings["n_action_steps"])
+    num_train_timesteps = settings.get("num_train_timesteps")
+    if num_train_timesteps is not None and (settings["num_inference_steps"] or 0) > num_train_timesteps:
+        most = f"num_train_timesteps ({num_train_timesteps}) or less"
+        refuse(where, "num_inference_steps", most, settings["num_inference_steps"])
     if min(settings.get("crop_shape") or (1,)) < 1:
-        refuse("crop_shape", "a height and a width of 1 or more", list(settings["crop_shape"]))
+        refuse(where, "crop_shape", "a height and a width of 1 or more", list(settings["crop_shape"]))
     if "down_dims" in settings and not settings["down_dims"]:
-        refuse("down_dims", "one or more widths, such as [512,1024,2048]", list(settings["down_dims"]))
-    check_backbone(settings)
+        refuse(where, "down_dims", "one or more widths, such as [512,1024,2048]", list(settings["down_dims"]))
+    check_backbone(settings, where)
 
 
-def check_backbone(settings: dict) -> None:
+def check_backbone(settings: dict, where: str) -> None:
     """Refuse a ResNet that torchvision does not have, and what does not go with it."""
     backbone = settings["vision_backbone"]
     if not backbone.startswith("resnet"):
         return  # the policy refuses it, in words
     resnets = [name for name in models.list_models(models) if name.startswith("resnet")]
     if backbone not in resnets:
-        refuse("vision_backbone", f"one of {', '.join(resnets)}", backbone)
-    check_backbone_weights(backbone, settings["pretrained_backbone_weights"])
+        refuse(where, "vision_backbone", f"one of {', '.join(resnets)}", backbone)
+    check_backbone_weights(where, backbone, settings["pretrained_backbone_weights"])
     dilated = settings.get("replace_final_stride_with_dilation")
     if dilated and backbone in ("resnet18", "resnet34"):
-        refuse("replace_final_stride_with_dilation", f"0 with {backbone}", dilated)
+        refuse(where, "replace_final_stride_with_dilation", f"0 with {backbone}", dilated)
 
 
-def check_backbone_weights(backbone: str, weights: str | None) -> None:
+def check_backbone_weights(where: str, backbone: str, weights: str | None) -> None:
     """Refuse weights that torchvision does not have for its model `backbone`."""
     known = models.get_model_weights(backbone)
     if weights is not None and weights.removeprefix(f"{known.__name__}.") not in known.__members__:
-        refuse("pretrained_backbone_weights", f"none or one of {', '.join(known.__members__)}", weights)
+        refuse(where, "pretrained_backbone_weights", f"none or one of {', '.join(known.__members__)}", weights)
 
 
-def refuse(name: str, expected: str, got) -> None:
-    raise UserError(f"--policy_args {name}: expected {expected}, got {got}")
+def refuse(where: str, name: str, expected: str, got) -> None:
+    raise UserError(f"{where} {name}: expected {expected}, got {got!s:.80}")

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from command_line import split_pair
 from errors import UserError, as_user_error, likeliest_pairs, plural, rename_flag, rename_remedy
 from processors.bases import AUTO, camera_problems, pads, width_problems
+from processors.saved_steps import check_step_settings
 from processors.state_only import StateToEnvironmentState
 from runtime import to_device
-from trust import PIPELINES, no_remote_code, read_pipeline
+from trust import OTHER_COPY, PIPELINES, no_remote_code, read_pipeline
 
 NEED_STATE = ("act", "diffusion", "vqbet", "multi_task_dit")
 ENVIRONMENT_STATE = "observation.environment_state"
@@ -277,9 +278,9 @@ def make_processors(config, meta, stats: dict, image_size: list[int] | None, ren
         rename: {old: new} names of observations.
 
     Raises:
-        UserError: a package is missing, or a tokenizer cannot be downloaded.
+        UserError: a package is missing, a tokenizer cannot be downloaded, or the policy refuses the statistics.
     """
-    with as_user_error(f"policy {config.type}", offline="Go online once"):
+    with as_user_error(f"policy {config.type}", invalid=ValueError, offline="Go online once", policy=config.type):
         preprocessor, postprocessor = make_pre_post_processors(config, dataset_stats=stats)
     set_rename(preprocessor, rename)
     set_resize(preprocessor, image_size)
@@ -321,6 +322,8 @@ def load_processors(folder: Path, device: str, overrides: dict | None = None):
         UserError: a file is missing or damaged, or names a step that is not allowed.
     """
     before, after = (read_pipeline(folder / name) for name in PIPELINES)
+    for name, steps in zip(PIPELINES, (before, after), strict=True):
+        check_step_settings(steps, folder / name)
     overrides = overrides or {}
     in_preprocessor = {**overrides, "device_processor": {"device": device}}
     invalid = (OSError, ValueError, SafetensorError)
@@ -366,7 +369,15 @@ def saved_rename(folder: Path) -> dict[str, str]:
 
 
 def has_processors(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in PIPELINES)
+    """Whether a policy's folder has both pipelines.
+
+    Raises:
+        UserError: it has one of them.
+    """
+    missing = [name for name in PIPELINES if not (folder / name).is_file()]
+    if len(missing) == 1:
+        raise UserError(f"{folder} has no {missing[0]}, one of the policy's two pipelines. {OTHER_COPY}")
+    return not missing
 
 
 def set_rename(preprocessor, rename: dict[str, str]) -> None:

@@ -22,9 +22,9 @@ from data.union import size_problems, unite
 from errors import UserError, first_of
 from policy.adapters import adapter_settings, add_adapters, freeze
 from policy.factory import build_policy, load_policy_config, policy_config
-from policy.loaded import trained_joint_names
+from policy.loaded import check_processors, trained_joint_names
 from policy.migration import resolve_policy_folder
-from policy.presets import apply_training_flags
+from policy.presets import apply_training_flags, check_presets
 from processors.bases import AUTO, cameras_of, pads, pair_cameras, pairs_line
 from processors.pipelines import (
     ENVIRONMENT_STATE,
@@ -214,6 +214,7 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
         set_dataset_names(policy, features)
     unused = unused_observations(policy, own_inputs, rename)
     apply_training_flags(policy, config)
+    check_presets(policy, config)
     if config.peft:
         adapter_settings(config.peft, config.peft_r, config.peft_args)  # refused here, before weights are read
     if base and policy.use_peft and config.peft:
@@ -395,10 +396,13 @@ def build_processors(plan: PolicyPlan, meta):
         preprocess, postprocess = load_processors(plan.folder, plan.config.device)
         if plan.rename:
             set_rename(preprocess, plan.rename)
+        check_processors(plan.config, preprocess, postprocess, plan.folder)
         return preprocess, postprocess
     image_size = plan.settings.image_size
     if plan.folder and has_processors(plan.folder):
-        return adapt_processors(plan.folder, plan.config, plan.stats, image_size, plan.rename)
+        preprocess, postprocess = adapt_processors(plan.folder, plan.config, plan.stats, image_size, plan.rename)
+        check_processors(plan.config, preprocess, postprocess, plan.folder)
+        return preprocess, postprocess
     return make_processors(plan.config, meta, plan.stats, image_size, plan.rename)
 
 
