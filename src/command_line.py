@@ -234,7 +234,7 @@ def parse_overrides(flag: str, config_class, overrides: list[str] | None) -> dic
     for override in overrides or []:
         name, equals, text = split_pair(override)
         if not equals:
-            raise UserError(f"{flag} {override}: expected {name}=VALUE without spaces, or in quotes")
+            raise UserError(f"{flag} {override}: expected {name}=VALUE")
         if name not in known:
             raise UserError(f"{flag} {name}: {owner} has no such setting{nearest(name, known)}")
         values[name] = decoded(text, types[name], f"{flag} {name}")

@@ -62,7 +62,7 @@ def train(**settings) -> TrainResult:
     ):
         if run.evaluation_is_missing and run.is_evaluation_step():
             run.evaluate()
-            if not run.evaluation_is_missing:
+            if not run.stop_signal:  # the same in every process
                 run.save()  # the same checkpoint again, with what was measured: best.json goes by that
         while not run.is_over():
             batch = run.next_batch()

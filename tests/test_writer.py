@@ -55,8 +55,11 @@ def test_background_or_not_gives_the_same_bytes(made, tmp_path, policy):
     for how in ("on", "off"):
         train(**small(policy, dataset_id=str(dataset), output_dir=str(tmp_path / how), save_async=how))
     one, other = ([tmp_path / how / f"checkpoint-{step}" for step in (2, 4)] for how in ("on", "off"))
-    message = {MANIFEST, "train_config.json", "training_info.json"}  # the flag itself, the folder's name, times
+    # the flag itself, the folder's name, times, the folder's number
+    message = {MANIFEST, "train_config.json", "training_info.json", "trainer_state.json"}
     for a, b in zip(one, other, strict=True):
+        states = [{**json.loads((folder / "trainer_state.json").read_text()), "folder": None} for folder in (a, b)]
+        assert states[0] == states[1]
         names = {path.name for path in a.iterdir()}
         assert names == {path.name for path in b.iterdir()}
         assert all(sha256(a / name) == sha256(b / name) for name in names - message)
