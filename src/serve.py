@@ -404,6 +404,12 @@ def main(argv: list[str]) -> int:
         "blends them; smolvla, pi0 and pi05 continue them with LeRobot's real-time chunking",
     )
     parser.add_argument("--task", default="", help="task text for observations without one")
+    parser.add_argument(
+        "--rename",
+        nargs="+",
+        metavar="OLD=NEW",
+        help="names that clients give observations, and those that the policy takes",
+    )
     args = parser.parse_args(argv)
     if args.ahead is not None and not 0 < args.ahead < math.inf:
         parser.error(f"--ahead must be a number of actions a second, got {args.ahead:g}")
@@ -414,7 +420,7 @@ def main(argv: list[str]) -> int:
     # Slow: torch and lerobot, which --help and a wrong flag do not need.
     from policy.loaded import load_policy
 
-    policy = load_policy(args.checkpoint, args.device, args.n_action_steps, args.task)
+    policy = load_policy(args.checkpoint, args.device, args.n_action_steps, args.task, args.rename)
     if args.ahead:
         policy = policy.ahead(args.ahead)
     needed = observation_bytes(policy.expected) / 1e6

@@ -210,7 +210,7 @@ def is_same_word(word: str, other: str) -> bool:
 def pairs_line(pairs: dict[str, tuple[str, str]]) -> str:
     """The line that says how `--rename auto` paired the cameras of `pair_cameras`."""
     texts = [f"{old} -> {new} ({how})" for old, (new, how) in pairs.items()]
-    return f"--rename {AUTO}: {', '.join(texts) or 'the cameras have the names of the policy, nothing is renamed'}"
+    return f"--rename {AUTO}: {', '.join(texts) or 'no camera is left to rename'}"
 
 
 def trained_cameras(config, preprocessor) -> set[str] | None:

@@ -216,7 +216,11 @@ def check_observations(policy, features: dict, dataset: str, given: dict[str, st
     wrong = [key for key, kind in expected.items() if key in got and got[key] != kind]
     remedy = "Pass the dataset that the policy was trained on"
     if missing:
-        pairs = likeliest_pairs(missing, {key: kind for key, kind in got.items() if key not in expected})
+        unused = {key: kind for key, kind in got.items() if key not in expected}
+        pairs = likeliest_pairs(missing, unused)
+        if set(missing.values()) == {"picture"}:
+            found = auto_rename(policy, features)  # so that the flag offered does what --rename auto does
+            pairs = {old: new for old, (new, _) in found.items()}
         if len(pairs) == len(missing) and not wrong:
             remedy = f"Pass {rename_flag(pairs, given)} if that is the same, or the dataset that it was trained on"
         names = ", ".join(name for name in features if name.startswith("observation"))

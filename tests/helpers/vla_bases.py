@@ -101,16 +101,20 @@ def shrink_pi(patch=setattr) -> None:
         small = module.GemmaConfig(width=32, depth=1, mlp_dim=32, num_heads=8, num_kv_heads=1, head_dim=8)
         patch(module, "get_gemma_config", lambda variant, small=small: small)
         network = module.PaliGemmaForConditionalGenerationWithPiGemma
-        patch(
-            module,
-            "PaliGemmaForConditionalGenerationWithPiGemma",
-            lambda config, network=network: network(shrunk(config)),
-        )
+        patch(module, "PaliGemmaForConditionalGenerationWithPiGemma", lambda config, make=network: make(shrunk(config)))
+        expert = module.PiGemmaForCausalLM
+        patch(module, "PiGemmaForCausalLM", lambda config, make=expert: make(with_few_words(config)))
+
+
+def with_few_words(config):
+    """Gemma's config, with a small vocabulary."""
+    config.vocab_size = 512
+    return config
 
 
 def shrunk(config):
-    """PaliGemma's config, with a small vision tower and few words."""
-    config.text_config.vocab_size = 512
+    """PaliGemma's config, with a small vision tower and a small vocabulary."""
+    with_few_words(config.text_config)
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     for name, value in {**vision, "patch_size": 14, "projection_dim": 32}.items():
         setattr(config.vision_config, name, value)
@@ -159,11 +163,13 @@ def make_base(out: Path, kind: str, monkeypatch, joints: int, cameras=CAMERAS, *
     return base
 
 
-def lerobot_train(*arguments: str) -> None:
-    """Run LeRobot's lerobot-train in a process of its own, without the Hub."""
+def lerobot_train(kind: str, *arguments: str) -> None:
+    """Run the real lerobot-train, without the Hub, for a policy of this kind."""
+    command = [str(Path(sys.executable).parent / "lerobot-train")]
+    if kind.startswith("pi"):
+        command = [sys.executable, __file__]  # the same program, with a small network
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, *arguments, "--wandb.enable=false"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
