@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lerobot.configs import FeatureType
+from lerobot.processor import RenameObservationsProcessorStep
 
 import hub
 from checkpoints.folder import verify_policy
@@ -19,8 +20,8 @@ from policy.async_policy import AsyncPolicy
 from policy.chunk import predict_chunk, rtc_off, supports_rtc
 from policy.factory import build_policy, load_policy_config
 from policy.migration import resolve_policy_folder
-from processors.bases import cameras_of, does_without_cameras, match_statistics, resizes_pictures, trained_cameras
-from processors.pipelines import NEED_STATE, load_processors, name_before_rename, resize_of
+from processors.bases import AUTO, cameras_of, does_without_cameras, match_statistics, resizes_pictures, trained_cameras
+from processors.pipelines import NEED_STATE, load_processors, name_before_rename, parse_rename, resize_of, set_rename
 from processors.state_only import StateToEnvironmentState
 from processors.statistics import EMPTY_CAMERA, require_statistics
 from runtime import pick_device
@@ -166,7 +167,11 @@ class LoadedPolicy:
 
 
 def load_policy(
-    checkpoint: str | Path, device: str = "auto", n_action_steps: int | None = None, task: str = ""
+    checkpoint: str | Path,
+    device: str = "auto",
+    n_action_steps: int | None = None,
+    task: str = "",
+    rename: list[str] | None = None,
 ) -> LoadedPolicy:
     """Load a trained policy to act.
 
@@ -175,9 +180,11 @@ def load_policy(
         device: auto, cpu, cuda, ...
         n_action_steps: actions to carry out of each predicted chunk; by default as trained.
         task: task text for observations without one.
+        rename: OLD=NEW, from names that observations come with to those that the policy takes.
 
     Raises:
-        UserError: there is no policy, it does not load, or it lacks the statistics that it normalises by.
+        UserError: there is no policy, it does not load, it lacks the statistics that it normalises by, or it does not take
+            a name of `rename`.
     """
     overrides = None
     if n_action_steps is not None:
@@ -194,6 +201,8 @@ def load_policy(
     normalised = [key for key in config.input_features if key not in untrained]
     require_statistics(config, preprocess, postprocess, normalised, str(folder))
     check_processors(config, preprocess, postprocess, folder)
+    if rename:
+        take_other_names(config, preprocess, rename)
     policy = build_policy(config, None, folder).eval()
     return LoadedPolicy(
         policy,
@@ -203,6 +212,28 @@ def load_policy(
         joint_names=trained_joint_names(folder, config),
         trained_rename=trained_rename(folder),
     )
+
+
+def take_other_names(config, preprocess, rename: list[str]) -> None:
+    """Have a preprocessor take observations under other names, OLD=NEW, as `load_policy`.
+
+    Raises:
+        UserError: the policy does not take a new name.
+    """
+    if AUTO in rename:
+        raise UserError("--rename auto pairs the cameras of a dataset or a simulation, and there is none. Pass OLD=NEW")
+    expected = expected_observation(config, preprocess)
+    names = {}
+    for step in preprocess.steps:
+        if isinstance(step, RenameObservationsProcessorStep):
+            names = dict(step.rename_map)
+    given = parse_rename(rename)
+    for old, new in given.items():
+        if new not in expected:
+            hint = nearest(new, expected) or "."
+            raise UserError(f"--rename {old}={new}: the policy takes no {new}{hint} It takes {', '.join(expected)}")
+    kept = {old: new for old, new in names.items() if old not in given.values()}
+    set_rename(preprocess, kept | {old: names.get(new, new) for old, new in given.items()})
 
 
 def trained_joint_names(folder: Path, config) -> dict[str, list[str]]:

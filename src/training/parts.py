@@ -274,7 +274,7 @@ def names_for_policy(
         if known:
             names |= known
             pairs = ", ".join(f"{old} -> {new}" for old, new in known.items())
-            notes.append(f"renamed as {folder.name} does it: {pairs}")
+            notes.append(f"renamed as the base was trained: {pairs}")
     if AUTO not in (config.rename or []):
         return names, notes
 
