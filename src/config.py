@@ -95,7 +95,15 @@ class TrainConfig:
     )
     peft_r: int = setting(16, "rank of the adapters", at_least=1)
     peft_args: list[str] | None = setting(
-        None, "the adapters' own settings, such as lora_alpha=32 target_modules=all-linear", metavar="NAME=VALUE"
+        None,
+        "the adapters' own settings, by PEFT's names, such as lora_alpha=32 target_modules=all-linear use_dora=true",
+        metavar="NAME=VALUE",
+    )
+    peft_quantize: str | None = setting(
+        None,
+        "round the frozen linear layers of --policy_path to 4 bits (NF4, QLoRA), to train adapters in less memory",
+        choices=("4bit",),
+        needs=("policy_path",),
     )
     freeze: list[str] | None = setting(
         None, "freeze the parameters whose names match one of these patterns, such as backbone", metavar="REGEX"

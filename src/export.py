@@ -1,7 +1,8 @@
-"""Export a checkpoint: to lerobot-train, or to a runtime without Python.
+"""Export a checkpoint: to lerobot-train, to a runtime without Python, or with its adapters merged into its weights.
 
     python src/export.py outputs/my_run/checkpoint-5000 outputs/lerobot_run --format lerobot
     python src/export.py outputs/my_run/checkpoint-5000 my_policy.onnx --format onnx       # or torch-export
+    python src/export.py outputs/my_lora_run/checkpoint-5000 outputs/my_policy --merge
 
 An exported network maps preprocessed observations to a chunk of normalised actions. The .json file beside it has the names and
 shapes of its inputs, and the numbers that normalise before and after it. Nothing is written unless the network computes the
@@ -33,15 +34,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "checkpoint", help="a checkpoint-<step> folder; except for lerobot also a policy folder or Hub id"
     )
-    parser.add_argument("output", type=Path, help="for lerobot a new folder, otherwise the file to write")
-    parser.add_argument("--format", type=format_name, choices=FORMATS, required=True)
+    parser.add_argument("output", type=Path, help="for lerobot and --merge a new folder, otherwise the file to write")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--format", type=format_name, choices=FORMATS)
+    kind.add_argument(
+        "--merge", action="store_true", help="write a policy folder with the adapters merged into the weights"
+    )
     parser.add_argument("--int8", action="store_true", help="for onnx: store the weights in 8 bits")
     args = parser.parse_args(argv)
     if args.int8 and args.format != "onnx":
-        raise UserError(f"--int8 needs --format onnx, got --format {args.format}. Leave --int8 out")
+        given = "--merge" if args.merge else f"--format {args.format}"
+        raise UserError(f"--int8 needs --format onnx, got {given}. Leave --int8 out")
     find_path(args.output, "output")
     try:
-        if args.format == "lerobot":
+        if args.merge:
+            export_merged(args.checkpoint, args.output)
+        elif args.format == "lerobot":
             checkpoint = find_path(args.checkpoint, "checkpoint") or Path(args.checkpoint)
             export_run(checkpoint, args.output)
         else:
@@ -62,6 +70,15 @@ def export_run(checkpoint: Path, output: Path) -> None:
     share_weights(folder, as_file=folder / "pretrained_model" / "train_config.json")
     print(folder)
     print(f"next: lerobot-train --resume=true --config_path={folder}/pretrained_model/train_config.json")
+
+
+def export_merged(checkpoint: str, output: Path) -> None:
+    from checkpoints.writer import share_weights  # slow: imports torch
+    from exchange.merged import write_merged  # slow: imports torch and LeRobot
+
+    write_merged(checkpoint, output)
+    share_weights(output, as_file=output / "config.json")
+    print(f"{output}: a policy without adapters, for train.py --policy_path, infer.py, or LeRobot's --policy.path")
 
 
 def export_network(checkpoint: str, output: Path, file_format: str, int8: bool) -> None:

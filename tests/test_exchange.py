@@ -167,14 +167,15 @@ def test_a_later_lerobot_is_named(ours, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("changed", "why"), [
-    ("train_config.json", "several datasets"), ("config.json", "adapters"), ("train_config.json", "frozen weights")])  # fmt: skip
+    ("train_config.json", "several datasets"), ("train_config.json", "a base of 4 bits"),
+    ("train_config.json", "frozen weights")])  # fmt: skip
 def test_out_refuses_what_lerobot_has_no_place_for(ours, tmp_path, changed, why):
     folder = tmp_path / ours.name
     shutil.copytree(ours, folder)
     content = read_json(folder / changed)
     content |= {
         "several datasets": {"dataset_id": 2 * (content.get("dataset_id") or [])},
-        "adapters": {"use_peft": True},
+        "a base of 4 bits": {"peft_quantize": "4bit", "policy_path": "base"},
         "frozen weights": {"freeze": ["backbone"]},
     }[why]
     (folder / changed).write_text(json.dumps(content))

@@ -125,7 +125,6 @@ def test_excluded_episodes_stay_out(newer):
     ("shards", "holds its weights in shards .* Run lerobot-convert-dcp --checkpoint_dir=.* Then pass --policy_path"),
     ("sharded optimizer", r"sharded optimizer state \(FSDP\), which Armature does not resume. Pass --policy_path"),
     ("accumulation", "gradient accumulation, whose steps it counts otherwise, which Armature does not resume"),
-    ("adapters", r"adapters \(peft\), which Armature does not resume"),
     ("reward model", "reward_model, which Armature does not resume"),
     ("no step", "it has no step of LeRobot's form"),
     ("step of text", "it has no step of LeRobot's form"),
@@ -149,8 +148,6 @@ def test_what_cannot_be_resumed_is_refused_by_name(newer, tmp_path, change, why)
         (state / "optimizer_0").mkdir()
     elif change == "accumulation":
         edit(state / "training_step.json", grad_accum_steps=4)
-    elif change == "adapters":
-        edit(config, peft={"method_type": "LORA", "r": 16})
     elif change == "reward model":
         edit(config, reward_model={"type": "sarm"}, policy=None)
     elif change == "no step":

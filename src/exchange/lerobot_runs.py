@@ -30,6 +30,7 @@ from config import FIELDS, TrainConfig
 from data.opening import open_source
 from data.split import split_episodes
 from errors import UserError, one_line, read_json, require_files
+from policy.adapters import read_peft_config, settings_of_adapters
 from policy.factory import build_policy, load_policy_config
 from policy.migration import EMA_FOLDER, converted_dir
 from policy.presets import optimizer_preset, scheduler_preset
@@ -165,8 +166,11 @@ def from_lerobot(folder: Path) -> Path:
     settings["batch_size"] = local_batch_size * processes
     config = TrainConfig(**settings, policy=policy_config.type)
 
+    adapters = None
+    if policy_config.use_peft:
+        adapters = read_peft_config(model)
     try:
-        weights_file = model / "model.safetensors"
+        weights_file = model / (ADAPTER if adapters else "model.safetensors")
         averages_file = folder / EMA_FOLDER / "model.safetensors"
         files = [file for file in (weights_file, averages_file) if file.is_file()]
         version_of_weights = str([str(folder), *(file.stat().st_mtime_ns for file in files)])
@@ -194,6 +198,7 @@ def from_lerobot(folder: Path) -> Path:
         preprocessor=preprocessor,
         postprocessor=postprocessor,
         state=state_at(position["step"], config, folder),
+        adapters=adapters,
     )
     output.mkdir(parents=True, exist_ok=True)
     return write_checkpoint(output, snapshot)
@@ -233,7 +238,6 @@ def refuse_theirs(folder: Path, theirs: dict, position: dict) -> None:
     used = {
         name: value_at(theirs, name) for name in ("sample_weighting", "use_rabc", "dataset.streaming", "reward_model")
     }
-    used["adapters (peft)"] = value_at(theirs, "peft")
     used["sharded optimizer state (FSDP)"] = any((folder / "training_state").glob("optimizer_[0-9]*"))
     used["gradient accumulation, whose steps it counts otherwise"] = (position.get("grad_accum_steps") or 1) > 1
     for what, is_used in used.items():
@@ -299,6 +303,8 @@ def settings_of(theirs: dict, folder: Path, policy_config) -> dict:
         "episodes": episodes,
         "val_episodes": held_out(dataset_id, dataset.get("revision"), episodes, dataset.get("eval_split") or 0.0),
     }
+    if policy_config.use_peft:
+        settings |= settings_of_adapters(read_peft_config(folder / "pretrained_model"))
     for setting in SETTINGS:
         settings[setting.ours] = setting.read(value_at(theirs, setting.theirs))
     for name in OPTIMIZER_SETTINGS:
@@ -439,7 +445,7 @@ def refuse(checkpoint: Path, config: TrainConfig, policy_config, preprocessor) -
     resized_history = resize_of(preprocessor) and policy_config.observation_delta_indices
     reasons = {
         "several datasets": len(config.dataset_id) > 1,
-        "adapters": policy_config.use_peft,
+        "a base of 4 bits": config.peft_quantize,
         "resized pictures and a history of them, which LeRobot's resize step does not take": resized_history,
         "frozen weights": config.freeze,
         "a --rename of names that do not begin with observation.": any(
@@ -473,7 +479,7 @@ def advance(scheduler, step: int) -> None:
 
 def their_config(config: TrainConfig, state: TrainState, policy_config, output: Path):
     """LeRobot's TrainPipelineConfig for a run of ours."""
-    from lerobot.configs.default import DatasetConfig
+    from lerobot.configs.default import DatasetConfig, PeftConfig
     from lerobot.configs.train import TrainPipelineConfig
 
     dataset_id = config.dataset_id[0]
@@ -498,6 +504,10 @@ def their_config(config: TrainConfig, state: TrainState, policy_config, output: 
     for setting in SETTINGS:
         *parents, name = setting.theirs.split(".")
         setattr(reduce(getattr, parents, theirs), name, setting.write(getattr(config, setting.ours)))
+    if policy_config.use_peft:
+        # lerobot-train takes the adapters' settings from their own file, but asks this whether it is to save any.
+        method = config.peft or "lora"
+        theirs.peft = PeftConfig(method_type=method.upper(), r=config.peft_r)
     return theirs
 
 

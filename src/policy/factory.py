@@ -20,6 +20,7 @@ from command_line import parse_overrides
 from errors import UserError, as_user_error, nearest, one_line, read_json
 from policy.adapters import base_model_of, load_adapters
 from policy.limits import SizeLimit
+from policy.quantize import quantize
 from policy.quiet import quiet_lerobot
 from policy.settings import LARGEST, check_no_features, check_policy_settings, size_problem
 from policy.weights import load_weights
@@ -175,13 +176,14 @@ def shorten_action_steps(settings: dict, n_action_steps: int | None) -> dict:
     return {"n_action_steps": min(settings["chunk_size"], n_action_steps), **settings}
 
 
-def build_policy(config: PreTrainedConfig, meta, folder: Path | None = None):
+def build_policy(config: PreTrainedConfig, meta, folder: Path | None = None, quantized: list[str] | None = None):
     """The policy on its device, with new weights or those in a folder.
 
     Args:
         config: with its input and output features set.
         meta: the dataset's LeRobotDatasetMetadata, which some policies read; None to act.
         folder: holds model.safetensors, whose tensors must be exactly the policy's, or adapters.
+        quantized: round the weights below adapters to 4 bits, except in modules whose names end with one of these.
 
     Raises:
         UserError: an extra is not installed, a backbone cannot be downloaded, or the weights do not fit.
@@ -191,8 +193,12 @@ def build_policy(config: PreTrainedConfig, meta, folder: Path | None = None):
     elif config.use_peft:
         base = hub.fetch(base_model_of(folder), "the adapters' policy")
         check_policy_folder(base)
-        policy = load_adapters(build_policy(replace(config, use_peft=False), meta, base), folder)
+        policy = load_adapters(build_policy(replace(config, use_peft=False), meta, base, quantized), folder)
         policy.config.use_peft = True  # LeRobot looks for adapters where the saved config says so
+    elif quantized is not None:
+        policy = build_policy(replace(config, device="cpu"), meta, folder)  # a GPU may not hold it unrounded
+        quantize(policy, config.device, kept=quantized)
+        policy.config.device = config.device
     else:
         with without_backbone_weights(config), no_remote_code(str(folder)):
             policy = construct(config, meta, folder / "model.safetensors")

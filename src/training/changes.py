@@ -29,6 +29,7 @@ POLICY_FIELDS = (
     "peft",
     "peft_r",
     "peft_args",
+    "peft_quantize",
     "freeze",
     "imagenet_stats",
 )

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from errors import UserError
-from policy.adapters import adapter_state_dict, has_adapters, load_adapter_state_dict
+from policy.adapters import adapter_state_dict, has_adapters, load_adapter_state_dict, with_full_names
 from policy.weights import load_tensors
 from runtime import StopSignals, autocast, pick_device
 
@@ -311,23 +311,22 @@ class Distributed:
         """The policy as one process runs it: itself, or if sharded a copy in the main process and None in the others.
 
         Raises:
-            UserError: the policy has adapters, which are not sharded.
+            UserError: the policy has adapters, which DeepSpeed does not train here.
         """
         if not self.is_sharded:
             return policy
-        if has_adapters(policy):
-            raise UserError(f"{self.kind} does not support --peft. Adapters are small: launch with DDP")
+        if has_adapters(policy) and self.kind == "DeepSpeed":
+            raise UserError("DeepSpeed does not support --peft. Adapters are small: launch with DDP, or with FSDP")
         if not self.is_main:
             return None
         return copy.deepcopy(policy)
 
     def weights(self, policy) -> dict:
         """The unsharded state dict of the policy, or only of its adapters."""
-        if self.is_sharded:
-            return get_model_state_dict(policy, options=UNSHARDED)
-        if has_adapters(policy):
-            return adapter_state_dict(policy, policy.state_dict())
-        return policy.state_dict()
+        state = get_model_state_dict(policy, options=UNSHARDED) if self.is_sharded else policy.state_dict()
+        if has_adapters(policy) and state:  # empty in the other processes of FSDP
+            return adapter_state_dict(policy, state)
+        return state
 
     def unsharded_tensors(self, tensors: dict) -> dict:
         """{name: tensor} such as the averages of weights, unsharded."""
@@ -344,6 +343,8 @@ class Distributed:
             UserError: the tensors are not those of the policy.
         """
         if self.is_sharded:
+            if has_adapters(policy):
+                tensors = with_full_names(policy, tensors)
             set_model_state_dict(policy, tensors, options=UNSHARDED_SOME)
         elif has_adapters(policy):
             load_adapter_state_dict(policy, tensors)

@@ -15,6 +15,7 @@ from checkpoints.folder import OPTIMIZER, TRAINED_WEIGHTS, WEIGHTS, has_trained_
 from checkpoints.tensors import is_finite, read_optimizer, require_finite
 from config import TrainConfig
 from errors import UserError, one_line
+from policy.adapters import has_adapters, load_adapter_state_dict
 from policy.losses import loss_averages_over_actions, set_vqbet_phase
 from policy.presets import optimizer_preset, scheduler_preset
 from processors.augment import augment
@@ -162,7 +163,10 @@ class Learner:
             with self.distributed.detect_lost_peer():
                 weights = self.distributed.weights(self.policy)
             if unsharded is not None:
-                unsharded.load_state_dict(weights)
+                if has_adapters(unsharded):
+                    load_adapter_state_dict(unsharded, weights)
+                else:
+                    unsharded.load_state_dict(weights)
 
     @contextlib.contextmanager
     def ema_applied(self, unsharded):

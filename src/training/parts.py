@@ -25,6 +25,7 @@ from policy.factory import build_policy, load_policy_config, policy_config
 from policy.loaded import check_processors, trained_joint_names
 from policy.migration import resolve_policy_folder
 from policy.presets import apply_training_flags, check_presets
+from policy.quantize import check_quantize
 from processors.bases import AUTO, cameras_of, pads, pair_cameras, pairs_line
 from processors.pipelines import (
     ENVIRONMENT_STATE,
@@ -47,6 +48,7 @@ from processors.pipelines import (
 from processors.statistics import IMAGENET, needed_statistics, stats_problems, usable_stats
 from runtime import thread_count
 from training.distributed import Distributed
+from trust import read_adapter_config
 
 PICTURES = ("video", "image")  # dtypes of cameras
 
@@ -215,10 +217,17 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
     unused = unused_observations(policy, own_inputs, rename)
     apply_training_flags(policy, config)
     check_presets(policy, config)
-    if config.peft:
-        adapter_settings(config.peft, config.peft_r, config.peft_args)  # refused here, before weights are read
     if base and policy.use_peft and config.peft:
         raise UserError(f"--peft: {folder.name} holds adapters already. Leave the flag out to train those further")
+    adapters = {}
+    if policy.use_peft:
+        adapters = read_adapter_config(folder)
+    elif config.peft:  # refused here, before weights are read
+        adapters = adapter_settings(config.peft, config.peft_r, config.peft_args)
+    if config.peft_quantize and not adapters:
+        raise UserError("--peft_quantize rounds the weights below adapters: expected --peft, got none. Pass --peft lora")
+    if config.peft_quantize:
+        check_quantize(adapters.get("peft_type") or config.peft, adapters, distributed.kind)
 
     # Statistics to normalise by; a checkpoint's processors hold their own.
     stats = None
@@ -382,9 +391,17 @@ def set_dataset_names(policy_config, features: dict) -> None:
 def build_training_policy(plan: PolicyPlan, meta):
     """The policy on its device, with adapters if --peft asks for them, and with the weights frozen that --freeze names."""
     settings = plan.settings
-    policy = build_policy(plan.config, meta, plan.folder)
+    adapters = {}
+    if plan.config.use_peft:
+        adapters = read_adapter_config(plan.folder)
+    elif settings.peft:
+        adapters = adapter_settings(settings.peft, settings.peft_r, settings.peft_args)
+    quantized = None
+    if settings.peft_quantize:
+        quantized = adapters.get("modules_to_save") or []
+    policy = build_policy(plan.config, meta, plan.folder, quantized)
     if settings.peft and not plan.config.use_peft:
-        policy = add_adapters(policy, plan.base, settings.peft, settings.peft_r, settings.peft_args)
+        policy = add_adapters(policy, plan.base, settings.peft, adapters)
     if settings.freeze:
         freeze(policy, settings.freeze)
     return policy
