@@ -383,7 +383,7 @@ def make_backbone(config: FlowConfig, channels: tuple[int, ...]) -> tuple[nn.Mod
     if config.backbone == "conv":
         return make_conv_backbone(channels), channels[-1]
     if config.backbone in torchvision.models.list_models(torchvision.models):
-        check_backbone_weights(config.backbone, config.pretrained_backbone_weights)
+        check_backbone_weights("--policy_args", config.backbone, config.pretrained_backbone_weights)
         model = torchvision.models.get_model(config.backbone, weights=config.pretrained_backbone_weights)
         if hasattr(model, "fc"):
             backbone = nn.Sequential(*list(model.children())[:-2])  # a ResNet without its pooling and classifier
