@@ -365,7 +365,7 @@ def build_run(plan: RunPlan) -> Run:
     with ExitStack() as cleanup:
         # The policy, and what trains it. Its initial weights are a function of the seed.
         runtime.seed_all(config.seed, runtime.INIT)
-        policy = build_training_policy(plan.policy, meta)
+        policy = build_training_policy(plan.policy, meta, quiet=config.quiet or not distributed.is_main)
         preprocess, postprocess = build_processors(plan.policy, meta)
         warnings = [
             *plan.warnings,

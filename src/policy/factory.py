@@ -23,22 +23,39 @@ from policy.limits import SizeLimit
 from policy.quantize import quantize
 from policy.quiet import quiet_lerobot
 from policy.settings import LARGEST, check_no_features, check_policy_settings, size_problem
-from policy.weights import load_weights
+from policy.weights import WEIGHTS, load_weights
 from trust import OTHER_COPY, check_policy_folder, no_remote_code
 
 CONFIG = "config.json"  # LeRobot's name
+# Policies of LeRobot's that learn from rewards: `forward` of the first two is no loss, and tdmpc plans with its rewards.
+REINFORCEMENT = ("gaussian_actor", "sac", "tdmpc")
 
 
 def policy_config_class(name: str) -> type[PreTrainedConfig]:
     """The config class of a policy.
 
     Raises:
-        UserError: there is no such policy.
+        UserError: there is no such policy, or it does not learn by imitation.
     """
-    known = sorted(PreTrainedConfig.get_known_choices())
+    refuse_reinforcement(name, f"--policy {name}")
+    known = imitation_policies()
     if name not in known:
         raise UserError(f"unknown policy {name!r}{nearest(name, known)}: expected one of {', '.join(known)}")
     return PreTrainedConfig.get_choice_class(name)
+
+
+def imitation_policies() -> list[str]:
+    """Names of the policies that learn from recorded actions: all but some of LeRobot's."""
+    return sorted(set(PreTrainedConfig.get_known_choices()) - set(REINFORCEMENT))
+
+
+def refuse_reinforcement(name: str, what: str) -> None:
+    """Raise a UserError for a policy that learns from rewards; `what` names where it comes from."""
+    if name in REINFORCEMENT:
+        raise UserError(
+            f"{what}: policy {name} learns by reinforcement, from rewards, and Armature trains by imitation, from "
+            f"recorded actions: expected one of {', '.join(imitation_policies())}. Train it with LeRobot's own tools"
+        )
 
 
 def policy_config(name: str, overrides: list[str] | None, device: str) -> PreTrainedConfig:
@@ -57,7 +74,11 @@ def policy_config(name: str, overrides: list[str] | None, device: str) -> PreTra
     settings = parse_overrides("--policy_args", config_class, overrides)
     settings = shorten_action_steps(settings, getattr(config_class, "n_action_steps", None))
     check_policy_settings(config_class, settings)
-    with as_user_error(f"policy {name}", invalid=ValueError):
+    offline = "Go online once"
+    if name == "eo1":  # the only config that reads another one
+        repo = settings.get("vlm_base", config_class.vlm_base)
+        offline = f"Run this online once: {hub.download_command(repo)}"
+    with as_user_error(f"policy {name}", invalid=ValueError, offline=offline, policy=name):
         return config_class(**{"device": device, "push_to_hub": False, **settings})
 
 
@@ -76,7 +97,7 @@ def load_policy_config(folder: Path, overrides: list[str] | None, device: str) -
     config_class = saved_config_class(folder)
     check_saved_fields(config_class, folder)
     name = config_class.get_choice_name(config_class)
-    with as_user_error(f"policy {name}", invalid=ValueError), quiet_lerobot():
+    with as_user_error(f"policy {name}", invalid=ValueError, policy=name), quiet_lerobot():
         check_no_features(overrides)
         try:
             with no_remote_code(str(folder)):
@@ -98,14 +119,15 @@ def saved_config_class(folder: Path) -> type[PreTrainedConfig]:
     """The config class of the policy in a folder.
 
     Raises:
-        UserError: the folder holds no policy that this LeRobot knows.
+        UserError: the folder holds no policy that this LeRobot knows, or one that does not learn by imitation.
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} holds no policy: it has no {CONFIG}. Pass a folder or Hub repo that has one")
     name = read_json(folder / CONFIG, OTHER_COPY).get("type")
-    known = PreTrainedConfig.get_known_choices()
+    refuse_reinforcement(name, str(folder))
+    known = imitation_policies()
     if not isinstance(name, str) or name not in known:
-        raise UserError(f"{folder} holds a policy {name!r:.80}: expected one of {', '.join(sorted(known))}")
+        raise UserError(f"{folder} holds a policy {name!r:.80}: expected one of {', '.join(known)}")
     return PreTrainedConfig.get_choice_class(name)
 
 
@@ -176,14 +198,17 @@ def shorten_action_steps(settings: dict, n_action_steps: int | None) -> dict:
     return {"n_action_steps": min(settings["chunk_size"], n_action_steps), **settings}
 
 
-def build_policy(config: PreTrainedConfig, meta, folder: Path | None = None, quantized: list[str] | None = None):
+def build_policy(
+    config: PreTrainedConfig, meta, folder: Path | None = None, quantized: list[str] | None = None, quiet: bool = True
+):
     """The policy on its device, with new weights or those in a folder.
 
     Args:
         config: with its input and output features set.
         meta: the dataset's LeRobotDatasetMetadata, which some policies read; None to act.
-        folder: holds model.safetensors, whose tensors must be exactly the policy's, or adapters.
+        folder: holds weights, whose tensors must be exactly the policy's, or adapters.
         quantized: round the weights below adapters to 4 bits, except in modules whose names end with one of these.
+        quiet: no progress bar while weights are read.
 
     Raises:
         UserError: an extra is not installed, a backbone cannot be downloaded, or the weights do not fit.
@@ -193,16 +218,19 @@ def build_policy(config: PreTrainedConfig, meta, folder: Path | None = None, qua
     elif config.use_peft:
         base = hub.fetch(base_model_of(folder), "the adapters' policy")
         check_policy_folder(base)
-        policy = load_adapters(build_policy(replace(config, use_peft=False), meta, base, quantized), folder)
+        policy = load_adapters(build_policy(replace(config, use_peft=False), meta, base, quantized, quiet), folder)
         policy.config.use_peft = True  # LeRobot looks for adapters where the saved config says so
     elif quantized is not None:
-        policy = build_policy(replace(config, device="cpu"), meta, folder)  # a GPU may not hold it unrounded
+        policy = build_policy(
+            replace(config, device="cpu"), meta, folder, quiet=quiet
+        )  # a GPU may not hold it unrounded
         quantize(policy, config.device, kept=quantized)
         policy.config.device = config.device
     else:
         with without_backbone_weights(config), no_remote_code(str(folder)):
-            policy = construct(config, meta, folder / "model.safetensors")
-        load_weights(policy, folder / "model.safetensors")
+            policy = construct(config, meta, folder / WEIGHTS)
+        policy = policy.to(config.device)  # before the weights are read, which then need no memory of the host
+        load_weights(policy, folder, quiet)
     return policy.to(config.device)
 
 
@@ -215,7 +243,11 @@ def construct(config: PreTrainedConfig, meta, weights: Path | None):
         offline += ", or pass --policy_args pretrained_backbone_weights=none"
     what = f"policy {config.type}"
     invalid = (ValueError, pickle.UnpicklingError)  # the latter of a backbone that is a pickle of code
-    with as_user_error(what, invalid=invalid, offline=offline), quiet_lerobot(), SizeLimit(what, weights):
+    with (
+        as_user_error(what, invalid=invalid, offline=offline, policy=config.type),
+        quiet_lerobot(),
+        SizeLimit(what, weights),
+    ):
         return get_policy_class(config.type)(config, dataset_stats=meta and meta.stats, dataset_meta=meta)
 
 

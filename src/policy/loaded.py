@@ -13,13 +13,13 @@ import torch
 from lerobot.configs import FeatureType
 from lerobot.processor import RenameObservationsProcessorStep
 
-import hub
 from checkpoints.folder import verify_policy
 from errors import UserError, nearest, one_line, read_json
 from policy.async_policy import AsyncPolicy
 from policy.chunk import predict_chunk, rtc_off, supports_rtc
 from policy.factory import build_policy, load_policy_config
 from policy.migration import resolve_policy_folder
+from policy.requirements import check_requirements, fetch_policy
 from processors.bases import AUTO, cameras_of, does_without_cameras, match_statistics, resizes_pictures, trained_cameras
 from processors.pipelines import NEED_STATE, load_processors, name_before_rename, parse_rename, resize_of, set_rename
 from processors.state_only import StateToEnvironmentState
@@ -191,10 +191,11 @@ def load_policy(
         if n_action_steps < 1:
             raise UserError(f"--n_action_steps must be 1 or more, got {n_action_steps}")
         overrides = [f"n_action_steps={n_action_steps}"]
-    fetched = hub.fetch(str(checkpoint), "policy")
+    fetched = fetch_policy(str(checkpoint), "policy")
     verify_policy(fetched)  # before `resolve_policy_folder` looks for another folder in it
     folder = resolve_policy_folder(fetched)
     config = load_policy_config(folder, overrides, str(pick_device(device)))
+    check_requirements(config, folder)
     preprocess, postprocess = load_processors(folder, config.device)
     match_statistics(config, preprocess)
     untrained = untrained_cameras(config, preprocess)
@@ -203,7 +204,7 @@ def load_policy(
     check_processors(config, preprocess, postprocess, folder)
     if rename:
         take_other_names(config, preprocess, rename)
-    policy = build_policy(config, None, folder).eval()
+    policy = build_policy(config, None, folder, quiet=False).eval()
     return LoadedPolicy(
         policy,
         preprocess,

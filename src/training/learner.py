@@ -85,7 +85,7 @@ class Learner:
 
         self.ema.update(step + 1)
         if hasattr(self.policy, "update"):
-            self.policy.update()  # tdmpc's own moving average, which lerobot-train calls here too
+            self.policy.update()  # such as a plugin's own moving average, which lerobot-train calls here too
         return StepResult(mean_loss, sub_losses, grad_norm)
 
     def forward(self, batch: dict) -> tuple[Tensor, dict]:

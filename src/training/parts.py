@@ -19,13 +19,14 @@ from data.opening import open_metadata, open_source
 from data.source import Source
 from data.statistics import fill_statistics
 from data.union import size_problems, unite
-from errors import UserError, first_of
+from errors import UserError, as_user_error, first_of
 from policy.adapters import adapter_settings, add_adapters, freeze
 from policy.factory import build_policy, load_policy_config, policy_config
 from policy.loaded import check_processors, trained_joint_names
 from policy.migration import resolve_policy_folder
 from policy.presets import apply_training_flags, check_presets
 from policy.quantize import check_quantize
+from policy.weights import weight_files
 from processors.bases import AUTO, cameras_of, pads, pair_cameras, pairs_line
 from processors.pipelines import (
     ENVIRONMENT_STATE,
@@ -225,7 +226,9 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
     elif config.peft:  # refused here, before weights are read
         adapters = adapter_settings(config.peft, config.peft_r, config.peft_args)
     if config.peft_quantize and not adapters:
-        raise UserError("--peft_quantize rounds the weights below adapters: expected --peft, got none. Pass --peft lora")
+        raise UserError(
+            "--peft_quantize rounds the weights below adapters: expected --peft, got none. Pass --peft lora"
+        )
     if config.peft_quantize:
         check_quantize(adapters.get("peft_type") or config.peft, adapters, distributed.kind)
 
@@ -385,10 +388,11 @@ def set_dataset_names(policy_config, features: dict) -> None:
     if hasattr(policy_config, "action_feature_names") and names is not None:
         policy_config.action_feature_names = names
     if hasattr(policy_config, "set_dataset_feature_metadata"):
-        policy_config.set_dataset_feature_metadata(features)
+        with as_user_error(f"policy {policy_config.type}", invalid=ValueError):
+            policy_config.set_dataset_feature_metadata(features)
 
 
-def build_training_policy(plan: PolicyPlan, meta):
+def build_training_policy(plan: PolicyPlan, meta, quiet: bool = True):
     """The policy on its device, with adapters if --peft asks for them, and with the weights frozen that --freeze names."""
     settings = plan.settings
     adapters = {}
@@ -399,7 +403,7 @@ def build_training_policy(plan: PolicyPlan, meta):
     quantized = None
     if settings.peft_quantize:
         quantized = adapters.get("modules_to_save") or []
-    policy = build_policy(plan.config, meta, plan.folder, quantized)
+    policy = build_policy(plan.config, meta, plan.folder, quantized, quiet)
     if settings.peft and not plan.config.use_peft:
         policy = add_adapters(policy, plan.base, settings.peft, adapters)
     if settings.freeze:
@@ -428,7 +432,7 @@ def checkpoint_bytes(plan: PolicyPlan, meta) -> int | None:
     if plan.settings.peft or plan.config.use_peft:
         return 0  # adapters take a few MB
     if plan.folder is not None:
-        weights = (plan.folder / "model.safetensors").stat().st_size
+        weights = sum(path.stat().st_size for path in weight_files(plan.folder))
     else:
         weights = weight_bytes_on_meta_device(plan.config, meta)
     return None if weights is None else with_optimizer(weights, plan.settings)

@@ -41,9 +41,10 @@ from data.source import Source
 from data.split import split_episodes
 from errors import UserError, find_path
 from exchange.lerobot_runs import from_lerobot, lerobot_checkpoint
-from policy.factory import saved_config_class
+from policy.factory import policy_config, saved_config_class
 from policy.migration import resolve_policy_folder
 from policy.presets import merge_training_preset
+from policy.requirements import check_backbone_weights, check_policy_of, check_requirements
 from processors.bases import AUTO
 from processors.pipelines import ignored_states
 from processors.statistics import require_statistics
@@ -185,6 +186,9 @@ def plan_run(settings: dict) -> RunPlan:
         warnings = chosen.warnings
         runtime.set_numerics(chosen.config.deterministic)
 
+        # What the policy reads besides is asked for before the dataset and any weights are downloaded.
+        distributed.on_main(lambda: check_policy(chosen, distributed))
+
         # The dataset: the main process downloads it, the others find it.
         with distributed.main_first():
             source = build_source(chosen.config)
@@ -199,6 +203,8 @@ def plan_run(settings: dict) -> RunPlan:
         # The policy: its settings and processors, without weights.
         policy = plan_policy(config, chosen.checkpoint, source, distributed)
         config = policy.settings
+        if policy.folder is None:
+            distributed.on_main(lambda: check_backbone_weights(policy.config))
         # As a trial: tokenizers are fetched here.
         preprocess, postprocess = build_processors(copy.deepcopy(policy), source.meta)
         normalised = [key for key in (*policy.config.input_features, "action") if key not in policy.empty]
@@ -420,12 +426,23 @@ def with_policy_of_base(given: dict) -> dict:
     base = given.get("policy_path")
     if not base:
         return given
-    folder = resolve_policy_folder(hub.fetch(base, "--policy_path"))
+    folder = resolve_policy_folder(hub.fetch(base, "--policy_path", weights=False))
     policy = saved_config_class(folder)
     name = policy.get_choice_name(policy)
     if given.get("policy", name) != name:
         raise UserError(f"--policy {given['policy']}: --policy_path {base} holds a policy {name}. Leave --policy out")
     return {**given, "policy": name}
+
+
+def check_policy(chosen: ChosenRun, distributed: Distributed) -> None:
+    """Raise a UserError where the policy, its processors or its base need something that cannot be had."""
+    config = chosen.config
+    if chosen.checkpoint is not None:
+        check_policy_of(chosen.checkpoint)
+    elif config.policy_path:
+        check_policy_of(hub.fetch(config.policy_path, "--policy_path", weights=False), config.policy_args)
+    else:
+        check_requirements(policy_config(config.policy, config.policy_args, str(distributed.device)), None)
 
 
 def default_output_dir(config: TrainConfig) -> Path:
