@@ -273,7 +273,7 @@ def reason_of_one(error: BaseException, offline: str, policy: str | None) -> str
     if isinstance(error, errors.GatedRepoError):
         if repo is None:
             return "the Hub lets in only who asked. Request access on the repo's page there, then run `hf auth login`"
-        return f"the Hub gives {repo} only to who was granted access. {ask_for_access(repo)}"
+        return f"{repo} is gated. {ask_for_access(repo)}"
     if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
         subject = "the Hub has no such repo or revision"
         if repo is not None:

@@ -6,7 +6,7 @@ import threading
 import time
 from pathlib import Path
 
-from errors import UserError, as_user_error, find_path, is_network_error, one_line
+from errors import UserError, as_user_error, ask_for_access, find_path, is_network_error, one_line
 
 WAITS = (5.0, 30.0)  # seconds between the tries of an upload
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?"  # user/name or user/name@revision
@@ -54,8 +54,7 @@ def require_repos(needs: dict[str, bool], what: str) -> None:
         if is_downloaded(repo, weights):
             continue
         try:
-            with as_user_error(repo):
-                request_file(repo)
+            request_file(repo)
         except UserError as error:
             if is_network_error(error.__cause__):
                 unreachable[repo] = download_command(repo, weights)
@@ -93,12 +92,19 @@ def is_downloaded(repo: str, weights: bool) -> bool:
 
 
 def request_file(repo: str) -> None:
-    """Ask the Hub about a file of a repo, as a download does first: fails without access, not where the file is missing."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError
+    """Ask the Hub about a file of a repo, as a download does first. Whether there is that file does not matter.
 
-    with contextlib.suppress(EntryNotFoundError):
-        get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=20)
+    Raises:
+        UserError: the repo is gated or does not exist, or the Hub cannot be reached.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
+
+    with as_user_error(repo), contextlib.suppress(EntryNotFoundError):
+        try:
+            get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=20)
+        except GatedRepoError as error:
+            raise UserError(f"{repo} is gated. {ask_for_access(repo)}") from error
 
 
 def newest_checkpoint(repo: str, what: str, sort_key) -> Path:

@@ -15,12 +15,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Hub:
     """Repos in memory: {name: [files of each commit]}, files being {path: bytes}.
 
-    `tags` are {repo: {tag: number of the commit}}, and `read` are the paths of all files that were asked for.
+    `tags` are {repo: {tag: number of the commit}}, `gated` the repos that nobody has access to, and `read` are the paths of
+    all files that were asked for.
     """
 
     def __init__(self):
         self.repos = {}
         self.tags = {}
+        self.gated = set()
         self.read = []
         self.blobs = {}
         self.failures = 0
@@ -145,6 +147,10 @@ class Hub:
         return 200, {}, {"commitUrl": f"{self.url}/{repo}/commit/{name}", "commitOid": name, "pullRequestUrl": None}
 
     def file(self, repo: str, revision: str, path: str):
+        if repo not in self.repos:
+            return 404, {"X-Error-Code": "RepoNotFound"}, {"error": "Repository not found"}
+        if repo in self.gated:
+            return 403, {"X-Error-Code": "GatedRepo"}, {"error": "Access to this repo is restricted"}
         name, files = self.commit_of(repo, revision)
         if files is None or path not in files:
             return 404, {"X-Error-Code": "EntryNotFound"}, {"error": "Entry not found"}
