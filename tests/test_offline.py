@@ -21,6 +21,7 @@ from policy.requirements import repos_of
 from policy.weights import load_weights
 from train import train
 from training import plan as plan_module
+from training.learner import check_fp16
 
 
 @pytest.fixture
@@ -200,6 +201,18 @@ def test_settings_that_do_not_fit_the_dataset_are_a_line(made, tmp_path, monkeyp
     monkeypatch.setattr(plan_module, "check_policy", lambda chosen, distributed: None)
     with pytest.raises(UserError, match=r"^policy fastwam: FastWAM action feature shape must be \(7,\), got \(3,\)"):
         train(dataset_id=str(made("video")), policy="fastwam", output_dir=str(tmp_path / "run"), device="cpu")
+
+
+@pytest.mark.parametrize(("dtype", "is_refused"), [("float32", False), ("bfloat16", True), ("float16", True)])
+def test_fp16_with_weights_that_it_does_not_compute_with(trained, dtype, is_refused):
+    """The CPU normalises no float16 with bfloat16 weights, and torch's GradScaler scales no float16 gradients."""
+    policy = load_policy(trained, device="cpu").policy.to(getattr(torch, dtype))
+    check_fp16(policy, "bf16", torch.device("cpu"))
+    if not is_refused:
+        check_fp16(policy, "fp16", torch.device("cpu"))
+        return
+    with pytest.raises(UserError, match=f"--precision fp16: expected float32 weights, got {dtype} in policy act"):
+        check_fp16(policy, "fp16", torch.device("cpu"))
 
 
 # Weights.

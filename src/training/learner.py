@@ -24,6 +24,7 @@ from runtime import STEP, NoHostSync, make_scaler, seed_all
 from training.distributed import Distributed, copy_unsharded
 from training.means import scalars
 
+NORMS = (torch.nn.LayerNorm, torch.nn.GroupNorm)
 AVERAGE = "average/"  # before the name of a weight: its float32 average, in training_weights.safetensors
 
 
@@ -187,8 +188,9 @@ def build_learner(config: TrainConfig, distributed: Distributed, policy, preproc
     """Make the optimizer, compile the policy and wrap it for several processes; arguments as Learner's fields.
 
     Raises:
-        UserError: the batch cannot be split evenly, or FSDP's settings do not fit the policy.
+        UserError: the batch cannot be split evenly, fp16 or FSDP's settings do not fit the policy.
     """
+    check_fp16(policy, config.precision, distributed.device)
     micro_batch_size = distributed.local_batch_size(config.batch_size, config.grad_accumulation_steps)
     micro_batch_size //= config.grad_accumulation_steps
     preset = optimizer_preset(policy.config, config)
@@ -213,6 +215,29 @@ def build_learner(config: TrainConfig, distributed: Distributed, policy, preproc
         lr_factor=make_schedule(policy.config, config),
         peak_lrs=[group["lr"] for group in optimizer.param_groups],
     )
+
+
+def check_fp16(policy, precision: str, device: torch.device) -> None:
+    """Refuse --precision fp16 for weights that PyTorch does not compute with in fp16.
+
+    Its GradScaler scales no gradients in float16, and the CPU normalises float16 with float32 or float16 weights only.
+
+    Raises:
+        UserError: the policy has such weights.
+    """
+    if precision != "fp16":
+        return
+    wrong = {parameter.dtype for parameter in policy.parameters() if parameter.requires_grad} & {torch.float16}
+    for module in policy.modules():
+        weight = getattr(module, "weight", None)
+        if device.type == "cpu" and isinstance(module, NORMS) and weight is not None:
+            wrong |= {weight.dtype} & {torch.bfloat16}
+    if wrong:
+        dtypes = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in wrong))
+        raise UserError(
+            f"--precision fp16: expected float32 weights, got {dtypes} in policy {policy.config.type}. Pass --precision "
+            "bf16 or fp32"
+        )
 
 
 def micro_batches(batch: dict, count: int):
