@@ -315,7 +315,7 @@ def missing_package(error: ImportError, policy: str | None) -> str:
     """What to install: the extra of the installed LeRobot that has the packages, if it is known which."""
     named = re.search(r"lerobot\[([\w-]+)\]", str(error))
     extra = None
-    if policy is not None:
+    if isinstance(policy, str):  # a file may say anything
         extra = lerobot_extra(policy)
     if extra is None and named is not None:
         extra = lerobot_extra(named[1])

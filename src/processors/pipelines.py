@@ -14,7 +14,7 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError
 
 from command_line import split_pair
-from errors import UserError, as_user_error, likeliest_pairs, plural, rename_flag, rename_remedy
+from errors import UserError, as_user_error, likeliest_pairs, plural, read_json, rename_flag, rename_remedy
 from processors.bases import AUTO, camera_problems, pads, width_problems
 from processors.saved_steps import check_step_settings
 from processors.state_only import StateToEnvironmentState
@@ -328,7 +328,10 @@ def load_processors(folder: Path, device: str, overrides: dict | None = None):
     in_preprocessor = {**overrides, "device_processor": {"device": device}}
     invalid = (OSError, ValueError, SafetensorError)
     what = f"the processors in {folder} cannot be loaded"
-    with as_user_error(what, invalid=invalid), no_remote_code(str(folder)):
+    policy = None
+    if (folder / "config.json").is_file():
+        policy = read_json(folder / "config.json", OTHER_COPY).get("type")
+    with as_user_error(what, invalid=invalid, policy=policy), no_remote_code(str(folder)):
         preprocessor, postprocessor = make_pre_post_processors(
             None,
             pretrained_path=str(folder),
