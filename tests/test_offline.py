@@ -1,5 +1,7 @@
 """What a policy reads besides its folder is asked for before the dataset and any weights; what cannot be had is one line."""
 
+import importlib.metadata
+import importlib.util
 import json
 import re
 import shutil
@@ -19,6 +21,7 @@ from policy import requirements, weights
 from policy.factory import REINFORCEMENT, policy_config_class
 from policy.requirements import repos_of
 from policy.weights import load_weights
+from processors.pipelines import load_processors
 from train import train
 from training import plan as plan_module
 from training.learner import check_fp16
@@ -185,7 +188,7 @@ def test_every_policy_that_needs_packages_has_an_extra():
 
 
 def test_a_missing_package_behind_an_error_of_lerobots_own():
-    version = __import__("importlib.metadata").metadata.version("lerobot")
+    version = importlib.metadata.version("lerobot")
     with pytest.raises(UserError) as caught, as_user_error("it", invalid=ValueError, policy="pi05"):
         raise ValueError("Failed to instantiate processor step") from ImportError(
             "The 'transformers' library is not installed. Please install it with `pip install 'lerobot[transformers-dep]'`"
@@ -194,6 +197,24 @@ def test_a_missing_package_behind_an_error_of_lerobots_own():
         "it: a package is missing (The 'transformers' library is not installed). Install it with: "
         f'uv pip install "lerobot[pi]=={version}"'
     )
+
+
+@pytest.mark.parametrize(("kind", "extra"), [("pi05", "pi"), ("act", "transformers-dep"), (3, "transformers-dep")])
+def test_the_extra_of_a_saved_policy_is_named(trained, tmp_path, kind, extra):
+    """That of the policy, which has all its packages; without one, that of the step which lacks them."""
+    if importlib.util.find_spec("transformers"):
+        pytest.skip("transformers is installed, so its extra is not missing")
+    for name, content in files_of(trained).items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "config.json").write_text(json.dumps({"type": kind}))
+    pipeline = json.loads((tmp_path / "policy_preprocessor.json").read_text())
+    step = {"registry_name": "tokenizer_processor", "config": {"tokenizer_name": str(tmp_path), "max_length": 8}}
+    pipeline["steps"].insert(0, step)
+    (tmp_path / "policy_preprocessor.json").write_text(json.dumps(pipeline))
+    version = importlib.metadata.version("lerobot")
+    with pytest.raises(UserError) as caught:
+        load_processors(tmp_path, "cpu")
+    assert str(caught.value).endswith(f'Install it with: uv pip install "lerobot[{extra}]=={version}"')
 
 
 def test_settings_that_do_not_fit_the_dataset_are_a_line(made, tmp_path, monkeypatch):
