@@ -158,8 +158,19 @@ class TrainConfig:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     precision: str = setting(
         "auto",
-        "compute precision: auto (bf16 if the GPU has it, else fp32), fp32, bf16 or fp16 (weights stay fp32)",
+        "compute precision: auto (bf16 if the GPU has it, else fp32), fp32, bf16 or fp16 (see --weights_dtype for the weights)",
         choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    weights_dtype: str = setting(
+        "auto",
+        "dtype of the weights: auto (as the policy has them), fp32, or bf16, which takes half the memory and is updated in fp32 "
+        "with stochastic rounding; the weights that adapters leave frozen become bf16, the adapters stay fp32",
+        choices=("auto", "fp32", "bf16"),
+    )
+    optimizer: str = setting(
+        "auto",
+        "auto (the policy's preset), or adamw8bit: AdamW whose moments take 8 bits a weight instead of 32 each (needs torchao)",
+        choices=("auto", "adamw8bit"),
     )
     compile: bool = setting(False, "torch.compile the policy: slower to start, then faster on a GPU")
     gradient_checkpointing: bool | None = setting(

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -23,6 +24,7 @@ INIT = 1
 STEP = 2
 EVAL = 3
 VALIDATE = 4
+ROUND = 5
 
 
 def pick_device(name: str) -> torch.device:
@@ -46,12 +48,19 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_precision(name: str, device: torch.device) -> str:
-    """The precision of a `--precision` flag; `auto` is bf16 on GPUs that compute in it, else fp32.
+def pick_precision(name: str, device: torch.device, weights_dtype: str = "auto") -> str:
+    """The precision of a `--precision` flag; `auto` is bf16 for bf16 weights and on GPUs that compute in it, else fp32.
+
+    Args:
+        weights_dtype: of `--weights_dtype`.
 
     Raises:
-        UserError: the GPU does not compute in bf16.
+        UserError: the GPU does not compute in bf16, or bf16 weights are to be computed in something else.
     """
+    if weights_dtype == "bf16":
+        if name not in ("auto", "bf16"):
+            raise UserError(f"--weights_dtype bf16 needs --precision bf16, got {name}. Leave --precision out")
+        name = "bf16"
     if device.type != "cuda":
         return "fp32" if name == "auto" else name
     with torch.cuda.device(device):
@@ -118,8 +127,12 @@ def without_collector():
 
 
 @contextlib.contextmanager
-def enough_memory(batch_size: int):
+def enough_memory(batch_size: int, remedies: list[str]):
     """Within this, running out of memory is a UserError, and so is a half-written file of torch.compile.
+
+    Args:
+        batch_size: of the run.
+        remedies: flags that would let the run take less memory.
 
     Raises:
         UserError: one of the two.
@@ -134,10 +147,53 @@ def enough_memory(batch_size: int):
             ) from error
         if not is_out_of_memory(error):
             raise
-        raise UserError(
-            f"out of memory with --batch_size {batch_size}. Pass a smaller --batch_size or --image_size, or compute each "
-            "batch in several micro-batches with --grad_accumulation_steps"
-        ) from error
+        remedy = f"Any of these takes less: {', '.join(remedies)}" if remedies else "Use a device with more memory"
+        raise UserError(f"out of memory with --batch_size {batch_size}. {remedy}") from error
+
+
+def total_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or its container's limit."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in cgroup_memory())])
+
+
+def available_memory() -> int:
+    """Bytes of the host's memory that are free, or can be freed from the disk cache."""
+    return min([psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in cgroup_memory())])
+
+
+def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
+    """(limit, used) bytes of each of Linux's control groups that limits this process, as containers and SLURM do it.
+
+    Memory of the disk cache that nobody uses is not counted as used.
+    """
+    found = []
+    with contextlib.suppress(OSError):  # not Linux
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            version = 2 if not controllers else 1
+            if version == 1 and "memory" not in controllers.split(","):
+                continue
+            top = root if version == 2 else root / "memory"
+            folder = top / path.strip("/")
+            names = ("memory.max", "memory.current", "inactive_file")
+            if version == 1:
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            for level in [folder, *folder.parents]:
+                if level == top.parent:
+                    break
+                found += limit_of(level, *names)
+    return found
+
+
+def limit_of(folder: Path, limit: str, usage: str, cache: str) -> list[tuple[int, int]]:
+    """(limit, used) bytes of one control group, by the names of its files; empty if it has no limit."""
+    try:
+        most = (folder / limit).read_text().strip()
+        used = int((folder / usage).read_text())
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # the root has no limit, and a container does not see what is above it
+        return []
+    return [] if most == "max" else [(int(most), max(0, used - int(statistics.get(cache, 0))))]
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -57,7 +57,7 @@ def train(**settings) -> TrainResult:
     with (
         safe_output(),
         plan_run(settings) as plan,
-        runtime.enough_memory(plan.config.batch_size),
+        runtime.enough_memory(plan.config.batch_size, plan.memory_remedies()),
         build_run(plan) as run,
     ):
         if run.evaluation_is_missing and run.is_evaluation_step():
@@ -367,9 +367,10 @@ def build_run(plan: RunPlan) -> Run:
         runtime.seed_all(config.seed, runtime.INIT)
         policy = build_training_policy(plan.policy, meta, quiet=config.quiet or not distributed.is_main)
         preprocess, postprocess = build_processors(plan.policy, meta)
+        memory, memory_warnings = plan.memory_of(policy)
         warnings = [
             *plan.warnings,
-            *plan.check_room(policy),
+            *memory_warnings,
             *unknown_average(policy.config, num_micro_batches(config, distributed)),
         ]
         unsharded = distributed.unsharded_copy(policy)
@@ -397,7 +398,7 @@ def build_run(plan: RunPlan) -> Run:
                 check_folder=plan.check_folder,
             )
         )
-        for line in [*header(plan, policy, position["step"]).split("\n"), *plan.notes]:
+        for line in [*header(plan, policy, memory, position["step"]).split("\n"), *plan.notes]:
             report.say(line)
         report.warn(*warnings)
         evaluator = Evaluator(

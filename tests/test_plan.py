@@ -57,7 +57,7 @@ def test_a_disk_without_room_for_all_checkpoints_is_a_warning(made, tmp_path, mo
     settings = small(dataset_id=str(made("video")), output_dir=str(tmp_path / "run"), steps=100, save_freq=1)
     free_bytes(monkeypatch, 10**15)
     with plan_run(settings) as plan:
-        size = plan.checkpoint_bytes
+        size = plan.memory.checkpoint
         assert not plan.warnings
     free_bytes(monkeypatch, 50 * size)
     with plan_run(settings) as plan:
@@ -70,7 +70,7 @@ def test_a_disk_without_room_for_all_checkpoints_is_a_warning(made, tmp_path, mo
 def test_the_size_of_a_checkpoint_is_estimated_without_building_the_policy(made, tmp_path, policy):
     settings = small(policy, dataset_id=str(made("video")), output_dir=str(tmp_path / "run"), steps=1, ema_decay=0.9)
     with plan_run(settings) as plan:
-        estimate = plan.checkpoint_bytes
+        estimate = plan.memory.checkpoint
     result = train(**settings)
     files = {path.stat().st_ino: path.stat().st_size for path in result.checkpoint.iterdir()}  # links count once
     assert 0.8 < sum(files.values()) / estimate < 1.6  # of a policy of some 100 kB, the JSON files are a part

@@ -47,6 +47,7 @@ from checkpoints.lock import LostFolderError
 from config import TrainConfig
 from errors import FULL_DISK, UserError, one_line, reason_of_disk
 from hub import Uploader
+from runtime import available_memory
 
 UPLOAD_SECONDS = 60  # how long the end of a run waits for uploads
 NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what a disk answers that cannot flush
@@ -90,6 +91,12 @@ class StagingBuffers:
 
     def __init__(self):
         self.buffers: list[Tensor] = []  # in the order of the tensors of the last snapshot
+
+    def missing(self, snapshot: Snapshot) -> int:
+        """Bytes that a copy of the snapshot takes beyond the buffers that are there."""
+        sizes = {}  # by memory: tied weights are copied once
+        snapshot.map(lambda tensor: sizes.update({(tensor.data_ptr(), tensor.shape): tensor.nbytes}))
+        return max(0, sum(sizes.values()) - sum(buffer.nbytes for buffer in self.buffers))
 
     def copy(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with each tensor copied; tensors that are one (tied weights) stay one."""
@@ -159,8 +166,14 @@ class Writer:
         """
         self.wait()
         self.protected = list(protected)
-        if not self.background:
-            self.snapshot = snapshot.map(lambda tensor: tensor.detach().cpu())
+        missing = self.staging.missing(snapshot) if self.background else 0
+        if missing > available_memory():
+            self.warn_once(
+                f"no room for a copy of the checkpoint: {missing / 1e9:.1f} GB are not free in the host's memory. "
+                "Training waits while it is written, as with --save_async off"
+            )
+        if not self.background or missing > available_memory():
+            self.snapshot = snapshot.map(lambda tensor: tensor.detach())
             self._write()
             self.check()
             return
@@ -339,7 +352,8 @@ def write_files(folder: Path, snapshot: Snapshot) -> None:
     snapshot.postprocessor.save_pretrained(folder, config_filename="postprocessor_config.json")
     if snapshot.trained_weights:
         save_weights(snapshot.trained_weights, folder / TRAINED_WEIGHTS)
-    torch.save(snapshot.optimizer, folder / OPTIMIZER)
+    # from the host's memory, where a copy may not be yet: a file is read on any device
+    torch.save(recursively_apply(Tensor.cpu, snapshot.optimizer), folder / OPTIMIZER)
     trainer_state = {
         **snapshot.state.trainer_state,
         OPTIMIZER_ENTRIES: len(snapshot.optimizer["state"]),

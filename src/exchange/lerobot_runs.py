@@ -448,6 +448,7 @@ def refuse(checkpoint: Path, config: TrainConfig, policy_config, preprocessor) -
         "a base of 4 bits": config.peft_quantize,
         "resized pictures and a history of them, which LeRobot's resize step does not take": resized_history,
         "frozen weights": config.freeze,
+        f"--optimizer {config.optimizer}, whose moments lerobot-train does not have": config.optimizer != "auto",
         "a --rename of names that do not begin with observation.": any(
             not old.startswith("observation.") for old in parse_rename(config.rename)
         ),

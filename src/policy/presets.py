@@ -7,6 +7,7 @@ import torch
 from config import TrainConfig
 from errors import UserError, as_user_error
 from policy.factory import policy_config_class
+from policy.weights_dtype import set_weights_dtype
 
 
 def merge_training_preset(config: TrainConfig, picture_sizes: list, device, fresh: bool) -> TrainConfig:
@@ -28,7 +29,7 @@ def merge_training_preset(config: TrainConfig, picture_sizes: list, device, fres
 
 
 def apply_training_flags(policy_config, config: TrainConfig) -> None:
-    """Write --lr, --weight_decay and --gradient_checkpointing into the policy's config, which its presets read.
+    """Write --lr, --weight_decay, --weights_dtype and --gradient_checkpointing into the policy's config.
 
     Raises:
         UserError: the policy has no gradient checkpointing.
@@ -37,6 +38,7 @@ def apply_training_flags(policy_config, config: TrainConfig) -> None:
         policy_config.optimizer_lr = config.lr
     if config.weight_decay is not None and hasattr(policy_config, "optimizer_weight_decay"):
         policy_config.optimizer_weight_decay = config.weight_decay
+    set_weights_dtype(policy_config, config.weights_dtype)
     if hasattr(policy_config, "gradient_checkpointing"):
         if config.gradient_checkpointing is not None:
             policy_config.gradient_checkpointing = config.gradient_checkpointing

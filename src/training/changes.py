@@ -32,6 +32,8 @@ POLICY_FIELDS = (
     "peft_quantize",
     "freeze",
     "imagenet_stats",
+    "weights_dtype",
+    "optimizer",
 )
 # Another value of these makes a resumed run another run: it is reported.
 RUN_FIELDS = (

@@ -24,6 +24,7 @@ class DeepSpeedDistributed(Distributed):
         Raises:
             UserError: settings that need PyTorch's optimizer or unsharded weights.
         """
+        super().check(config)
         if config.minutes:
             raise UserError("DeepSpeed does not support --minutes. Pass --steps, or launch with DDP or FSDP")
         if config.compile:

@@ -25,12 +25,10 @@ from errors import UserError
 from policy.adapters import adapter_state_dict, has_adapters, load_adapter_state_dict, with_full_names
 from policy.weights import load_tensors
 from runtime import StopSignals, autocast, pick_device
+from training.optimizers import MOMENTS, load_state
 
 UNSHARDED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 UNSHARDED_SOME = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
-
-# What torch's optimizers keep of each parameter, in its shape.
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta")
 
 LARGEST_STEP = 2**53  # beyond it, floats do not count
 
@@ -96,6 +94,15 @@ class Distributed:
 
     def check(self, config) -> None:
         """Raise a UserError for settings that this kind of processes does not support."""
+        if not self.is_sharded:
+            return
+        if config.weights_dtype == "bf16":
+            raise UserError(f"{self.kind} does not support --weights_dtype bf16. Leave it out, or launch with DDP")
+        if config.optimizer != "auto":
+            raise UserError(
+                f"{self.kind} does not support --optimizer {config.optimizer}: it shards the optimizer's state instead. "
+                "Leave the flag out, or launch with DDP"
+            )
 
     # Communication between the hosts. It goes through gloo, so that no GPU has to wait for it.
 
@@ -292,7 +299,7 @@ class Distributed:
     def optimizer_step(self, policy, optimizer, scaler, clip_norm: float | None) -> torch.Tensor:
         """Update the weights and zero their gradients; returns the gradients' norm before clipping."""
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip_norm or float("inf"))
+        norm = clip_gradients(policy, clip_norm or float("inf"))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -382,12 +389,25 @@ class Distributed:
             groups.append({**saved, **settings[-1]})  # torch picks the device of a step count by "fused"
         state = {"state": state["state"], "param_groups": groups}
         if not self.is_sharded:
-            optimizer.load_state_dict(state)
+            load_state(optimizer, state)
             return
         names = dict(enumerate(parameter_names(policy, optimizer)))
         set_optimizer_state_dict(policy, optimizer, rename_parameters(state, names), options=UNSHARDED)
         for group, own in zip(optimizer.param_groups, settings, strict=True):
             group.update(own)  # FSDP has changed them
+
+
+def clip_gradients(policy, max_norm: float) -> torch.Tensor:
+    """Scale the gradients down to a norm of `max_norm`, if they have a larger one; returns that."""
+    gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
+    is_bf16 = any(gradient.dtype is torch.bfloat16 for gradient in gradients)
+    if not is_bf16 or isinstance(gradients[0], DTensor):
+        return torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
+    # PyTorch would round the norm of a bf16 gradient to bf16.
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    torch.nn.utils.clip_grads_with_norm_(policy.parameters(), max_norm, norm)
+    return norm
 
 
 def unsharded(tensor: torch.Tensor) -> torch.Tensor:

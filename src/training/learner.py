@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,9 +20,10 @@ from policy.losses import loss_averages_over_actions, set_vqbet_phase
 from policy.presets import optimizer_preset, scheduler_preset
 from processors.augment import augment
 from processors.pipelines import to_float_batch
-from runtime import STEP, NoHostSync, make_scaler, seed_all
+from runtime import ROUND, STEP, NoHostSync, make_scaler, seed_all
 from training.distributed import Distributed, copy_unsharded
 from training.means import scalars
+from training.optimizers import build_optimizer, rounds, sum_gradients_in_float32
 
 NORMS = (torch.nn.LayerNorm, torch.nn.GroupNorm)
 AVERAGE = "average/"  # before the name of a weight: its float32 average, in training_weights.safetensors
@@ -82,6 +83,8 @@ class Learner:
                     self.distributed.backward(self.model, self.scaler.scale(loss / count))
                 mean_loss = mean_loss + loss.detach() / count
                 sub_losses.append(numbers)
+            if rounds(self.optimizer):
+                seed_all(self.config.seed, ROUND, step)  # the same in each process of DDP, whose weights stay the same
             grad_norm = self.distributed.optimizer_step(self.policy, self.optimizer, self.scaler, self.clip_norm)
 
         self.ema.update(step + 1)
@@ -199,7 +202,9 @@ def build_learner(config: TrainConfig, distributed: Distributed, policy, preproc
         torch._inductor.config.fallback_random = True  # the same noise and dropout as without compiling
         torch._dynamo.config.capture_scalar_outputs = True  # a policy's .item() does not split its graph
         policy.compile()
-    optimizer = build_optimizer(policy, preset)
+    optimizer = build_optimizer(policy, preset, config.optimizer, distributed.is_sharded)
+    if config.grad_accumulation_steps > 1 and distributed.kind == "one":
+        sum_gradients_in_float32(optimizer)
     model, optimizer = distributed.wrap(policy, optimizer, clip_norm, micro_batch_size, config.precision)
     return Learner(
         config=config,
@@ -245,17 +250,6 @@ def micro_batches(batch: dict, count: int):
     size = len(batch["sample"]) // count
     for start in range(0, size * count, size):
         yield {key: item[start : start + size] for key, item in batch.items()}
-
-
-def build_optimizer(policy, preset) -> torch.optim.Optimizer:
-    """The optimizer of LeRobot's `preset`, with fused kernels where PyTorch has them."""
-    parameters = policy.get_optim_params()
-    fused = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    if preset.type not in fused:
-        return preset.build(parameters)
-    settings = asdict(preset)
-    del settings["grad_clip_norm"]
-    return fused[preset.type](parameters, **settings, fused=True)
 
 
 def make_schedule(policy_config, config: TrainConfig) -> Callable[[int], float]:

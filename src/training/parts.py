@@ -26,7 +26,7 @@ from policy.loaded import check_processors, trained_joint_names
 from policy.migration import resolve_policy_folder
 from policy.presets import apply_training_flags, check_presets
 from policy.quantize import check_quantize
-from policy.weights import weight_files
+from policy.weights_dtype import cast_weights
 from processors.bases import AUTO, cameras_of, pads, pair_cameras, pairs_line
 from processors.pipelines import (
     ENVIRONMENT_STATE,
@@ -49,6 +49,7 @@ from processors.pipelines import (
 from processors.statistics import IMAGENET, needed_statistics, stats_problems, usable_stats
 from runtime import thread_count
 from training.distributed import Distributed
+from training.memory import Memory, estimate_memory
 from trust import read_adapter_config
 
 PICTURES = ("video", "image")  # dtypes of cameras
@@ -393,7 +394,7 @@ def set_dataset_names(policy_config, features: dict) -> None:
 
 
 def build_training_policy(plan: PolicyPlan, meta, quiet: bool = True):
-    """The policy on its device, with adapters if --peft asks for them, and with the weights frozen that --freeze names."""
+    """The policy on its device, with the adapters of --peft, the frozen weights of --freeze, and in --weights_dtype."""
     settings = plan.settings
     adapters = {}
     if plan.config.use_peft:
@@ -408,6 +409,7 @@ def build_training_policy(plan: PolicyPlan, meta, quiet: bool = True):
         policy = add_adapters(policy, plan.base, settings.peft, adapters)
     if settings.freeze:
         freeze(policy, settings.freeze)
+    cast_weights(policy, plan.config, settings.weights_dtype)
     return policy
 
 
@@ -427,39 +429,31 @@ def build_processors(plan: PolicyPlan, meta):
     return make_processors(plan.config, meta, plan.stats, image_size, plan.rename)
 
 
-def checkpoint_bytes(plan: PolicyPlan, meta) -> int | None:
-    """Bytes of one checkpoint, estimated without building the policy; None if its code needs real weights to be built."""
+def plan_memory(plan: PolicyPlan, meta, distributed: Distributed) -> Memory | None:
+    """What the run takes, from a copy of the policy without values; None if only the built policy shows it."""
     if plan.settings.peft or plan.config.use_peft:
-        return 0  # adapters take a few MB
-    if plan.folder is not None:
-        weights = sum(path.stat().st_size for path in weight_files(plan.folder))
-    else:
-        weights = weight_bytes_on_meta_device(plan.config, meta)
-    return None if weights is None else with_optimizer(weights, plan.settings)
-
-
-def with_optimizer(weights: int, settings: TrainConfig) -> int:
-    """Bytes of a checkpoint from those of its weights: Adam keeps two moments of each, and --ema_decay a second copy."""
-    copies = 4 if settings.ema_decay else 3
-    return copies * weights
-
-
-def weight_bytes_on_meta_device(policy_config, meta) -> int | None:
-    """Bytes of a new policy's weights, from a copy without values; None if the policy cannot be built without."""
-    trial = copy.deepcopy(policy_config)
-    trial.device = "meta"
-    if hasattr(trial, "pretrained_backbone_weights"):
-        trial.pretrained_backbone_weights = None  # nothing to download
+        return None  # adapters need the weights that they are added to
+    trial = replace_values(plan)
     try:
         with torch.device("meta"):
-            policy = build_policy(trial, meta)
-    except (NotImplementedError, RuntimeError):
-        return None  # some policies compute in __init__, which tensors without values do not allow
-    return weight_bytes(policy)
+            policy = build_training_policy(trial, meta)
+    except UserError:
+        if plan.folder is None:
+            raise
+        return None  # a new policy may need what a saved one does not
+    except Exception:  # whatever a policy's code does with values that are not there
+        return None
+    return estimate_memory(policy, plan.settings, distributed.kind, distributed.size)
 
 
-def weight_bytes(policy) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in policy.parameters())
+def replace_values(plan: PolicyPlan) -> PolicyPlan:
+    """A plan of the same policy on the meta device, with nothing to download or read."""
+    config = copy.deepcopy(plan.config)
+    config.device = "meta"
+    for name in ("pretrained_backbone_weights", "load_vlm_weights"):
+        if hasattr(config, name):
+            setattr(config, name, None)
+    return replace(plan, config=config, folder=None)
 
 
 def open_loader(

@@ -62,16 +62,16 @@ from training.distributed import Distributed
 from training.evaluation import open_simulation
 from training.launch import make_distributed
 from training.learner import build_learner
+from training.memory import Memory, check_memory, estimate_memory, memory_remedies
+from training.optimizers import check_optimizer
 from training.parts import (
     PolicyPlan,
     build_processors,
     build_source,
     build_training_policy,
-    checkpoint_bytes,
     open_loader,
+    plan_memory,
     plan_policy,
-    weight_bytes,
-    with_optimizer,
 )
 from training.trackers import check_trackers
 
@@ -100,7 +100,7 @@ class RunPlan:
         data: what a checkpoint records of the data.
         policy: what the policy and its processors are built from.
         simulation: the simulation of --eval_env, open and checked; None without one, and in all processes but the main one.
-        checkpoint_bytes: estimated size of one checkpoint; None if only the built policy shows it.
+        memory: estimated bytes that training takes; None if only the built policy shows them.
     """
 
     config: TrainConfig
@@ -117,7 +117,7 @@ class RunPlan:
     data: dict
     policy: PolicyPlan
     simulation: Simulation | None
-    checkpoint_bytes: int | None
+    memory: Memory | None
     cleanup: ExitStack
 
     def __enter__(self):
@@ -136,20 +136,31 @@ class RunPlan:
         if self.folder is not None:
             self.folder.check()
 
-    def check_room(self, policy) -> list[str]:
-        """Check the room for checkpoints where `plan_run` could not, because only the built policy shows their size.
+    @property
+    def kept(self) -> int:
+        """The most checkpoints that the run has on the disk at a time."""
+        return kept_checkpoints(self.config)
 
-        Returns:
-            A warning where not all checkpoints that the run keeps fit.
+    def memory_remedies(self) -> list[str]:
+        """Flags that would let this run take less memory."""
+        resumed = self.checkpoint is not None
+        return memory_remedies(self.config, self.policy.config, resumed=resumed, kind=self.distributed.kind)
+
+    def memory_of(self, policy) -> tuple[Memory, list[str]]:
+        """What the run takes, and warnings where something has no room for it that `plan_run` could not check.
+
+        Args:
+            policy: as it was built, before it is wrapped for several processes.
 
         Raises:
-            UserError: not even one fits.
+            UserError: the device cannot hold it, or the disk not even one checkpoint.
         """
-        if self.checkpoint_bytes is not None:
-            return []
-        size = with_optimizer(weight_bytes(policy), self.config)
-        self.distributed.on_main(lambda: require_room(self.output_dir, size))
-        return warn_of_room(self.output_dir, size, self.config)
+        memory = estimate_memory(policy, self.config, self.distributed.kind, self.distributed.size)
+        if self.memory is not None:
+            return memory, []
+        self.distributed.on_main(lambda: require_room(self.output_dir, memory.checkpoint))
+        warnings = check_memory(memory, self.distributed.device, self.memory_remedies())
+        return memory, warnings + warn_of_room(self.output_dir, memory.checkpoint, self.config)
 
 
 @dataclass
@@ -217,17 +228,19 @@ def plan_run(settings: dict) -> RunPlan:
         warnings += policy.warnings
         warnings += compare_optimizers(chosen.state, chosen.checkpoint, policy.config, config)
         warnings += compare_learning_rates(chosen.state, policy.config, config)
-        size = checkpoint_bytes(policy, source.meta)
-        if size is not None:
-            distributed.on_main(lambda: require_room(chosen.output_dir, size))
+        memory = plan_memory(policy, source.meta, distributed)
+        if memory is not None:
+            distributed.on_main(lambda: require_room(chosen.output_dir, memory.checkpoint))
+            remedies = memory_remedies(config, policy.config, resumed=not fresh, kind=distributed.kind)
+            warnings += check_memory(memory, distributed.device, remedies)
         warnings += source.warnings
 
         notes = unused_notes(policy, source)
         if config.minutes and fresh:
             config, note = fix_steps(config, distributed, source, split.train, policy)
             notes.append(note)
-        if size is not None:
-            warnings += warn_of_room(chosen.output_dir, size, config)
+        if memory is not None:
+            warnings += warn_of_room(chosen.output_dir, memory.checkpoint, config)
         return RunPlan(
             config=config,
             output_dir=chosen.output_dir,
@@ -243,7 +256,7 @@ def plan_run(settings: dict) -> RunPlan:
             data=data,
             policy=policy,
             simulation=simulation,
-            checkpoint_bytes=size,
+            memory=memory,
             cleanup=cleanup.pop_all(),
         )
 
@@ -346,7 +359,8 @@ def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> Cho
     config = merge(given, recorded)
     check_paths(config.asdict())
     device = distributed.use(config.device)
-    config = replace(config, precision=runtime.pick_precision(config.precision, device))
+    check_optimizer(config.optimizer)
+    config = replace(config, precision=runtime.pick_precision(config.precision, device, config.weights_dtype))
     if asked is not None:
         check_services(config)
     if state is not None:
@@ -469,12 +483,7 @@ def require_room(output_dir: Path, size: int) -> None:
 
 def warn_of_room(output_dir: Path, size: int, config: TrainConfig) -> list[str]:
     """A warning where the disk has no room for all checkpoints that the run keeps, of `size` bytes each."""
-    kept = 1
-    if config.save_freq:
-        kept = math.ceil(config.steps / config.save_freq)
-    if config.keep_last is not None:
-        spared = config.steps // config.keep_every if config.keep_every else 0
-        kept = min(kept, config.keep_last + spared + 1)  # one more while the oldest waits to be deleted
+    kept = kept_checkpoints(config)
     free = free_bytes(output_dir)
     if size * kept <= free:
         return []
@@ -482,6 +491,17 @@ def warn_of_room(output_dir: Path, size: int, config: TrainConfig) -> list[str]:
         f"the checkpoints to keep take about {kept} x {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
         "pass --keep_last, or a larger --save_freq"
     ]
+
+
+def kept_checkpoints(config: TrainConfig) -> int:
+    """The most checkpoints that the run has on the disk at a time."""
+    kept = 1
+    if config.save_freq:
+        kept = math.ceil(config.steps / config.save_freq)
+    if config.keep_last is not None:
+        spared = config.steps // config.keep_every if config.keep_every else 0
+        kept = min(kept, config.keep_last + spared + 1)  # one more while the oldest waits to be deleted
+    return kept
 
 
 def free_bytes(folder: Path) -> int:
@@ -494,7 +514,8 @@ def free_bytes(folder: Path) -> int:
 
 def fix_steps(config: TrainConfig, distributed: Distributed, source: Source, episodes: Tensor, policy: PolicyPlan):
     """The settings with --steps such that they take --minutes, and a line that says so."""
-    with runtime.enough_memory(config.batch_size):
+    remedies = memory_remedies(config, policy.config, resumed=False, kind=distributed.kind)
+    with runtime.enough_memory(config.batch_size, remedies):
         seconds = seconds_of_step(config, distributed, source, episodes, policy)
     gc.collect()
     distributed.free_memory()

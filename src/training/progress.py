@@ -16,6 +16,7 @@ from reports.figures import curves_figure
 from reports.model_card import model_card
 from reports.pages import last, read_history, runs_page
 from runtime import describe_machine, in_notebook
+from training.memory import NAMES, memory_lines
 from training.trackers import Trackers
 
 CURVE = "loss.png"
@@ -245,11 +246,12 @@ class Report:
         (self.output_dir / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
 
 
-def header(plan, policy, start_step: int) -> str:
+def header(plan, policy, memory, start_step: int) -> str:
     """The lines above a run: what is trained on which data, from where, to where.
 
     Args:
         plan: the RunPlan.
+        memory: what the run takes.
     """
     source = plan.source
     config = plan.config
@@ -274,8 +276,13 @@ def header(plan, policy, start_step: int) -> str:
     if plan.distributed.size > 1:
         devices = f"{plan.distributed.size} x {plan.distributed.device.type} ({plan.distributed.kind})"
     lines.append(
-        f"policy    {policy.name}, {parameters / 1e6:.1f}M parameters{frozen}, {config.precision}, on {devices}"
+        f"policy    {policy.name}, {parameters / 1e6:.1f}M parameters{frozen}, {precision_text(policy, config)}, on {devices}"
     )
+
+    lines += [
+        f"memory    {line}" if not i else f"          {line}"
+        for i, line in enumerate(memory_lines(memory, config, plan.kept))
+    ]
 
     # Where it starts, and where it goes. A resumed run has left its base behind.
     if config.policy_path and plan.checkpoint is None:
@@ -286,6 +293,14 @@ def header(plan, policy, start_step: int) -> str:
     lines.append(f"run       steps {start_step + 1:,} to {config.steps:,} of batch {config.batch_size}{resumed}")
     lines.append(f"saves to  {plan.output_dir}")
     return "\n".join(map(printable, lines))
+
+
+def precision_text(policy, config) -> str:
+    """What the weights are stored in, and what is computed with them, if that differs."""
+    dtypes = {NAMES.get(parameter.dtype, str(parameter.dtype)) for parameter in policy.parameters()}
+    if dtypes == {config.precision}:
+        return config.precision
+    return f"{' and '.join(sorted(dtypes))} weights computed in {config.precision}"
 
 
 def features_text(meta, image_size) -> str:

@@ -1,0 +1,58 @@
+"""`--weights_dtype`: what a policy's weights are stored in, while autocast chooses what is computed in bf16.
+
+Policies with a setting of their own for it (pi0, pi0.5, X-VLA, ...) get that, and keep in fp32 what their authors found to need
+it. Of others the matrices become bf16, which autocast computes in bf16 anyway. Norms and biases stay fp32: they are small.
+"""
+
+import functools
+
+import torch
+
+from policy.adapters import has_adapters
+
+FIELDS = ("dtype", "model_dtype")  # LeRobot's names of the setting, in configs of policies
+NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def own_setting(policy_config) -> str | None:
+    """Name of the policy's own setting of its weights' dtype; None if it has none."""
+    return next((name for name in FIELDS if isinstance(getattr(policy_config, name, None), str)), None)
+
+
+def set_weights_dtype(policy_config, name: str) -> None:
+    """Write a `--weights_dtype` into the policy's config, if that has a setting for it."""
+    field = own_setting(policy_config)
+    if name != "auto" and field is not None:
+        setattr(policy_config, field, NAMES[name])
+
+
+def cast_weights(policy, policy_config, name: str) -> None:
+    """Cast the weights of a policy without a setting of its own; adapters and what else is trained beside them stay fp32."""
+    if name == "auto" or own_setting(policy_config) is not None:
+        return
+    for parameter in policy.parameters():
+        if is_cast(parameter, name, has_adapters(policy)):
+            parameter.data = parameter.data.to(getattr(torch, NAMES[name]))
+    if name == "bf16":
+        compute_in_bf16(policy, torch.device(policy_config.device))
+
+
+def is_cast(parameter, name: str, with_adapters: bool) -> bool:
+    """Whether `cast_weights` casts a parameter."""
+    if not parameter.is_floating_point():  # 4-bit weights are integers
+        return False
+    return name == "fp32" or (parameter.ndim > 1 and not (with_adapters and parameter.requires_grad))
+
+
+def compute_in_bf16(policy, device: torch.device) -> None:
+    """Let the policy compute under autocast, also where it acts: its inputs and its norms are fp32. Actions are fp32."""
+    for name in ("forward", "select_action", "predict_action_chunk"):
+        method = getattr(policy, name)
+
+        @functools.wraps(method)
+        def under_autocast(*args, method=method, **kwargs):
+            with torch.autocast(device.type, torch.bfloat16):
+                result = method(*args, **kwargs)
+            return result.float() if isinstance(result, torch.Tensor) else result
+
+        setattr(policy, name, under_autocast)
