@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.policies import make_policy_config
+from lerobot.policies import make_policy_config, make_pre_post_processors
 from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline, RenameObservationsProcessorStep
 
 import evaluate
@@ -24,7 +24,7 @@ from helpers.runs import assert_same_run, small
 from helpers.vla_bases import CAMERAS, lerobot_train, make_base
 from policy.loaded import LoadedPolicy, expected_observation, load_policy, optional_cameras
 from processors.bases import match_statistics, pair_cameras, width_problems
-from processors.pipelines import feature_problems
+from processors.pipelines import adapt_processors, feature_problems, load_processors
 from train import train
 from training.plan import plan_run
 
@@ -262,6 +262,64 @@ def test_a_policy_that_does_not_resize_takes_pictures_of_its_own_size():
     preprocessor = preprocessor_of(config, {}, {})
     assert expected_observation(config, preprocessor)[CAMERAS[0]] == ("uint8", (256, 256, 3))
     assert optional_cameras(config, preprocessor) == set()
+
+
+def test_evo1_pads_the_statistics_of_another_robot(tmp_path):
+    """What EVO1's pipelines have that no file holds is there after a resume too."""
+    numbers_of = {"min": -1.0, "max": 1.0}
+    for joints in (7, 4):
+        config = config_of("evo1", joints=joints)
+        stats = {
+            key: {name: torch.full((joints,), value) for name, value in numbers_of.items()} for key in (STATE, "action")
+        }
+        (tmp_path / str(joints)).mkdir()
+        if joints == 7:
+            pipelines = make_pre_post_processors(config, dataset_stats=stats)
+        else:
+            pipelines = adapt_processors(tmp_path / "7", config, stats, None, {})
+        for pipeline in pipelines:
+            pipeline.save_pretrained(tmp_path / str(joints))
+    again, _ = load_processors(tmp_path / "4", "cpu", config=config)
+    preprocess, postprocess = pipelines
+    made = [
+        pipeline({STATE: torch.full((2, 4), 0.5), "action": torch.full((2, 50, 4), 0.5), "task": ["a", "b"], "more": 7})
+        for pipeline in (preprocess, again)
+    ]
+    assert made[0][STATE].shape == (2, config.max_state_dim)
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(made[0][key], made[1][key]) for key in (STATE, "action"))
+    assert postprocess(torch.zeros(2, config.max_action_dim)).shape == (2, 4)
+
+
+@pytest.mark.slow
+def test_a_renamed_camera_of_lerobot_train_stays_as_it_was_trained(made, tmp_path, capsys):
+    """lerobot-train does not find the statistics of what it renames, and trains on the pictures as they are."""
+    settings = small("act", dataset_id=[str(made("video"))], steps=1)
+    base = train(**settings, output_dir=str(tmp_path / "base")).checkpoint
+    lerobot_train(
+        "act", f"--policy.path={base}", f"--dataset.root={made('front')}", "--dataset.repo_id=local/front", "--batch_size=2",
+        "--policy.push_to_hub=false", "--policy.device=cpu", "--steps=2", "--save_freq=1", "--num_workers=0",
+        f"--output_dir={tmp_path / 'theirs'}", f"--rename_map={json.dumps({FRONT: TOP})}",
+    )  # fmt: skip
+    theirs = tmp_path / "theirs" / "checkpoints" / "000001"
+    ready = load_policy(theirs, device="cpu").preprocess(
+        {FRONT: torch.full((1, 3, 64, 96), 0.5), STATE: torch.zeros(1, 3)}
+    )
+    assert (ready[TOP] == 0.5).all()
+    assert train(resume_from_checkpoint=str(theirs), output_dir=str(tmp_path / "resumed"), quiet=True).steps == 2
+    assert f"lerobot-train did not normalise {TOP}, whose statistics have the dataset's name" in capsys.readouterr().err
+    tuned = train(
+        dataset_id=str(made("front")),
+        policy_path=str(theirs),
+        steps=1,
+        device="cpu",
+        quiet=True,
+        output_dir=str(tmp_path / "tuned"),
+    )
+    ready = load_policy(tuned.checkpoint, device="cpu").preprocess(
+        {FRONT: torch.full((1, 3, 64, 96), 0.5), STATE: torch.zeros(1, 3)}
+    )
+    assert not (ready[TOP] == 0.5).any()
 
 
 # Bases with networks

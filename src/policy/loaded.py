@@ -196,7 +196,7 @@ def load_policy(
     folder = resolve_policy_folder(fetched)
     config = load_policy_config(folder, overrides, str(pick_device(device)))
     check_requirements(config, folder)
-    preprocess, postprocess = load_processors(folder, config.device)
+    preprocess, postprocess = load_processors(folder, config.device, config=config)
     match_statistics(config, preprocess)
     untrained = untrained_cameras(config, preprocess)
     normalised = [key for key in config.input_features if key not in untrained]

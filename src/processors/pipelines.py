@@ -304,19 +304,20 @@ def adapt_processors(folder: Path, config, stats: dict, image_size: list[int] | 
             "action_names": getattr(config, "action_feature_names", None),
         }
         overrides["absolute_actions_processor"] = {"enabled": True}
-    preprocessor, postprocessor = load_processors(folder, config.device, overrides)
+    preprocessor, postprocessor = load_processors(folder, config.device, overrides, config)
     set_rename(preprocessor, rename)
     set_resize(preprocessor, image_size)
     return preprocessor, postprocessor
 
 
-def load_processors(folder: Path, device: str, overrides: dict | None = None):
+def load_processors(folder: Path, device: str, overrides: dict | None = None, config=None):
     """The saved (preprocessor, postprocessor) of a policy.
 
     Args:
         folder: holds both pipelines under LeRobot's names, with their state files.
         device: where the preprocessor puts its batches.
         overrides: {registered name of a step: its settings}; steps that a pipeline does not have are skipped.
+        config: the policy's, to train or act with it: EVO1's pipelines have parts that are in no file.
 
     Raises:
         UserError: a file is missing or damaged, or names a step that is not allowed.
@@ -333,7 +334,7 @@ def load_processors(folder: Path, device: str, overrides: dict | None = None):
         policy = read_json(folder / "config.json", OTHER_COPY).get("type")
     with as_user_error(what, invalid=invalid, policy=policy), no_remote_code(str(folder)):
         preprocessor, postprocessor = make_pre_post_processors(
-            None,
+            config if config is not None and config.type == "evo1" else None,
             pretrained_path=str(folder),
             preprocessor_overrides=settings_of_steps(before, folder, in_preprocessor),
             postprocessor_overrides=settings_of_steps(after, folder, overrides),

@@ -8,7 +8,7 @@ from copy import deepcopy
 
 import torch
 from lerobot.configs import FeatureType
-from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
+from lerobot.processor import NormalizerProcessorStep, RenameObservationsProcessorStep, UnnormalizerProcessorStep
 from lerobot.utils.constants import IMAGENET_STATS
 
 from errors import DELETE_STATISTICS, UserError
@@ -147,6 +147,7 @@ def require_statistics(config, preprocessor, postprocessor, inputs: list[str], h
         return
     faults = []
     absent = False
+    not_normalised = unnormalised_names(preprocessor)
     for pipeline, file, keys in (
         (preprocessor, "policy_preprocessor.json", inputs),
         (postprocessor, "policy_postprocessor.json", ["action"]),
@@ -154,7 +155,7 @@ def require_statistics(config, preprocessor, postprocessor, inputs: list[str], h
         # Steps of a plugin may normalise in their own way.
         is_known = all(type(step).__module__.startswith(("lerobot.", "processors.")) for step in pipeline.steps)
         for key in keys:
-            if EMPTY_CAMERA in key:
+            if EMPTY_CAMERA in key or key in not_normalised:
                 continue
             wanted = wanted_mode(config, key, undone=pipeline is postprocessor)
             found = [step for step in pipeline.steps if mode_in_step(step, key) != "IDENTITY"]
@@ -174,6 +175,22 @@ def require_statistics(config, preprocessor, postprocessor, inputs: list[str], h
         if absent:
             remedy += ", once policy_preprocessor.json and policy_postprocessor.json are deleted, which makes new ones"
         raise UserError(f"{holder}: {'; '.join(faults)}. The numbers would not be in the robot's units. {remedy}")
+
+
+def unnormalised_names(preprocessor) -> dict[str, str]:
+    """{the policy's name: the dataset's} of observations that a preprocessor of lerobot-train renames and does not normalise.
+
+    lerobot-train keeps their statistics under the dataset's names, where its normalising does not look: the policy was trained
+    on their numbers as they are.
+    """
+    names = {}
+    known = set()
+    for step in preprocessor.steps:
+        if isinstance(step, RenameObservationsProcessorStep):
+            names = step.rename_map
+        if isinstance(step, NormalizerProcessorStep):
+            known |= {name.rpartition(".")[0] for name in step.state_dict()}
+    return {new: old for old, new in names.items() if old in known and new not in known}
 
 
 def features_of(config) -> dict:

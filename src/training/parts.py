@@ -416,7 +416,7 @@ def build_training_policy(plan: PolicyPlan, meta, quiet: bool = True):
 def build_processors(plan: PolicyPlan, meta):
     """(preprocessor, postprocessor): a checkpoint's unchanged, a base's with this dataset's statistics, or new ones."""
     if plan.resumed:
-        preprocess, postprocess = load_processors(plan.folder, plan.config.device)
+        preprocess, postprocess = load_processors(plan.folder, plan.config.device, config=plan.config)
         if plan.rename:
             set_rename(preprocess, plan.rename)
         check_processors(plan.config, preprocess, postprocess, plan.folder)

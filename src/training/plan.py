@@ -47,7 +47,7 @@ from policy.presets import merge_training_preset
 from policy.requirements import check_backbone_weights, check_policy_of, check_requirements
 from processors.bases import AUTO
 from processors.pipelines import ignored_states
-from processors.statistics import require_statistics
+from processors.statistics import require_statistics, unnormalised_names, wanted_mode
 from sim.environments import Simulation
 from training.changes import (
     compare_data,
@@ -220,6 +220,7 @@ def plan_run(settings: dict) -> RunPlan:
         preprocess, postprocess = build_processors(copy.deepcopy(policy), source.meta)
         normalised = [key for key in (*policy.config.input_features, "action") if key not in policy.empty]
         require_statistics(policy.config, preprocess, postprocess, normalised, str(policy.folder or policy.config.type))
+        warnings += unnormalised_warnings(policy.config, preprocess)
         if policy.unused:
             leave_out(source, policy.unused)  # after `describe_data`, whose hash is of all that was opened
         simulation = distributed.on_main(lambda: open_simulation(config, policy.config, preprocess))
@@ -259,6 +260,16 @@ def plan_run(settings: dict) -> RunPlan:
             memory=memory,
             cleanup=cleanup.pop_all(),
         )
+
+
+def unnormalised_warnings(policy_config, preprocess) -> list[str]:
+    """A line for each observation that a run of lerobot-train, which is resumed here, does not normalise though its config says so."""
+    return [
+        f"lerobot-train did not normalise {new}, whose statistics have the dataset's name, {old}. The run keeps to that: "
+        "to normalise it, start a new run from its weights with --policy_path"
+        for new, old in unnormalised_names(preprocess).items()
+        if new in policy_config.input_features and wanted_mode(policy_config, new, undone=False) != "IDENTITY"
+    ]
 
 
 def unused_notes(policy: PolicyPlan, source: Source) -> list[str]:
