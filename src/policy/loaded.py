@@ -114,7 +114,7 @@ class LoadedPolicy:
             ready = self.preprocess(batch)
             if not self.relative:
                 with rtc_off(self.policy):
-                    return self.postprocess(self.policy.select_action(ready))
+                    return self.postprocess(self.policy.select_action(ready)).float()  # bf16 weights may give bf16
             # The postprocessor adds the latest state: postprocess a chunk whole, at the state that it was predicted from.
             if not self.planned:
                 chunk = self.postprocess(predict_chunk(self.policy, ready))  # (B, T, A)

@@ -105,24 +105,29 @@ def memory_lines(memory: Memory, config: TrainConfig, kept: int) -> list[str]:
     Args:
         kept: checkpoints that the run keeps at a time.
     """
-    parts = [f"weights {in_gb(size)} {dtype}" for dtype, size in memory.weights.items() if size >= 0.005 * GB]
-    parts = parts or [f"weights {in_gb(sum(memory.weights.values()))}"]
-    parts.append(f"gradients {in_gb(memory.gradients)}")
-    parts.append(f"{'8-bit AdamW' if config.optimizer == 'adamw8bit' else 'optimizer'} {in_gb(memory.optimizer)}")
+    total = sum(memory.weights.values())
+    weights = [f"{size_text(size)} {dtype}" for dtype, size in memory.weights.items() if size >= 0.01 * total]
+    parts = [f"weights {' + '.join(weights)}"]
+    parts.append(f"gradients {size_text(memory.gradients)}")
+    parts.append(f"{'8-bit AdamW' if config.optimizer == 'adamw8bit' else 'optimizer'} {size_text(memory.optimizer)}")
     if memory.ema:
-        parts.append(f"average {in_gb(memory.ema)}")
+        parts.append(f"average {size_text(memory.ema)}")
     host = ""
     if config.save_async == "on":
-        host = f"on the host {in_gb(memory.checkpoint)} to copy a checkpoint; "
-    checkpoints = f"{kept} checkpoints, {in_gb(kept * memory.checkpoint)}" if kept > 1 else "one is kept"
+        host = f"on the host {size_text(memory.checkpoint)} to copy a checkpoint; "
+    checkpoints = f"{kept} checkpoints, {size_text(kept * memory.checkpoint)}" if kept > 1 else "one is kept"
     return [
-        f"{', '.join(parts)}: {in_gb(memory.on_device)}, plus activations",
-        f"{host}a checkpoint {in_gb(memory.checkpoint)} on the disk, {checkpoints}",
+        f"{', '.join(parts)}: {size_text(memory.on_device)}, plus activations",
+        f"{host}a checkpoint {size_text(memory.checkpoint)} on the disk, {checkpoints}",
     ]
 
 
-def in_gb(size: float) -> str:
-    return f"{size / GB:.2f} GB" if size < 10 * GB else f"{size / GB:.0f} GB"
+def size_text(size: int) -> str:
+    if size < 0.1 * GB:
+        return f"{size / 1e6:.1f} MB"
+    if size < 10 * GB:
+        return f"{size / GB:.2f} GB"
+    return f"{size / GB:.0f} GB"
 
 
 def check_memory(memory: Memory, device: torch.device, remedies: list[str]) -> list[str]:
@@ -141,10 +146,10 @@ def check_memory(memory: Memory, device: torch.device, remedies: list[str]) -> l
     needed = memory.on_device
     if total is None or needed <= free:
         return []
-    what = f"training takes {in_gb(needed)} before activations, and {device} has {in_gb(total)}"
+    what = f"training takes {size_text(needed)} before activations, and {device} has {size_text(total)}"
     if needed > total:
         raise UserError(f"{what}. {as_sentence(remedies)}")
-    return [f"{what}, of which {in_gb(free)} are free. {as_sentence(remedies)}"]
+    return [f"{what}, of which {size_text(free)} are free. {as_sentence(remedies)}"]
 
 
 def device_memory(device: torch.device) -> tuple[int | None, int]:
