@@ -16,6 +16,7 @@ from command_line import decoded, parse_overrides, split_pair
 from config import FIELDS
 from errors import UserError, as_user_error, find_path, one_line
 from policy.limits import SizeLimit
+from policy.quiet import quiet_lerobot
 from policy.weights import MISFIT, first_difference
 from trust import ADAPTER_CONFIG, OTHER_COPY, no_remote_code, read_adapter_config
 
@@ -78,7 +79,8 @@ def add_adapters(policy, base: str, method: str, settings: dict):
     """
     policy.config.pretrained_path = Path(base)
     try:
-        adapted = policy.wrap_with_peft(peft_cli_overrides={"method_type": method, **settings})
+        with quiet_lerobot():  # which doubts that smolvla's base is trained
+            adapted = policy.wrap_with_peft(peft_cli_overrides={"method_type": method, **settings})
     except ValueError as error:
         remedy = ". Name modules with --peft_args target_modules=all-linear" if "target" in str(error) else ""
         raise UserError(f"--peft {method}: {one_line(error)[:300].rstrip('.')}{remedy}") from error

@@ -27,6 +27,8 @@ class DeepSpeedDistributed(Distributed):
         super().check(config)
         if config.minutes:
             raise UserError("DeepSpeed does not support --minutes. Pass --steps, or launch with DDP or FSDP")
+        if config.peft:
+            raise UserError("DeepSpeed does not support --peft. Adapters are small: launch with DDP or FSDP")
         if config.compile:
             raise UserError("DeepSpeed does not support --compile. Leave it out, or launch with DDP or FSDP")
         if config.precision == "fp16":

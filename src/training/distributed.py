@@ -323,7 +323,7 @@ class Distributed:
         if not self.is_sharded:
             return policy
         if has_adapters(policy) and self.kind == "DeepSpeed":
-            raise UserError("DeepSpeed does not support --peft. Adapters are small: launch with DDP, or with FSDP")
+            raise UserError("DeepSpeed does not train adapters. They are small: launch with DDP or FSDP")
         if not self.is_main:
             return None
         return copy.deepcopy(policy)
