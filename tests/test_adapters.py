@@ -305,6 +305,34 @@ def adapted(made, base, tmp_path_factory):
     return train(**small("act", dataset_id=[str(made("no_camera"))], **own), output_dir=str(output)).checkpoint
 
 
+def test_frozen_batch_norms_stay_as_the_base_has_them(made, tmp_path):
+    """Their running means are in no checkpoint of adapters, so training must not move them."""
+    pytest.importorskip("peft", reason=SKIP)
+    plain = small("flow", dataset_id=[str(made("video"))])
+    args = [*plain["policy_args"], "backbone=resnet18", "n_obs_steps=1"]
+    base = train(**{**plain, "policy_args": args, "steps": 1}, output_dir=str(tmp_path / "base")).checkpoint
+    adapters = {"policy_args": None, "policy_path": str(base), "peft": "lora"}
+    run = train(**{**plain, **adapters}, output_dir=str(tmp_path / "run"))
+    train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"), output_dir=str(tmp_path / "part"), quiet=True)
+    assert_same_run(tmp_path / "run", tmp_path / "part", 4)
+    before = load_file(base / "policy.safetensors")
+    means = {name: tensor for name, tensor in run.policy.get_base_model().state_dict().items() if "running_" in name}
+    assert means
+    assert all(torch.equal(tensor, before[name]) for name, tensor in means.items())
+
+
+@pytest.mark.parametrize("own", [{}, {"peft_quantize": "4bit"}], ids=["", "4 bits"])
+def test_adapters_are_trained_further(settings, adapted, tmp_path, own):
+    if own:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    further = {**settings, "peft": None, "peft_args": None, "peft_r": 16, "policy_path": str(adapted), **own}
+    train(**further, output_dir=str(tmp_path / "run"))
+    train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"), output_dir=str(tmp_path / "part"), quiet=True)
+    assert_same_run(tmp_path / "run", tmp_path / "part", 4)
+    with pytest.raises(UserError, match=r"holds adapters already\. Leave the flag out to train those further"):
+        train(**{**further, "peft": "lora"}, output_dir=str(tmp_path / "twice"))
+
+
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
