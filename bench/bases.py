@@ -121,7 +121,7 @@ def main() -> None:
     parser = benchmark_parser(__doc__)
     args = parser.parse_args()
     from config import TrainConfig
-    from training.memory import estimate_memory, in_gb
+    from training.memory import estimate_memory, size_text
 
     base = TrainConfig(dataset_id=["any"], policy_path="any", ema_decay=0)
     figures = {}
@@ -134,8 +134,8 @@ def main() -> None:
         parameters = sum(parameter.numel() for parameter in policy.parameters())
         trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
         print(
-            f"| {row} | {parameters / 1e9:.2f} B | {trained / 1e6:,.0f} M | {in_gb(memory.on_device)} "
-            f"| {in_gb(memory.checkpoint)} |"
+            f"| {row} | {parameters / 1e9:.2f} B | {trained / 1e6:,.0f} M | {size_text(memory.on_device)} "
+            f"| {size_text(memory.checkpoint)} |"
         )
         figures[row] = {"parameters": parameters, "trained": trained, "bytes": memory.on_device}
     if args.json:
