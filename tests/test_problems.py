@@ -321,7 +321,7 @@ def test_what_a_killed_compilation_left_is_told():
         "ImportError: /tmp/torchinductor_me/ii/abc.main.so: file too short\n\nSet TORCHDYNAMO_VERBOSE=1"
     )
     message = r"/tmp/torchinductor_me/ii/abc\.main\.so is incomplete: .* Delete that file"
-    with pytest.raises(UserError, match=message), enough_memory(4):
+    with pytest.raises(UserError, match=message), enough_memory(4, []):
         raise error
 
 
