@@ -14,10 +14,19 @@ from command_line import parse_overrides
 from config import TrainConfig
 from data.opening import open_source
 from errors import UserError
+from helpers.dataset_edits import rewrite_column
 from helpers.runs import assert_same_run, small
+from policy.factory import policy_config
 from processors.pipelines import parse_rename
 from train import train
-from training.changes import compare_data, compare_machine, compare_settings, describe_data, meaning
+from training.changes import (
+    compare_data,
+    compare_learning_rates,
+    compare_machine,
+    compare_settings,
+    describe_data,
+    meaning,
+)
 
 MACHINE = {"device": "cpu", "device_name": "x86_64", "versions": {"torch": "2.1", "lerobot": "0.6.1", "numpy": "2"}}
 
@@ -100,6 +109,18 @@ def test_episodes_of_another_form_are_left_to_the_dataset():
     assert meaning("episodes", "0:x") == "0:x"
 
 
+@pytest.mark.parametrize(("steps", "more", "is_other"), [
+    (1000, 1001, True), (20_000, 20_050, True), (20_000, 30_000, True), (30_000, 40_000, False)])  # fmt: skip
+def test_a_learning_rate_that_does_not_end_at_0_follows_the_steps_too(steps, more, is_other):
+    """SmolVLA's falls to a fortieth within the run, or within 30,000 steps, and hardly at its end."""
+    state = TrainState({"step": steps // 2}, {"steps": steps}, {})
+    config = TrainConfig(dataset_id=["x"], policy="smolvla", steps=more)
+    lines = compare_learning_rates(state, policy_config("smolvla", None, "cpu"), config)
+    assert [line.partition(", at step")[0] for line in lines] == [
+        f"--steps: {steps} -> {more}: the learning rate ends with the run"
+    ] * is_other
+
+
 def test_another_machine_is_reported():
     def lines(**now):
         return compare_machine(TrainState({}, {}, MACHINE), {**MACHINE, **now})
@@ -149,8 +170,76 @@ def test_videos_that_changed_places_are_reported(copy_of):
     assert compare_data(state, now, config) == [
         "dataset: its videos changed places or sizes; from here on this is another run"
     ]
-    del before["videos_sha256"]  # of an older version
+    del before["videos_sha256"], before["pictures_sha256"]  # of an older version
     assert compare_data(state, now, config) == []
+
+
+def test_another_library_that_decodes_the_videos_is_reported(made, monkeypatch):
+    """As after the `apt install ffmpeg` that a warning recommends."""
+    source = open_source(str(made("video")))
+    config = TrainConfig(dataset_id=["x"])
+    monkeypatch.setattr("data.decode.load_torchcodec", lambda: (None, "torchcodec finds no FFmpeg libraries"))
+    before = describe_data(source, torch.tensor([0]))
+    monkeypatch.setattr("data.decode.load_torchcodec", lambda: (object, None))
+    now = describe_data(source, torch.tensor([0]))
+    (line,) = compare_data(TrainState({"data": before}, config.asdict(), {}), now, config)
+    assert line.startswith("video decoder pyav -> torchcodec: they may round a pixel differently")
+    del before["video_decoder"]  # of an older version
+    assert compare_data(TrainState({"data": before}, config.asdict(), {}), now, config) == []
+
+
+def exchange_files(one: Path, other: Path) -> None:
+    """Exchange two files, after making both as long as the longer one."""
+    contents = [path.read_bytes() for path in (one, other)]
+    length = max(map(len, contents)) + 8
+    one.write_bytes(contents[1].ljust(length, b"\0"))
+    other.write_bytes(contents[0].ljust(length, b"\0"))
+
+
+def pad_files(*paths: Path) -> None:
+    length = max(path.stat().st_size for path in paths) + 8
+    for path in paths:
+        path.write_bytes(path.read_bytes().ljust(length, b"\0"))
+
+
+def videos_of_two_cameras(root: Path):
+    videos = [next(root.glob(f"videos/*{camera}/*/*.mp4")) for camera in ("top", "wrist")]
+    pad_files(*videos)
+    return lambda: exchange_files(*videos)
+
+
+def pictures_in_the_table(root: Path):
+    return lambda: rewrite_column(root, "observation.images.top", lambda pictures: pictures[::-1])
+
+
+def pictures_in_files(root: Path):
+    paths = []
+
+    def move_out(pictures):
+        for i, picture in enumerate(pictures):
+            paths.append(root / f"{i}.png")
+            paths[-1].write_bytes(picture["bytes"])
+        return [{"bytes": None, "path": path.name} for path in paths]
+
+    rewrite_column(root, "observation.images.top", move_out)
+    pad_files(*paths)
+    return lambda: exchange_files(paths[0], paths[20])
+
+
+@pytest.mark.parametrize(("name", "prepare"), [
+    ("two_cameras", videos_of_two_cameras), ("images", pictures_in_the_table), ("images", pictures_in_files)])  # fmt: skip
+def test_pictures_that_changed_places_are_reported(copy_of, name, prepare):
+    """Together they have as many bytes as before, and so has each file."""
+    root = copy_of(name)
+    exchange = prepare(root)
+    before = describe_data(open_source(str(root)), torch.tensor([0]))
+    exchange()
+    now = describe_data(open_source(str(root)), torch.tensor([0]))
+    config = TrainConfig(dataset_id=["x"])
+    state = TrainState(trainer_state={"data": before}, train_config=config.asdict(), training_info={})
+    (line,) = compare_data(state, now, config)
+    assert line.startswith("dataset: its videos or pictures changed")
+    assert compare_data(TrainState({"data": now}, config.asdict(), {}), now, config) == []
 
 
 @pytest.fixture(scope="module")

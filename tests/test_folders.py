@@ -213,6 +213,23 @@ def test_a_folder_that_is_gone_ends_the_run_in_one_line(settings, tmp_path, monk
         assert again.steps == 8
 
 
+@pytest.mark.parametrize("name", ["README.md", "loss.png", "best.json", "metrics.jsonl", "config.json"])
+def test_a_run_writes_through_no_link_in_its_folder(settings, tmp_path, name):
+    """Nor into a pipe, which would wait for a reader."""
+    notes = tmp_path / "notes"
+    notes.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()  # a run's folder
+    (tmp_path / "run" / name).symlink_to(notes)
+    train(**settings)
+    assert notes.read_text() == "precious"
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "run" / name)
+    train(**{**settings, "steps": 6}, resume_from_checkpoint="latest")
+    assert not (tmp_path / "run" / name).is_fifo()
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
 def test_a_run_whose_lock_file_was_deleted_stops(settings, tmp_path, monkeypatch):
     before_step(monkeypatch, 3, (tmp_path / "run" / ".lock").unlink)
     with pytest.raises(LostFolderError, match=r"run/\.lock is gone"):

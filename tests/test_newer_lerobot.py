@@ -90,6 +90,19 @@ def test_new_keys_are_read(newer, run, tmp_path):
     assert same(load_file(ends[0] / "policy.safetensors"), ends[1] / "policy.safetensors")
 
 
+def test_a_folder_that_was_edited_is_converted_again(newer):
+    first = from_lerobot(newer)
+    assert from_lerobot(newer) == first
+    edit(newer / "pretrained_model" / "train_config.json", seed=77)
+    assert read_json(from_lerobot(newer) / "train_config.json")["seed"] == 77
+    edit(newer / "training_state" / "training_step.json", batch_size=3, num_processes=1)
+    assert read_json(from_lerobot(newer) / "train_config.json")["batch_size"] == 3
+    optimizer = newer / "training_state" / "optimizer_state.safetensors"
+    optimizer.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="cannot be read as a checkpoint of lerobot-train"):
+        from_lerobot(newer)
+
+
 @pytest.mark.parametrize(("ema", "decay"), [({"decay": 0.9}, 0.9), ({}, 0.9999)])
 def test_the_average_of_the_weights_is_read(newer, tmp_path, ema, decay):
     """It is what the policy acts with, and the trained weights are trained on."""

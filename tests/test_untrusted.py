@@ -450,6 +450,7 @@ def test_a_policy_of_another_version_is_one_line(planted):
         ({"chunk_size": None}, "chunk_size of policy act in lerobot .*: expected int, got None"),
         ({"chunk_size": "many"}, "chunk_size .* expected int, got 'many'"),
         ({"chunk_size": 4.5}, "chunk_size .* expected int, got 4.5"),
+        ({"n_encoder_layers": "9" * 500}, "n_encoder_layers .* expected int, got '9"),
         ({"chunk_size": True}, "chunk_size .* expected int, got True"),
         ({"dropout": []}, "dropout .* expected float"),
         ({"use_vae": "maybe"}, "use_vae .* expected bool"),

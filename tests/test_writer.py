@@ -1,5 +1,6 @@
 """Saving: in the background and not, on a full disk, by time and by signal, by one run at a time."""
 
+import errno
 import json
 import os
 import resource
@@ -262,18 +263,18 @@ def test_metrics_on_a_full_disk_are_kept_until_there_is_room(settings, small_dis
     assert result.checkpoint.name == "checkpoint-60"
 
 
-def test_a_second_failure_in_a_row_stops_the_run(settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "remedy"), [
+    (errno.ENOSPC, "free some space and resume"), (errno.EFBIG, "allow larger files .ulimit -f unlimited. and resume")])  # fmt: skip
+def test_a_second_failure_in_a_row_stops_the_run(settings, tmp_path, monkeypatch, number, remedy):
     flush = writer.flush
 
     def full(path):
         if ".checkpoint-2" not in str(path) and "checkpoint" in str(path):
-            raise OSError(28, "No space left on device")
+            raise OSError(number, os.strerror(number))
         flush(path)
 
     monkeypatch.setattr(writer, "flush", full)
-    with pytest.raises(
-        UserError, match=r"checkpoint-6 could not be .* second time in a row: free some space and resume"
-    ):
+    with pytest.raises(UserError, match=rf"checkpoint-6 could not be .* second time in a row: {remedy}"):
         train(**{**settings, "steps": 20})
     assert steps(tmp_path / "run") == [2]
     assert not list((tmp_path / "run").glob(".checkpoint*"))

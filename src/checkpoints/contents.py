@@ -101,6 +101,8 @@ DATA = {
     "picture_bytes": COUNT,
     "sha256": TEXT,
     "videos_sha256": TEXT,
+    "pictures_sha256": TEXT,
+    "video_decoder": TEXT,
     "held_out": EPISODE.listed(),
 }
 TRAINING_INFO = {

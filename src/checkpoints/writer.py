@@ -241,8 +241,10 @@ class Writer:
         if len(self.failures) > 1:
             cause = self.failures[-1].__cause__
             remedy = "make it writable again and resume"
-            if isinstance(cause, OSError) and cause.errno in (*FULL_DISK, errno.EFBIG):
+            if isinstance(cause, OSError) and cause.errno in FULL_DISK:
                 remedy = "free some space and resume"
+            if isinstance(cause, OSError) and cause.errno == errno.EFBIG:
+                remedy = "allow larger files (ulimit -f unlimited) and resume, or pass an --output_dir on another disk as well"
             raise UserError(f"{self.failures[-1]}. This was the second time in a row: {remedy}")
 
     def wait(self) -> None:

@@ -172,9 +172,10 @@ def from_lerobot(folder: Path) -> Path:
     try:
         weights_file = model / (ADAPTER if adapters else "model.safetensors")
         averages_file = folder / EMA_FOLDER / "model.safetensors"
-        files = [file for file in (weights_file, averages_file) if file.is_file()]
-        version_of_weights = str([str(folder), *(file.stat().st_mtime_ns for file in files)])
-        output = converted_dir() / hashlib.sha256(version_of_weights.encode()).hexdigest()[:16]
+        # Of every file: people edit train_config.json, and expect the resumed run to go by it.
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        version_of_files = str([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+        output = converted_dir() / hashlib.sha256(version_of_files.encode()).hexdigest()[:16]
         checkpoint = output / f"checkpoint-{position['step']}"
         if checkpoint.is_dir():
             return checkpoint

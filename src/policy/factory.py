@@ -166,10 +166,11 @@ def type_problem(kind, value, default) -> str | None:
     options = typing.get_args(kind) if is_union else (kind,)
     if kind is typing.Any or (value is None and type(None) in options):
         return None
-    # draccus takes null for any type, true for a number, and anything for a text
+    # draccus takes null for any type, true and a text for a number, and anything for a text
     is_wrong = value is None
     is_wrong |= isinstance(value, bool) and bool not in options and not {int, float}.isdisjoint(options)
     is_wrong |= not isinstance(value, str) and set(options) <= {str, type(None)}
+    is_wrong |= isinstance(value, str) and set(options) <= {int, float, bool, type(None)}
     is_wrong &= type(value) is not type(default)  # some of LeRobot's have False for an int
     try:
         draccus.decode(kind, value)

@@ -8,12 +8,14 @@ import os
 import shlex
 from pathlib import Path
 
+import pyarrow.compute as pc
 import yaml
 from torch import Tensor
 
 from checkpoints.folder import TrainState, is_own
 from command_line import split_pair
 from config import FIELDS, TrainConfig
+from data.decode import Decoder
 from data.source import Source
 from errors import UserError, find_path
 from policy.factory import load_policy_config, policy_config
@@ -47,6 +49,8 @@ SPLIT_FIELDS = ("val_fraction", "val_episodes")
 OPTIMIZER_FIELDS = ("lr", "weight_decay", "grad_clip_norm", "warmup_steps", "lr_schedule")
 # Settings that send data away or write outside the run's folder: see `settings_taken_over`.
 OUTWARD_FIELDS = ("push_to_hub", "push_checkpoints", "tracker", "dataset_root", "cache_dir")
+SAMPLES = 100  # pictures of a camera whose bytes `hash_of_pictures` reads
+SAMPLE_BYTES = 4096  # that it reads of each file
 
 
 def settings_taken_over(given: dict, state: TrainState, checkpoint: Path) -> tuple[dict, list[str]]:
@@ -226,8 +230,8 @@ def describe_data(source: Source, held_out: Tensor) -> dict:
         held_out: (E,) positions in `source.episodes`.
 
     Returns:
-        Counts of episodes, frames and bytes of pictures, hashes of all values and of the videos' sizes, and the held-out
-        episodes.
+        Counts of episodes, frames and bytes of pictures, hashes of all values, of the videos' sizes and of some pictures, the
+        held-out episodes, and the library that decodes the videos.
     """
     tasks = source.tasks
     if list(tasks) == list(range(len(tasks))):  # as older checkpoints recorded them
@@ -238,14 +242,18 @@ def describe_data(source: Source, held_out: Tensor) -> dict:
     videos = {path for videos in source.videos.values() for path in videos.files if path.is_file()}
     picture_bytes = sum(path.stat().st_size for path in videos)
     picture_bytes += sum(column.nbytes for column in source.images.values())
-    return {
+    data = {
         "episodes": len(source.episodes),
         "frames": source.rows,
         "picture_bytes": picture_bytes,
         "sha256": digest.hexdigest(),
         "videos_sha256": hash_of_videos(source),
+        "pictures_sha256": hash_of_pictures(source),
         "held_out": [source.episode_ids[i] for i in held_out.tolist()],
     }
+    if source.videos:
+        data["video_decoder"] = Decoder(source, None).library
+    return data
 
 
 def hash_of_videos(source: Source) -> str:
@@ -254,6 +262,43 @@ def hash_of_videos(source: Source) -> str:
     for key, videos in sorted(source.videos.items()):
         sizes.append([key, [path.stat().st_size for path in videos.files if path.is_file()]])
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+
+
+def hash_of_pictures(source: Source) -> str:
+    """A hash that tells apart files and pictures of the same sizes, without reading all of them.
+
+    It is of the bytes in the middle of each video, of each stored picture's length, and of a few pictures.
+    """
+    digest = hashlib.sha256()
+    for key, videos in sorted(source.videos.items()):
+        digest.update(key.encode())
+        for path in filter(Path.is_file, videos.files):
+            digest.update(middle_of(path))
+    for key, pictures in sorted(source.images.items()):
+        digest.update(key.encode())
+        for chunk in pictures.chunks:
+            lengths = pc.fill_null(pc.binary_length(chunk.field("bytes")), 0)
+            digest.update(lengths.to_numpy(zero_copy_only=False).tobytes())
+        files = list(filter(Path.is_file, source.picture_files(key)))
+        digest.update(json.dumps([path.stat().st_size for path in files]).encode())
+        for i in evenly_spread(len(files)):
+            digest.update(middle_of(files[i]))
+        for row in evenly_spread(len(pictures)):
+            digest.update(pictures[row]["bytes"].as_py() or b"")
+    return digest.hexdigest()
+
+
+def middle_of(path: Path) -> bytes:
+    """Some bytes in the middle of a file: encoded pixels, after the headers that files of a kind share."""
+    with open(path, "rb") as file:
+        file.seek(path.stat().st_size // 2)
+        return file.read(SAMPLE_BYTES)
+
+
+def evenly_spread(count: int) -> list[int]:
+    """SAMPLES of the first `count` numbers, or all of them."""
+    samples = min(count, SAMPLES)
+    return [i * count // samples for i in range(samples)]
 
 
 def compare_data(state: TrainState | None, now: dict, config: TrainConfig) -> list[str]:
@@ -279,9 +324,18 @@ def compare_data(state: TrainState | None, now: dict, config: TrainConfig) -> li
         changes.append(f"dataset: its videos or pictures changed ({change}); from here on this is another run")
     elif before.get("videos_sha256", now["videos_sha256"]) != now["videos_sha256"]:
         changes.append("dataset: its videos changed places or sizes; from here on this is another run")
+    elif before.get("pictures_sha256", now["pictures_sha256"]) != now["pictures_sha256"]:
+        changes.append("dataset: its videos or pictures changed, or changed places; from here on this is another run")
+    decoder_before = before.get("video_decoder")
+    decoder = now.get("video_decoder")
     settings = config.asdict()
     if changes:
         changes = [line for name in DATA_FIELDS for line in changed(name, state.train_config, settings)] + changes
+    if None not in (decoder_before, decoder) and decoder_before != decoder:
+        changes.append(
+            f"video decoder {decoder_before} -> {decoder}: they may round a pixel differently, so from here on this may be "
+            "another run, unless its frames are in the frame cache"
+        )
     if set(now["held_out"]) != set(before["held_out"]):
         changes += [line for name in SPLIT_FIELDS for line in changed(name, state.train_config, settings)]
     if not set(now["held_out"]) <= set(before["held_out"]):
@@ -331,12 +385,18 @@ def compare_learning_rates(state: TrainState | None, policy_config, config: Trai
     last_step = min(steps_before, config.steps)
     config_before = copy.copy(config)
     config_before.steps = steps_before  # `replace` would refuse a warm-up that is longer than these
-    before = make_schedule(policy_config, config_before)(last_step - 1)
-    now = make_schedule(policy_config, config)(last_step - 1)
-    if abs(before - now) <= 0.01 * before:
-        return []
+    before = make_schedule(policy_config, config_before)
+    now = make_schedule(policy_config, config)
     peak = config.lr or policy_config.get_optimizer_preset().lr
-    rates = f"{peak * before:.3g} -> {peak * now:.3g}"
-    return [
-        f"--steps: {steps_before} -> {config.steps}: the learning rate ends with the run, at step {last_step} it is {rates}"
-    ]
+    first_step = min(state.trainer_state["step"], last_step - 1)
+    steps = [first_step + i for i in evenly_spread(last_step - first_step)]
+    furthest = max(steps, key=lambda step: abs(before(step) - now(step)))
+    # Told of the last step, unless a schedule that does not end at 0 hides the difference there.
+    for step, digits in ((last_step - 1, 3), (furthest, 9)):
+        rates = [f"{peak * factor(step):.{digits}g}" for factor in (before, now)]
+        if rates[0] != rates[1]:
+            return [
+                f"--steps: {steps_before} -> {config.steps}: the learning rate ends with the run, at step {step + 1} it is "
+                f"{rates[0]} -> {rates[1]}"
+            ]
+    return []

@@ -5,12 +5,12 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from errors import one_line, printable, reason_of_disk
+from errors import printable, reason_of_disk
 from processors.pipelines import policy_features
 from reports.figures import curves_figure
 from reports.model_card import model_card
@@ -236,14 +236,33 @@ class Report:
         figure = self.curves()
         path = self.output_dir / CURVE
         try:
-            figure.savefig(path, dpi=110)
+            with replacing(path) as fresh:
+                figure.savefig(fresh, dpi=110, format="png")
         except OSError as error:
-            self.warn(f"cannot write {path}: {one_line(error)}")
+            self.warn(f"cannot write {path}: {reason_of_disk(error)}")
         self.trackers.picture("curves", figure, self.history[-1]["step"])
 
     def save_card(self, checkpoint: Path) -> None:
         """Write the finished policy's model card, README.md."""
-        (self.output_dir / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
+        with replacing(self.output_dir / "README.md") as fresh:
+            fresh.write_text(model_card(checkpoint), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a hidden file to write, which takes the place of `path` once it is complete.
+
+    Written in its place, a file would be written through a link, to wherever that leads, and a pipe would wait for a reader.
+    """
+    fresh = path.with_name(f".{path.name}.tmp")
+    fresh.unlink(missing_ok=True)
+    try:
+        yield fresh
+        fresh.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # a read-only disk refuses this too
+            fresh.unlink(missing_ok=True)
+        raise
 
 
 def header(plan, policy, memory, start_step: int) -> str:
