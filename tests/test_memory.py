@@ -7,6 +7,9 @@ import sys
 
 import pytest
 import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.act.configuration_act import ACTConfig
+from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from safetensors.torch import load_file
 
 from checkpoints import writer as writer_module
@@ -253,6 +256,32 @@ def test_remedies_of_a_policy_that_has_settings_for_it():
     assert "--policy_args train_expert_only=true" not in memory_remedies(
         config, SmolVLAConfig(device="cpu"), resumed=False
     )
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "processes", "remedies"),
+    [
+        (3, 1, 1, ["--grad_accumulation_steps 3", "a smaller --batch_size"]),
+        (6, 2, 1, ["--grad_accumulation_steps 3", "a smaller --batch_size"]),
+        (12, 2, 2, ["--grad_accumulation_steps 3", "a smaller --batch_size"]),
+        (6, 1, 4, ["a smaller --batch_size"]),
+        (2, 2, 1, []),
+        (4, 1, 4, []),
+    ],
+)
+def test_a_batch_is_offered_as_the_run_can_split_it(batch_size, accumulation, processes, remedies):
+    config = TrainConfig(dataset_id=["some/data"], batch_size=batch_size, grad_accumulation_steps=accumulation)
+    assert memory_remedies(config, ACTConfig(device="cpu"), resumed=True, processes=processes) == remedies
+
+
+def test_smaller_pictures_are_offered_where_they_stay_small():
+    camera = {"observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 96, 96))}
+    config = TrainConfig(dataset_id=["some/data"], batch_size=1)
+    remedy = "a smaller --image_size"
+    assert remedy in memory_remedies(config, ACTConfig(device="cpu", input_features=camera), resumed=False)
+    assert remedy not in memory_remedies(config, ACTConfig(device="cpu", input_features=camera), resumed=True)
+    resizes = PI0Config(device="cpu", input_features=camera)
+    assert remedy not in memory_remedies(config, resizes, resumed=False)
 
 
 def test_a_host_without_room_for_a_copy_writes_in_place(made, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from errors import UserError
 from policy.adapters import has_adapters
 from policy.presets import optimizer_preset
 from policy.weights_dtype import own_setting
+from processors.bases import resizes_pictures
 from runtime import available_memory, total_memory
 
 GB = 1e9
@@ -162,28 +163,42 @@ def device_memory(device: torch.device) -> tuple[int | None, int]:
     return None, 0
 
 
-def memory_remedies(config: TrainConfig, policy_config, *, resumed: bool, kind: str = "one") -> list[str]:
+def memory_remedies(
+    config: TrainConfig, policy_config, *, resumed: bool, kind: str = "one", processes: int = 1
+) -> list[str]:
     """Flags that would let this run take less memory, and that are not on already, those that change least first.
 
     Args:
         policy_config: LeRobot's config of the policy.
         resumed: whether it resumes a checkpoint, and so keeps its policy and its optimizer.
-        kind: of the processes, as in Distributed.
+        kind, processes: as in Distributed.
     """
     flags = []
-    if config.batch_size and config.batch_size >= 2 * config.grad_accumulation_steps:
-        flags.append(f"--grad_accumulation_steps {2 * config.grad_accumulation_steps}")
+    more = more_micro_batches(config, processes)
+    if more is not None:
+        flags.append(f"--grad_accumulation_steps {more}")
     if getattr(policy_config, "gradient_checkpointing", None) is False:
         flags.append("--gradient_checkpointing")
     if config.ema_decay:
         flags.append("--ema_decay 0")
     if not resumed:
         flags += policy_remedies(config, policy_config, sharded=kind in ("FSDP", "DeepSpeed"))
-    if config.batch_size and config.batch_size > 1:
+    if config.batch_size and config.batch_size > processes * config.grad_accumulation_steps:
         flags.append("a smaller --batch_size")
-    if getattr(policy_config, "image_features", None):
+    if getattr(policy_config, "image_features", None) and not resumed and not resizes_pictures(policy_config):
         flags.append("a smaller --image_size")
     return flags
+
+
+def more_micro_batches(config: TrainConfig, processes: int) -> int | None:
+    """The next larger --grad_accumulation_steps that splits the batch evenly; None if there is none."""
+    if not config.batch_size:
+        return None
+    largest = config.batch_size // processes
+    for count in range(config.grad_accumulation_steps + 1, largest + 1):
+        if config.batch_size % (processes * count) == 0:
+            return count
+    return None
 
 
 def policy_remedies(config: TrainConfig, policy_config, sharded: bool) -> Iterable[str]:

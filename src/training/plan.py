@@ -143,8 +143,13 @@ class RunPlan:
 
     def memory_remedies(self) -> list[str]:
         """Flags that would let this run take less memory."""
-        resumed = self.checkpoint is not None
-        return memory_remedies(self.config, self.policy.config, resumed=resumed, kind=self.distributed.kind)
+        return memory_remedies(
+            self.config,
+            self.policy.config,
+            resumed=self.checkpoint is not None,
+            kind=self.distributed.kind,
+            processes=self.distributed.size,
+        )
 
     def memory_of(self, policy) -> tuple[Memory, list[str]]:
         """What the run takes, and warnings where something has no room for it that `plan_run` could not check.
@@ -232,7 +237,9 @@ def plan_run(settings: dict) -> RunPlan:
         memory = plan_memory(policy, source.meta, distributed)
         if memory is not None:
             distributed.on_main(lambda: require_room(chosen.output_dir, memory.checkpoint))
-            remedies = memory_remedies(config, policy.config, resumed=not fresh, kind=distributed.kind)
+            remedies = memory_remedies(
+                config, policy.config, resumed=not fresh, kind=distributed.kind, processes=distributed.size
+            )
             warnings += check_memory(memory, distributed.device, remedies)
         warnings += source.warnings
 
@@ -525,7 +532,7 @@ def free_bytes(folder: Path) -> int:
 
 def fix_steps(config: TrainConfig, distributed: Distributed, source: Source, episodes: Tensor, policy: PolicyPlan):
     """The settings with --steps such that they take --minutes, and a line that says so."""
-    remedies = memory_remedies(config, policy.config, resumed=False, kind=distributed.kind)
+    remedies = memory_remedies(config, policy.config, resumed=False, kind=distributed.kind, processes=distributed.size)
     with runtime.enough_memory(config.batch_size, remedies):
         seconds = seconds_of_step(config, distributed, source, episodes, policy)
     gc.collect()
