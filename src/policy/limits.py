@@ -1,4 +1,4 @@
-"""Refuse a policy that is too large to build before its memory is taken: of sizes that nobody meant, or of a hostile file."""
+"""Refuse a policy that is too large to build before it takes memory: a mistyped size, or a hostile file."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from errors import UserError
+from trust import OTHER_COPY
 
 MOST_TENSORS = 50_000  # the largest policies of LeRobot make a few thousand while they are built
-# A policy may make so many times the bytes of its weights: 4-bit weights as float32, and what it uses only once.
+# Bytes that a policy may make per byte of its weights' file: 4-bit weights as float32, and what it uses only once.
 SLACK = 16
-SMALL = 2**30  # bytes that any policy may make
+SMALL = 2**30  # bytes that any policy may make on top
+LARGE = 2**40  # bytes that no policy of a single machine has: the limit on the device "meta", where tensors take no memory
 MAKERS = {
     torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.linspace, torch.logspace,
     torch.eye,
@@ -19,7 +21,7 @@ MAKERS = {
 
 
 class SizeLimit(TorchFunctionMode):
-    """Within this context, tensors that would take more than a limit together are refused before they are made.
+    """Within this context, refuse to make a tensor if it would take all tensors together above a limit.
 
     Args:
         what: what is built, to begin the message.
@@ -34,7 +36,7 @@ class SizeLimit(TorchFunctionMode):
         super().__init__()
         self.what = what
         self.weights = None
-        self.limit = 2 * physical_memory()
+        self.limit = LARGE if torch.get_default_device().type == "meta" else 2 * physical_memory()
         if weights is not None and os.path.isfile(weights):
             self.weights = weights
             self.limit = SLACK * weights.stat().st_size + SMALL
@@ -45,21 +47,20 @@ class SizeLimit(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in MAKERS:
             self.count += 1
-            if torch.get_default_device().type != "meta":  # where tensors take no memory
-                self.bytes += self.bytes_of(func, args, kwargs)
+            self.bytes += self.bytes_of(func, args, kwargs)
             if self.bytes > self.limit or self.count > MOST_TENSORS:
                 self.refuse()
         return func(*args, **kwargs)
 
     def bytes_of(self, func, args, kwargs) -> int:
-        """Bytes of the tensor that a call would make. The device "meta" has no memory, and knows sizes."""
+        """Bytes of the tensor that a call would make, measured on the device "meta", where tensors take no memory."""
         try:
-            shape = func(*args, **{**kwargs, "device": "meta", "pin_memory": False})
+            tensor = func(*args, **{**kwargs, "device": "meta", "pin_memory": False})
         except (RuntimeError, OverflowError, TypeError) as error:
             if "verflow" in str(error):  # the size is no 64-bit integer
                 self.refuse()
             raise
-        return shape.nbytes
+        return tensor.nbytes
 
     def refuse(self):
         if self.weights is None:
@@ -69,7 +70,7 @@ class SizeLimit(TorchFunctionMode):
             )
         raise UserError(
             f"{self.what} is refused: expected a policy of the size of {self.weights}, got sizes in config.json that make "
-            "a far larger one. Use another copy of the policy"
+            f"a far larger one. {OTHER_COPY}"
         )
 
 
