@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from config import FIELDS, FRESH, TYPE_NAMES, as_on_the_command_line, nargs, value_type
 
-LARGEST = 2**53  # of an integer: beyond it, arithmetic with floats and int64 is not exact
+LARGEST = 2**53  # beyond it, floats do not represent every integer
 SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")  # of torch's GradScaler
 
 
@@ -45,18 +45,19 @@ def is_count(value) -> bool:
 
 def is_scaler(value) -> bool:
     """Whether a value is the state of torch's GradScaler, which is empty without fp16."""
-    if not isinstance(value, dict):
+    if value == {}:
+        return True
+    if not isinstance(value, dict) or not set(SCALER) <= value.keys():
         return False
-    is_whole = set(SCALER) <= value.keys() and all(is_finite(number) and number >= 0 for number in value.values())
-    return value == {} or (is_whole and value["scale"] > 0)
+    return all(is_finite(number) and number >= 0 for number in value.values()) and value["scale"] > 0
 
 
-def are_sums(value) -> bool:
-    """Whether a value maps names to [sum, number of terms]."""
-    return isinstance(value, dict) and all(
-        isinstance(pair, list) and len(pair) == 2 and is_number(pair[0]) and is_finite(pair[1]) and pair[1] > 0
-        for pair in value.values()
-    )
+def is_sum(value) -> bool:
+    """Whether a value is [sum, number of terms]. The sum may be NaN or infinite."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    total, count = value
+    return is_number(total) and is_finite(count) and count > 0
 
 
 NUMBER = Kind("a number", is_number)
@@ -72,7 +73,10 @@ BRANCH = Kind(
     lambda value: isinstance(value, list) and len(value) == 2 and all(map(COUNT.fits, value)),
 )
 LOSS_SUMS = Kind("a finite number of each process", lambda value: bool(value) and FINITE.listed().fits(value))
-SUMS = Kind("a mapping to sums and counts above 0", are_sums)
+SUMS = Kind(
+    "a mapping to sums and counts above 0",
+    lambda value: isinstance(value, dict) and all(map(is_sum, value.values())),
+)
 DATASETS = Kind("a list of names", lambda value: isinstance(value, str) or TEXT.listed().fits(value))
 
 TRAINER_STATE = {

@@ -421,13 +421,13 @@ def read_state(path: Path, resume_step: int | None) -> TrainState:
 
 
 def folder_id(folder: Path) -> str:
-    """What tells a folder on this disk from one that was downloaded or unpacked from elsewhere: its inode number."""
+    """The folder's inode number, by which it differs from a copy that was downloaded or unpacked elsewhere."""
     return str(folder.stat().st_ino)
 
 
 def is_own(checkpoint: Path, state: TrainState) -> bool:
-    """Whether a run wrote this checkpoint right where it is, so that its settings are the user's own.
+    """Whether a run wrote this checkpoint in the folder where it is now, so that its settings are the user's own.
 
-    Checkpoints from the Hub, of lerobot-train, copied ones and those of older versions are not.
+    This is false for checkpoints from the Hub or lerobot-train, for copies, and for those of older versions.
     """
     return state.trainer_state.get("folder") == folder_id(checkpoint.parent)

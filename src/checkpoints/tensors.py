@@ -1,6 +1,6 @@
-"""The optimizer's state in a checkpoint, and which tensors cannot be trained from.
+"""Read the optimizer's state in a checkpoint, and refuse tensors that training cannot continue from.
 
-A manifest says that a file is the one that was written, not that it is of any use: people edit files and write the manifest anew.
+A manifest shows that a file is the one that was written, not that it is valid: people edit files and rewrite the manifest.
 """
 
 import math
@@ -64,7 +64,7 @@ def is_optimizer_state(state) -> bool:
 
 
 def missing_entries(state: dict, checkpoint: Path) -> str | None:
-    """What an optimizer's state lacks: parameters, by their number when it was saved, or what others of a group have."""
+    """What an optimizer's state lacks: entries, of which the checkpoint records the number, or keys that others of a group have."""
     entries = state["state"]
     path = checkpoint / "trainer_state.json"
     # A parameter that never got a gradient has no entry, so only the count shows whether one was lost.
@@ -83,7 +83,7 @@ def missing_entries(state: dict, checkpoint: Path) -> str | None:
 
 
 def wrong_tensor(entries: dict) -> str | None:
-    """The first tensor or number of an optimizer's state that it cannot be continued from."""
+    """The first tensor or number of an optimizer's state that training cannot continue from; None if all are valid."""
     for number, entry in entries.items():
         for name, value in entry.items():
             problem = None
@@ -115,12 +115,12 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     if tensor.element_size() < 4:
         tensor = tensor.float()
-    # A sum is finite only if all of its terms are, and takes a fraction of the time of looking at each. It may overflow.
+    # A sum is finite only if all of its terms are, and is much faster than a look at each. It may overflow.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def separate(entries: dict) -> None:
-    """Copy those tensors of an optimizer's state that share memory with others or with themselves: each is updated in place."""
+    """Clone tensors of an optimizer's state that share memory, since each is updated in place."""
     seen = set()
     for entry in entries.values():
         for name, value in entry.items():
@@ -133,7 +133,7 @@ def separate(entries: dict) -> None:
 
 
 def require_real(checkpoint: Path) -> None:
-    """Refuse a checkpoint with complex tensors, of which PyTorch would drop the imaginary part. Reads the files' headers.
+    """Refuse a checkpoint with complex tensors: PyTorch would drop their imaginary parts. Reads only the files' headers.
 
     Raises:
         UserError: a safetensors file has one, or cannot be read.
@@ -152,6 +152,6 @@ def require_real(checkpoint: Path) -> None:
 
 
 def require_finite(parameters: Iterable[Tensor], file: Path) -> None:
-    """Raise a UserError if weights that were read from `file` are NaN or infinite: nothing can be trained from them."""
+    """Raise a UserError if weights that were read from `file` are NaN or infinite."""
     if not all(map(is_finite, parameters)):
         raise UserError(f"{file} is damaged: expected finite weights, got NaN or infinite ones. {OTHER_CHECKPOINT}")

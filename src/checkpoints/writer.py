@@ -93,8 +93,8 @@ class StagingBuffers:
         self.buffers: list[Tensor] = []  # in the order of the tensors of the last snapshot
 
     def missing(self, snapshot: Snapshot) -> int:
-        """Bytes that a copy of the snapshot takes beyond the buffers that are there."""
-        sizes = {}  # by memory: tied weights are copied once
+        """Bytes that a copy of the snapshot takes beyond the existing buffers."""
+        sizes = {}  # {(address, shape): bytes}: tied weights are copied once
         snapshot.map(lambda tensor: sizes.update({(tensor.data_ptr(), tensor.shape): tensor.nbytes}))
         return max(0, sum(sizes.values()) - sum(buffer.nbytes for buffer in self.buffers))
 
@@ -166,13 +166,16 @@ class Writer:
         """
         self.wait()
         self.protected = list(protected)
-        missing = self.staging.missing(snapshot) if self.background else 0
-        if missing > available_memory():
-            self.warn_once(
-                f"no room for a copy of the checkpoint: {missing / 1e9:.1f} GB are not free in the host's memory. "
-                "Training waits while it is written, as with --save_async off"
-            )
-        if not self.background or missing > available_memory():
+        in_background = self.background
+        if in_background:
+            missing = self.staging.missing(snapshot)
+            in_background = missing <= available_memory()
+            if not in_background:
+                self.warn_once(
+                    f"no room for a copy of the checkpoint: {missing / 1e9:.1f} GB are not free in the host's memory. "
+                    "Training waits while it is written, as with --save_async off"
+                )
+        if not in_background:
             self.snapshot = snapshot.map(lambda tensor: tensor.detach())
             self._write()
             self.check()
