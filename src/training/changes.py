@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -54,7 +55,7 @@ SAMPLE_BYTES = 4096  # that it reads of each file
 
 
 def settings_taken_over(given: dict, state: TrainState, checkpoint: Path) -> tuple[dict, list[str]]:
-    """The settings that a resume takes from its checkpoint, and a line that names those that it does not.
+    """The settings that a resume takes from its checkpoint, and a line that names those that it ignores.
 
     A checkpoint that somebody else wrote must not choose where this run sends its data or writes.
 
@@ -84,9 +85,8 @@ def compare_settings(config: TrainConfig, state: TrainState, checkpoint: Path, p
     Raises:
         UserError: a setting that cannot change on a resume did.
     """
-    changes = []
     now = config.asdict()
-    before = {name: field.default for name, field in FIELDS.items()} | state.train_config
+    before = state.train_config
     if state.trainer_state["step"] > config.steps:
         raise UserError(
             f"{checkpoint} is at step {state.trainer_state['step']}, past --steps {config.steps}. Pass more --steps"
@@ -103,31 +103,32 @@ def compare_settings(config: TrainConfig, state: TrainState, checkpoint: Path, p
                 f"--{name}: {checkpoint.name} was trained with {before[name]}, got {now[name]}. "
                 "A resumed run keeps its policy: leave the flag out, or start a new run"
             )
-    for name in RUN_FIELDS:
-        if name in ("dataset_id", *DATA_FIELDS, *SPLIT_FIELDS) and state.trainer_state.get("data") is not None:
-            continue  # what they chose is compared
-        if before[name] != "auto":  # --precision of a run that came from lerobot-train
-            changes += changed(name, before, now)
+    names = [name for name in RUN_FIELDS if before[name] != "auto"]  # --precision of a run that came from lerobot-train
+    if state.trainer_state.get("data") is not None:  # `compare_data` compares what these settings chose
+        names = [name for name in names if name not in ("dataset_id", *DATA_FIELDS, *SPLIT_FIELDS)]
+    changes = changed(names, before, now)
     processes_before = state.trainer_state["world_size"]
     if processes != processes_before:
         changes.append(
             f"{processes_before} -> {processes} processes: the batches stay the same, rounding and noise do not"
         )
-    unknown = sorted(set(state.train_config) - set(FIELDS))
+    unknown = [f"{name}={before[name]!r:.40}" for name in sorted(set(before) - set(FIELDS))]
     if unknown:
         changes.append(
             f"{checkpoint.name} has settings of another version of Armature, which are ignored here: "
-            f"{', '.join(f'{name}={state.train_config[name]!r:.40}' for name in unknown[:10])}. "
+            f"{', '.join(unknown[:10])}. "
             "From here on this may be another run: resume it with that version"
         )
     return changes
 
 
-def changed(name: str, before: dict, now: dict) -> list[str]:
-    """A line if a setting has another value."""
-    if meaning(name, before[name]) == meaning(name, now[name]):
-        return []
-    return [f"--{name}: {before[name]} -> {now[name]}; from here on this is not the run that wrote the checkpoint"]
+def changed(names: Iterable[str], before: dict, now: dict) -> list[str]:
+    """A line for each of these settings that has another value."""
+    return [
+        f"--{name}: {before[name]} -> {now[name]}; from here on this is not the run that wrote the checkpoint"
+        for name in names
+        if meaning(name, before[name]) != meaning(name, now[name])
+    ]
 
 
 def is_same_policy(config: TrainConfig, before: dict) -> bool:
@@ -265,9 +266,9 @@ def hash_of_videos(source: Source) -> str:
 
 
 def hash_of_pictures(source: Source) -> str:
-    """A hash that tells apart files and pictures of the same sizes, without reading all of them.
+    """A hash that differs for other files and pictures of the same sizes, without reading all of them.
 
-    It is of the bytes in the middle of each video, of each stored picture's length, and of a few pictures.
+    It covers some bytes in the middle of each video, the length of each stored picture, and a few whole pictures.
     """
     digest = hashlib.sha256()
     for key, videos in sorted(source.videos.items()):
@@ -302,7 +303,7 @@ def evenly_spread(count: int) -> list[int]:
 
 
 def compare_data(state: TrainState | None, now: dict, config: TrainConfig) -> list[str]:
-    """A line for each way in which the data of a resumed run differ from those that its checkpoint recorded, and for the setting.
+    """A line for each way in which a resumed run's data differ from those that its checkpoint recorded.
 
     Args:
         now: of `describe_data`.
@@ -312,36 +313,41 @@ def compare_data(state: TrainState | None, now: dict, config: TrainConfig) -> li
     if before is None:  # a new run, or a checkpoint of an older version
         return []
     changes = []
-    counts_before = f"{before['episodes']} episodes of {before['frames']} frames"
-    counts_now = f"{now['episodes']} episodes of {now['frames']} frames"
-    if before["sha256"] != now["sha256"]:
-        change = f"{counts_before} -> {counts_now}"
-        if counts_before == counts_now:
-            change = f"{counts_now}, but with other values"
+    settings = config.asdict()
+    change = data_change(before, now)
+    if change is not None:
+        changes += changed(DATA_FIELDS, state.train_config, settings)
         changes.append(f"dataset: {change}; from here on this is another run")
-    elif before.get("picture_bytes", now["picture_bytes"]) != now["picture_bytes"]:
-        change = f"{before['picture_bytes']} -> {now['picture_bytes']} bytes"
-        changes.append(f"dataset: its videos or pictures changed ({change}); from here on this is another run")
-    elif before.get("videos_sha256", now["videos_sha256"]) != now["videos_sha256"]:
-        changes.append("dataset: its videos changed places or sizes; from here on this is another run")
-    elif before.get("pictures_sha256", now["pictures_sha256"]) != now["pictures_sha256"]:
-        changes.append("dataset: its videos or pictures changed, or changed places; from here on this is another run")
     decoder_before = before.get("video_decoder")
     decoder = now.get("video_decoder")
-    settings = config.asdict()
-    if changes:
-        changes = [line for name in DATA_FIELDS for line in changed(name, state.train_config, settings)] + changes
     if None not in (decoder_before, decoder) and decoder_before != decoder:
         changes.append(
             f"video decoder {decoder_before} -> {decoder}: they may round a pixel differently, so from here on this may be "
             "another run, unless its frames are in the frame cache"
         )
     if set(now["held_out"]) != set(before["held_out"]):
-        changes += [line for name in SPLIT_FIELDS for line in changed(name, state.train_config, settings)]
+        changes += changed(SPLIT_FIELDS, state.train_config, settings)
     if not set(now["held_out"]) <= set(before["held_out"]):
         change = f"{before['held_out']} -> {now['held_out']}"
         changes.append(f"held-out episodes: {change}; the run has trained on some of them")
     return changes
+
+
+def data_change(before: dict, now: dict) -> str | None:
+    """How the data differ from those that a checkpoint recorded; None if they do not. Older checkpoints recorded less."""
+    counts_before = f"{before['episodes']} episodes of {before['frames']} frames"
+    counts_now = f"{now['episodes']} episodes of {now['frames']} frames"
+    if before["sha256"] != now["sha256"]:
+        if counts_before == counts_now:
+            return f"{counts_now}, but with other values"
+        return f"{counts_before} -> {counts_now}"
+    if before.get("picture_bytes", now["picture_bytes"]) != now["picture_bytes"]:
+        return f"its videos or pictures changed ({before['picture_bytes']} -> {now['picture_bytes']} bytes)"
+    if before.get("videos_sha256", now["videos_sha256"]) != now["videos_sha256"]:
+        return "its videos changed places or sizes"
+    if before.get("pictures_sha256", now["pictures_sha256"]) != now["pictures_sha256"]:
+        return "its videos or pictures changed, or changed places"
+    return None
 
 
 def compare_optimizers(state: TrainState | None, checkpoint: Path | None, policy, config: TrainConfig) -> list[str]:
@@ -359,11 +365,11 @@ def compare_optimizers(state: TrainState | None, checkpoint: Path | None, policy
     before = optimizer_meant(load_policy_config(checkpoint, None, "cpu"), config_before)
     now = optimizer_meant(policy, config)
     different = [name for name in OPTIMIZER_FIELDS if before[name] != now[name]]
-    return [line for name in different for line in changed(name, state.train_config, settings)]
+    return changed(different, state.train_config, settings)
 
 
 def optimizer_meant(policy, config: TrainConfig) -> dict:
-    """What OPTIMIZER_FIELDS come to with the presets of a policy."""
+    """The values of OPTIMIZER_FIELDS after a policy's presets have filled in those that are unset."""
     optimizer = optimizer_preset(policy, config)
     schedule = scheduler_preset(policy, config)
     if schedule is None:
@@ -391,7 +397,7 @@ def compare_learning_rates(state: TrainState | None, policy_config, config: Trai
     first_step = min(state.trainer_state["step"], last_step - 1)
     steps = [first_step + i for i in evenly_spread(last_step - first_step)]
     furthest = max(steps, key=lambda step: abs(before(step) - now(step)))
-    # Told of the last step, unless a schedule that does not end at 0 hides the difference there.
+    # Report the last step, or if the rates agree there, the step at which they differ most.
     for step, digits in ((last_step - 1, 3), (furthest, 9)):
         rates = [f"{peak * factor(step):.{digits}g}" for factor in (before, now)]
         if rates[0] != rates[1]:
