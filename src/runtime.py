@@ -126,13 +126,24 @@ def without_collector():
         gc.enable()
 
 
+def less_memory(remedies: list[str]) -> str:
+    """What to do about too little memory, to end a message.
+
+    Args:
+        remedies: flags that would let the run take less.
+    """
+    if not remedies:
+        return "Use a device with more memory"
+    return f"Any of these takes less: {', '.join(remedies)}"
+
+
 @contextlib.contextmanager
 def enough_memory(batch_size: int, remedies: list[str]):
     """Within this, running out of memory is a UserError, and so is a half-written file of torch.compile.
 
     Args:
         batch_size: of the run.
-        remedies: flags that would let the run take less memory.
+        remedies: as of `less_memory`.
 
     Raises:
         UserError: one of the two.
@@ -147,8 +158,7 @@ def enough_memory(batch_size: int, remedies: list[str]):
             ) from error
         if not is_out_of_memory(error):
             raise
-        remedy = f"Any of these takes less: {', '.join(remedies)}" if remedies else "Use a device with more memory"
-        raise UserError(f"out of memory with --batch_size {batch_size}. {remedy}") from error
+        raise UserError(f"out of memory with --batch_size {batch_size}. {less_memory(remedies)}") from error
 
 
 def total_memory() -> int:
@@ -170,14 +180,15 @@ def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/s
     with contextlib.suppress(OSError):  # not Linux
         for line in own.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            version = 2 if not controllers else 1
-            if version == 1 and "memory" not in controllers.split(","):
-                continue
-            top = root if version == 2 else root / "memory"
-            folder = top / path.strip("/")
-            names = ("memory.max", "memory.current", "inactive_file")
-            if version == 1:
+            if not controllers:  # version 2
+                top = root
+                names = ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):  # version 1
+                top = root / "memory"
                 names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            folder = top / path.strip("/")
             for level in [folder, *folder.parents]:
                 if level == top.parent:
                     break
@@ -193,7 +204,9 @@ def limit_of(folder: Path, limit: str, usage: str, cache: str) -> list[tuple[int
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # the root has no limit, and a container does not see what is above it
         return []
-    return [] if most == "max" else [(int(most), max(0, used - int(statistics.get(cache, 0))))]
+    if most == "max":
+        return []
+    return [(int(most), max(0, used - int(statistics.get(cache, 0))))]
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""What a run takes of the device's and the host's memory and of the disk, said before it is spent.
+"""How much memory and disk a run takes, estimated before it starts.
 
 Activations are not counted: they depend on the batch, and on what the policy keeps for its backward pass.
 """
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from lerobot.policies import PreTrainedPolicy, get_policy_class
 
 from config import TrainConfig
 from errors import UserError
@@ -14,7 +15,7 @@ from policy.adapters import has_adapters
 from policy.presets import optimizer_preset
 from policy.weights_dtype import own_setting
 from processors.bases import resizes_pictures
-from runtime import available_memory, total_memory
+from runtime import available_memory, less_memory, total_memory
 
 GB = 1e9
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "4 or 8 bits"}
@@ -49,7 +50,7 @@ def estimate_memory(policy, config: TrainConfig, kind: str = "one", processes: i
 
     Args:
         policy: with its adapters, frozen weights and dtypes; its tensors may be without values.
-        kind, processes: as in Distributed; FSDP and DeepSpeed share all of it out.
+        kind, processes: as in Distributed; FSDP and DeepSpeed divide all of it among the processes.
     """
     tensors = [*policy.parameters(), *policy.buffers()]
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -78,10 +79,10 @@ def gradient_bytes(parameter, config: TrainConfig, kind: str) -> int:
     return 2 * parameter.nbytes if kind == "DDP" else parameter.nbytes
 
 
-def moment_bytes(parameter, preset, kind: str) -> int:
+def moment_bytes(parameter, preset, optimizer: str) -> int:
     """Bytes that the optimizer keeps of a parameter."""
     count = parameter.numel()
-    if kind == "adamw8bit" and count >= SMALLEST and count % BLOCK == 0:
+    if optimizer == "adamw8bit" and count >= SMALLEST and count % BLOCK == 0:
         return 2 * (count + 4 * count // BLOCK)
     moments = 2 if preset.type in ADAMS else int(getattr(preset, "momentum", 0) > 0)
     return moments * max(4 * count, parameter.nbytes)
@@ -108,9 +109,12 @@ def memory_lines(memory: Memory, config: TrainConfig, kept: int) -> list[str]:
     """
     total = sum(memory.weights.values())
     weights = [f"{size_text(size)} {dtype}" for dtype, size in memory.weights.items() if size >= 0.01 * total]
-    parts = [f"weights {' + '.join(weights)}"]
-    parts.append(f"gradients {size_text(memory.gradients)}")
-    parts.append(f"{'8-bit AdamW' if config.optimizer == 'adamw8bit' else 'optimizer'} {size_text(memory.optimizer)}")
+    optimizer = "8-bit AdamW" if config.optimizer == "adamw8bit" else "optimizer"
+    parts = [
+        f"weights {' + '.join(weights)}",
+        f"gradients {size_text(memory.gradients)}",
+        f"{optimizer} {size_text(memory.optimizer)}",
+    ]
     if memory.ema:
         parts.append(f"average {size_text(memory.ema)}")
     host = ""
@@ -149,8 +153,8 @@ def check_memory(memory: Memory, device: torch.device, remedies: list[str]) -> l
         return []
     what = f"training takes {size_text(needed)} before activations, and {device} has {size_text(total)}"
     if needed > total:
-        raise UserError(f"{what}. {as_sentence(remedies)}")
-    return [f"{what}, of which {size_text(free)} are free. {as_sentence(remedies)}"]
+        raise UserError(f"{what}. {less_memory(remedies)}")
+    return [f"{what}, of which {size_text(free)} are free. {less_memory(remedies)}"]
 
 
 def device_memory(device: torch.device) -> tuple[int | None, int]:
@@ -214,10 +218,6 @@ def policy_remedies(config: TrainConfig, policy_config, sharded: bool) -> Iterab
     if getattr(policy_config, "train_expert_only", None) is False and not has_peft:
         yield "--policy_args train_expert_only=true"
     if config.policy_path and not has_peft:
-        yield "--peft lora"
-
-
-def as_sentence(remedies: list[str]) -> str:
-    if not remedies:
-        return "Use a device with more memory"
-    return f"Any of these takes less: {', '.join(remedies)}"
+        policy_class = get_policy_class(policy_config.type)
+        has_targets = policy_class._get_default_peft_targets is not PreTrainedPolicy._get_default_peft_targets
+        yield "--peft lora" if has_targets else "--peft lora --peft_args target_modules=all-linear"
