@@ -380,8 +380,10 @@ class Distributed:
             raise ValueError(
                 f"expected {len(optimizer.param_groups)} parameter groups, got {len(state['param_groups'])}"
             )
-        check_moments(dict(policy.named_parameters()), parameter_names(policy, optimizer), state["state"])
-        align_moments(dict(policy.named_parameters()), parameter_names(policy, optimizer), state["state"])
+        parameters = dict(policy.named_parameters())
+        names = parameter_names(policy, optimizer)
+        check_moments(parameters, names, state["state"])
+        align_moments(parameters, names, state["state"])
         settings = []
         groups = []
         for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
@@ -391,14 +393,14 @@ class Distributed:
         if not self.is_sharded:
             load_state(optimizer, state)
             return
-        names = dict(enumerate(parameter_names(policy, optimizer)))
-        set_optimizer_state_dict(policy, optimizer, rename_parameters(state, names), options=UNSHARDED)
+        named = rename_parameters(state, dict(enumerate(names)))
+        set_optimizer_state_dict(policy, optimizer, named, options=UNSHARDED)
         for group, own in zip(optimizer.param_groups, settings, strict=True):
             group.update(own)  # FSDP has changed them
 
 
 def clip_gradients(policy, max_norm: float) -> torch.Tensor:
-    """Scale the gradients down to a norm of `max_norm`, if they have a larger one; returns that."""
+    """Scale the gradients down to a norm of at most `max_norm`; returns their norm before that."""
     gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
     is_bf16 = any(gradient.dtype is torch.bfloat16 for gradient in gradients)
     if not is_bf16 or isinstance(gradients[0], DTensor):
@@ -453,7 +455,7 @@ def check_moments(parameters: dict, names: list[str], entries: dict) -> None:
 
 
 def align_moments(parameters: dict, names: list[str], entries: dict) -> None:
-    """Give each moment the strides of its parameter: fused kernels read both as they lie in memory. As `check_moments`."""
+    """Give each moment its parameter's strides: fused kernels read both in the order of memory. Args as `check_moments`."""
     for number, entry in entries.items():
         parameter = parameters[names[number]]
         for key in MOMENTS:

@@ -140,7 +140,7 @@ class Learner:
         return [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
 
     def is_finite(self) -> bool:
-        """Whether the weights of this process are. Waits for the device."""
+        """Whether the weights of this process are finite. Waits for the device."""
         return all(map(is_finite, self.local_weights()))
 
     def state(self) -> LearnerState:
@@ -286,8 +286,8 @@ def wide(tensor: Tensor) -> Tensor:
 class EMA:
     """Exponential moving average of a policy's weights: the policy is trained on its own, evaluated and saved with these.
 
-    Only weights that are trained have an average. It is float32 for weights of fewer bits, in which a small step towards
-    the weights rounds to none. The decay rises to `decay` as (1 + step) / (10 + step), so that the average forgets the
+    Only trained weights have an average. Weights of fewer than 32 bits have a float32 average, because in their own dtype a
+    small step rounds to none. The decay rises to `decay` as (1 + step) / (10 + step), so that the average forgets the
     initial weights. Source: Polyak and Juditsky (1992); the rise is that of TensorFlow's ExponentialMovingAverage.
 
     Args:
