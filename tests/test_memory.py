@@ -242,8 +242,9 @@ def test_remedies_are_those_that_are_not_on_already(made, tmp_path):
     assert planned(resumed).memory_remedies() == []  # it keeps its policy and its optimizer
     base = {**run_settings(made, tmp_path, ema_decay=0.9), "output_dir": str(tmp_path / "base")}
     del base["policy_args"]
-    fine_tuned = planned({**base, "policy_path": str(result.checkpoint)}).memory_remedies()
-    assert "--peft lora" in fine_tuned
+    base["policy_path"] = str(result.checkpoint)
+    fine_tuned = planned(base).memory_remedies()
+    assert "--peft lora --peft_args target_modules=all-linear" in fine_tuned  # LeRobot names no modules for act
     assert "--ema_decay 0" in fine_tuned
 
 
