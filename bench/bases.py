@@ -96,7 +96,8 @@ def build(name: str, settings: dict, config):
     """A policy of the published size on the meta device, as the run of `config` trains it, for two cameras and six joints."""
     from lerobot.configs import FeatureType, PolicyFeature
 
-    from policy.adapters import adapter_settings, add_adapters
+    from policy.adapter_settings import adapter_settings
+    from policy.adapters import add_adapters
     from policy.factory import build_policy, policy_config_class
     from policy.weights_dtype import cast_weights, set_weights_dtype
 

@@ -80,14 +80,16 @@ from data.observations import name_before
 from data.source import Source
 from policy.async_policy import AsyncPolicy
 from policy.loaded import LoadedPolicy, load_policy
-from processors.bases import AUTO, pair_cameras, pairs_line
-from processors.pipelines import resize_of, window_deltas
+from processors.bases import AUTO, pairs_line
+from processors.features import window_deltas
+from processors.pipelines import resize_of
 from reports.figures import contact_sheet
 from reports.pages import closed_loop_page, open_loop_page
 from sim.rollout import run_episodes, summary
 from training.open_loop import (
     EpisodeComparison,
     OpenLoopErrors,
+    auto_rename,
     compare,
     evenly_spaced_rows,
     measure,
@@ -240,12 +242,10 @@ def rename_cameras(simulation: Simulation, policy) -> str:
     """Pair the cameras of a simulation with those of a policy, for `--rename auto`. Returns the line that says how."""
     observation, _ = simulation.env.reset(seed=[0])
     batch = simulation.batch_of(observation)
-    wanted = [key for key, (kind, _) in policy.expected.items() if kind == "uint8" and key not in batch]
-    cameras = [key for key, value in batch.items() if key not in policy.expected and getattr(value, "ndim", 0) == 4]
-    pairs = pair_cameras(cameras, wanted)
-    simulation.rename = simulation.rename | {
-        name_before(simulation.rename, old): new for old, (new, _) in pairs.items()
-    }
+    cameras = [key for key, value in batch.items() if getattr(value, "ndim", 0) == 4]
+    pairs = auto_rename(policy, batch, cameras)
+    names = {name_before(simulation.rename, old): new for old, (new, _) in pairs.items()}
+    simulation.rename = simulation.rename | names
     return pairs_line(pairs)
 
 

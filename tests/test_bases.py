@@ -24,7 +24,8 @@ from helpers.runs import assert_same_run, small
 from helpers.vla_bases import CAMERAS, lerobot_train, make_base
 from policy.loaded import LoadedPolicy, expected_observation, load_policy, optional_cameras
 from processors.bases import match_statistics, pair_cameras, width_problems
-from processors.pipelines import adapt_processors, feature_problems, load_processors
+from processors.features import feature_problems
+from processors.pipelines import adapt_processors, load_processors
 from train import train
 from training.plan import plan_run
 
@@ -307,7 +308,7 @@ def test_a_renamed_camera_of_lerobot_train_stays_as_it_was_trained(made, tmp_pat
     )
     assert (ready[TOP] == 0.5).all()
     assert train(resume_from_checkpoint=str(theirs), output_dir=str(tmp_path / "resumed"), quiet=True).steps == 2
-    assert f"lerobot-train did not normalise {TOP}, whose statistics have the dataset's name" in capsys.readouterr().err
+    assert f"lerobot-train did not normalise {TOP}, whose statistics have the dataset's name" in capsys.readouterr().out
     tuned = train(
         dataset_id=str(made("front")),
         policy_path=str(theirs),

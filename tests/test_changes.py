@@ -17,7 +17,7 @@ from errors import UserError
 from helpers.dataset_edits import rewrite_column
 from helpers.runs import assert_same_run, small
 from policy.factory import policy_config
-from processors.pipelines import parse_rename
+from processors.features import parse_rename
 from train import train
 from training.changes import (
     compare_data,

@@ -1,5 +1,6 @@
 """Nothing that is read runs code: each file of a policy that can name code is planted, on every road that reads it."""
 
+import importlib
 import json
 import os
 import pickle
@@ -25,11 +26,13 @@ from errors import UserError
 from exchange.lerobot_runs import to_lerobot
 from helpers.paths import ROOT
 from helpers.runs import small
-from policy.adapters import base_model_of, load_adapters
+from policy.adapter_settings import base_model_of
+from policy.adapters import load_adapters
 from policy.factory import build_policy, load_policy_config, policy_config
 from policy.loaded import load_policy
 from policy.migration import migrate
 from processors.pipelines import load_processors
+from processors.saved_steps import check_step_settings
 from sim.environments import open_simulation
 from train import train
 
@@ -570,7 +573,7 @@ def test_sizes_on_the_command_line(made, tmp_path, pair):
     settings = small("act", dataset_id=str(made("no_camera")), output_dir=str(tmp_path / "run"))
     settings["policy_args"] = [*settings["policy_args"], pair]
     with pytest.raises(
-        UserError, match=r"expected \d+ or less, got|does not fit in the .* GB of memory of this machine"
+        UserError, match=r"expected \d+ or less, got|does not fit in the .* GB of memory of this machine|GB are free"
     ):
         train(**settings)
 
@@ -644,6 +647,11 @@ def test_settings_of_steps_that_fail_when_they_run(planted, made, tmp_path, step
         with pytest.raises(UserError, match=why) as error:
             use()
         assert "\n" not in str(error.value)
+
+
+def test_a_step_whose_types_are_of_a_missing_package_is_not_compared(tmp_path):
+    importlib.import_module("lerobot.policies.eo1.processor_eo1")  # without transformers, it declares a `None | None`
+    check_step_settings([{"registry_name": "eo1_qwen_processor", "config": {"processor_name": "a"}}], tmp_path)
 
 
 @pytest.mark.parametrize("step", [

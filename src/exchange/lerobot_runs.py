@@ -30,12 +30,13 @@ from config import FIELDS, TrainConfig
 from data.opening import open_source
 from data.split import split_episodes
 from errors import UserError, one_line, read_json, require_files
-from policy.adapters import read_peft_config, settings_of_adapters
+from policy.adapter_settings import read_peft_config, settings_of_adapters
 from policy.factory import build_policy, load_policy_config
 from policy.migration import EMA_FOLDER, converted_dir
 from policy.presets import optimizer_preset, scheduler_preset
 from processors.bases import match_statistics
-from processors.pipelines import load_processors, parse_rename, resize_of
+from processors.features import parse_rename
+from processors.pipelines import load_processors, resize_of
 from trust import OTHER_COPY
 
 

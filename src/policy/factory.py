@@ -18,12 +18,14 @@ import hub
 import policy.flow  # noqa: F401  (registers our policy with LeRobot)
 from command_line import parse_overrides
 from errors import UserError, as_user_error, nearest, one_line, read_json
-from policy.adapters import base_model_of, load_adapters
+from policy.adapter_settings import base_model_of
+from policy.adapters import load_adapters
 from policy.limits import SizeLimit
 from policy.quantize import quantize
 from policy.quiet import quiet_lerobot
-from policy.settings import LARGEST, check_no_features, check_policy_settings, size_problem
+from policy.settings import check_no_features, check_policy_settings, size_problem
 from policy.weights import WEIGHTS, load_weights
+from processors.saved_steps import LARGEST
 from trust import OTHER_COPY, check_policy_folder, no_remote_code
 
 CONFIG = "config.json"  # LeRobot's name
@@ -163,20 +165,27 @@ def check_saved_fields(config_class: type[PreTrainedConfig], folder: Path) -> No
 def type_problem(kind, value, default) -> str | None:
     """The expected type, if a JSON file's `value` is neither of type `kind` nor of the type of the field's default."""
     is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    options = typing.get_args(kind) if is_union else (kind,)
+    options = set(typing.get_args(kind)) if is_union else {kind}
     if kind is typing.Any or (value is None and type(None) in options):
         return None
-    # draccus takes null for any type, true and a text for a number, and anything for a text
-    is_wrong = value is None
-    is_wrong |= isinstance(value, bool) and bool not in options and not {int, float}.isdisjoint(options)
-    is_wrong |= not isinstance(value, str) and set(options) <= {str, type(None)}
-    is_wrong |= isinstance(value, str) and set(options) <= {int, float, bool, type(None)}
-    is_wrong &= type(value) is not type(default)  # some of LeRobot's have False for an int
+    is_of_default_type = type(value) is type(default)  # some of LeRobot's have False for an int
+    is_wrong = is_converted(options - {type(None)}, value) and not is_of_default_type
     try:
         draccus.decode(kind, value)
     except Exception:  # of any type: draccus checks nothing before it converts
         is_wrong = True
     return getattr(kind, "__name__", str(kind)) if is_wrong else None
+
+
+def is_converted(options: set, value) -> bool:
+    """Whether draccus takes a value that is of none of the types: null for any, a text or true for a number, anything for a text."""
+    if value is None:
+        return True
+    if isinstance(value, str):
+        return options <= {int, float, bool}
+    if options <= {str}:
+        return True
+    return isinstance(value, bool) and bool not in options and not options.isdisjoint({int, float})
 
 
 def features_problem(features: dict) -> str | None:
@@ -222,9 +231,8 @@ def build_policy(
         policy = load_adapters(build_policy(replace(config, use_peft=False), meta, base, quantized, quiet), folder)
         policy.config.use_peft = True  # LeRobot looks for adapters where the saved config says so
     elif quantized is not None:
-        policy = build_policy(
-            replace(config, device="cpu"), meta, folder, quiet=quiet
-        )  # a GPU may not hold it unrounded
+        # On the CPU first: a GPU may not hold the weights unrounded.
+        policy = build_policy(replace(config, device="cpu"), meta, folder, quiet=quiet)
         quantize(policy, config.device, kept=quantized)
         policy.config.device = config.device
     else:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from lerobot.configs import FeatureType
-from lerobot.processor import RenameObservationsProcessorStep
 
 from checkpoints.folder import verify_policy
 from errors import UserError, nearest, one_line, read_json
@@ -21,9 +20,10 @@ from policy.factory import build_policy, load_policy_config
 from policy.migration import resolve_policy_folder
 from policy.requirements import check_requirements, fetch_policy
 from processors.bases import AUTO, cameras_of, does_without_cameras, match_statistics, resizes_pictures, trained_cameras
-from processors.pipelines import NEED_STATE, load_processors, name_before_rename, parse_rename, resize_of, set_rename
+from processors.features import NEED_STATE, parse_rename
+from processors.pipelines import load_processors, name_before_rename, resize_of, set_rename
 from processors.state_only import StateToEnvironmentState
-from processors.statistics import EMPTY_CAMERA, require_statistics
+from processors.statistics import EMPTY_CAMERA, rename_map_of, require_statistics
 from runtime import pick_device
 from trust import OTHER_COPY
 
@@ -160,10 +160,7 @@ class LoadedPolicy:
     def blank_observation(self, task: str = "", pixels: int = PIXELS) -> dict:
         """An observation of zeros, for `act`; arguments as for `latency`."""
         tasks = getattr(self.policy.config, "tasks", None) or [""]  # flow with a task embedding knows only these
-        observation = {"task": task or self.task or tasks[0]}
-        for key, (kind, shape) in self.expected.items():
-            observation[key] = np.zeros([size or pixels for size in shape], np.uint8 if kind == "uint8" else np.float32)
-        return observation
+        return {"task": task or self.task or tasks[0], **blank_values(self.expected, pixels)}
 
 
 def load_policy(
@@ -216,7 +213,7 @@ def load_policy(
 
 
 def take_other_names(config, preprocess, rename: list[str]) -> None:
-    """Have a preprocessor take observations under other names, OLD=NEW, as `load_policy`.
+    """Make a preprocessor accept observations under other names; `rename` as for `load_policy`.
 
     Raises:
         UserError: the policy does not take a new name.
@@ -224,10 +221,7 @@ def take_other_names(config, preprocess, rename: list[str]) -> None:
     if AUTO in rename:
         raise UserError("--rename auto pairs the cameras of a dataset or a simulation, and there is none. Pass OLD=NEW")
     expected = expected_observation(config, preprocess)
-    names = {}
-    for step in preprocess.steps:
-        if isinstance(step, RenameObservationsProcessorStep):
-            names = dict(step.rename_map)
+    names = rename_map_of(preprocess)
     given = parse_rename(rename)
     for old, new in given.items():
         if new not in expected:
@@ -286,11 +280,20 @@ def expected_observation(config, preprocess) -> dict[str, tuple[str, tuple]]:
     return expected
 
 
-def check_processors(config, preprocess, postprocess, folder: Path) -> None:
-    """Run a saved policy's processors once, on zeros: what they cannot process is refused here, and not when the arm moves.
+def blank_values(expected: dict[str, tuple[str, tuple]], pixels: int = PIXELS) -> dict[str, np.ndarray]:
+    """Zeros as `expected_observation` describes them; sizes of pictures that may be any are `pixels`."""
+    blank = {}
+    for key, (kind, shape) in expected.items():
+        dtype = np.uint8 if kind == "uint8" else np.float32
+        blank[key] = np.zeros([size or pixels for size in shape], dtype)
+    return blank
 
-    Only pipelines of LeRobot's general steps and ours are run. A policy's own steps may pack its inputs, or take actions of
-    another width than the robot's.
+
+def check_processors(config, preprocess, postprocess, folder: Path) -> None:
+    """Run a saved policy's processors once, on zeros, so that they fail here and not when the arm moves.
+
+    Runs only pipelines of LeRobot's general steps and Armature's. A policy's own steps may pack its inputs, or take actions
+    of another width than the robot's.
 
     Args:
         config: the policy's.
@@ -307,18 +310,16 @@ def check_processors(config, preprocess, postprocess, folder: Path) -> None:
     general = ("lerobot.processor.", "processors.")
     if not all(type(step).__module__.startswith(general) for step in (*preprocess.steps, *postprocess.steps)):
         return
+    expected = expected_observation(config, preprocess)
+    blank = blank_values(expected)
     batch = {"task": "a task"}
-    for key, (kind, shape) in expected_observation(config, preprocess).items():
-        if kind == "uint8":
-            height, width, channels = (size or PIXELS for size in shape)
-            shape = (channels, height, width)
-        batch[key] = torch.zeros(1, *shape)
+    for key, (kind, shape) in expected.items():
+        batch[key] = to_tensor(blank, key, kind, shape)
     action = torch.zeros(1, *config.output_features["action"].shape)
     try:
         with torch.inference_mode():
             ready = preprocess(batch)
             acted = postprocess(action.to(config.device))
-            is_action = isinstance(acted, torch.Tensor) and acted.shape == action.shape and bool(acted.isfinite().all())
     except (LookupError, ValueError, RuntimeError, ArithmeticError) as error:
         raise UserError(
             f"the processors in {folder} fail on an observation of the policy's features: {type(error).__name__}: "
@@ -327,6 +328,21 @@ def check_processors(config, preprocess, postprocess, folder: Path) -> None:
     finally:
         preprocess.reset()
         postprocess.reset()
+    check_preprocessed(config, preprocess, ready, folder)
+    is_action = isinstance(acted, torch.Tensor) and acted.shape == action.shape
+    if not is_action or not bool(acted.isfinite().all()):
+        raise UserError(
+            f"the postprocessor in {folder} is not this policy's: expected {action.shape[1]} finite numbers from it. "
+            f"{OTHER_COPY}"
+        )
+
+
+def check_preprocessed(config, preprocess, ready: dict, folder: Path) -> None:
+    """Check what a saved policy's preprocessor made of an observation; arguments as for `check_processors`.
+
+    Raises:
+        UserError: an input of the policy is missing from `ready`, or has another shape or dtype.
+    """
     made = {EMPTY_CAMERA, *untrained_cameras(config, preprocess)}
     for key, feature in config.input_features.items():
         if any(name in key for name in made):
@@ -343,11 +359,6 @@ def check_processors(config, preprocess, postprocess, folder: Path) -> None:
                 f"the preprocessor in {folder} is not this policy's: expected {key} as float32 from it, got {value.dtype}. "
                 f"{OTHER_COPY}"
             )
-    if not is_action:
-        raise UserError(
-            f"the postprocessor in {folder} is not this policy's: expected {action.shape[1]} finite numbers from it. "
-            f"{OTHER_COPY}"
-        )
 
 
 def untrained_cameras(config, preprocess) -> list[str]:
@@ -357,7 +368,7 @@ def untrained_cameras(config, preprocess) -> list[str]:
 
 
 def optional_cameras(config, preprocess) -> set[str]:
-    """Cameras that act() can do without: those of a policy that fills them, where it is not known which were in its training."""
+    """Cameras that act() works without: all of a policy that fills them in, if it is unknown which it was trained with."""
     if not does_without_cameras(config) or trained_cameras(config, preprocess) is not None:
         return set()
     return {name_before_rename(preprocess, key) for key in cameras_of(config.input_features)}

@@ -1,6 +1,7 @@
-"""Round the frozen linear layers of a policy to 4 bits, so that adapters are trained on them in less memory (QLoRA)."""
+"""Round the frozen linear layers of a policy to 4 bits, so that training adapters on them takes less memory (QLoRA)."""
 
 import importlib.util
+from collections import Counter
 
 import torch
 from torch import nn
@@ -13,12 +14,12 @@ ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def check_quantize(method: str, settings: dict, kind: str) -> None:
-    """Check that adapters can be trained on layers of 4 bits.
+    """Check that adapters can be trained on 4-bit layers.
 
     Args:
-        method: of PEFT, such as lora.
-        settings: of the adapters.
-        kind: of the processes of the run, such as "DDP".
+        method: PEFT method, such as lora.
+        settings: the adapters' settings.
+        kind: how the run is distributed, such as "DDP".
 
     Raises:
         UserError: bitsandbytes is not installed, or cannot do this.
@@ -30,8 +31,12 @@ def check_quantize(method: str, settings: dict, kind: str) -> None:
             f"--peft_quantize: PEFT does not adapt layers of 4 bits by {method}. Pass --peft lora, or leave "
             "--peft_quantize out"
         )
-    for name in ("init_lora_weights", "kasa_config"):
-        if settings.get(name) in ("pissa", "olora") or (name == "kasa_config" and settings.get(name)):
+    changes_weights = {
+        "init_lora_weights": settings.get("init_lora_weights") in ("pissa", "olora"),
+        "kasa_config": bool(settings.get("kasa_config")),
+    }
+    for name, is_refused in changes_weights.items():
+        if is_refused:
             raise UserError(
                 f"--peft_quantize: {name}={settings[name]} changes the frozen weights, which are rounded to 4 bits. "
                 "Leave one of them out"
@@ -43,27 +48,27 @@ def check_quantize(method: str, settings: dict, kind: str) -> None:
 def quantize(policy, device: str, kept: list[str]) -> None:
     """Round a policy's linear layers to NF4 in place, and move the policy to `device`.
 
-    Layers whose weights other code reads, or that share them, stay as they are. The rounding is a function of the weights.
+    Layers stay as they are if other code reads their weights, or if they share them. The same weights always round alike.
     Source: Dettmers et al. (2023), QLoRA: Efficient Finetuning of Quantized LLMs.
 
     Args:
         policy: LeRobot policy, on the CPU.
-        kept: ends of the names of modules that stay as they are.
+        kept: modules whose names end with one of these stay as they are.
     """
     import bitsandbytes  # slow, and not always installed
 
-    kept = [*kept, *((policy._get_default_peft_targets() or {}).get("modules_to_save") or [])]
-    owners: dict[int, int] = {}
-    for module in policy.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    defaults = policy._get_default_peft_targets() or {}
+    kept_ends = (*kept, *(defaults.get("modules_to_save") or ()))
+    owners = Counter(id(parameter) for module in policy.modules() for parameter in module.parameters(recurse=False))
     modules = dict(policy.named_modules())
-    left_out = [
-        f"{name}." for name, module in modules.items() if isinstance(module, ATTENTION) or ends_with(name, kept)
-    ]
+    left_out = []
     for name, module in modules.items():
-        is_shared = type(module) is nn.Linear and owners[id(module.weight)] > 1
-        if type(module) is not nn.Linear or is_shared or f"{name}.".startswith(tuple(left_out)):
+        if isinstance(module, ATTENTION) or name.endswith(kept_ends):
+            left_out.append(f"{name}.")
+    for name, module in modules.items():
+        if type(module) is not nn.Linear or f"{name}.".startswith(tuple(left_out)):
+            continue
+        if owners[id(module.weight)] > 1:
             continue
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, quantized(bitsandbytes, module).to(device))
@@ -71,30 +76,25 @@ def quantize(policy, device: str, kept: list[str]) -> None:
     policy.is_loaded_in_4bit = True  # where PEFT looks for it
 
 
-def ends_with(name: str, ends: list[str]) -> bool:
-    return any(name.endswith(end) for end in ends)
-
-
 def quantized(bitsandbytes, linear: nn.Linear) -> nn.Module:
-    """A layer of 4 bits with the weights of `linear`, which it rounds when it is moved to a device."""
+    """A 4-bit layer with the weights of `linear`. It rounds them when it is moved to a device."""
     dtype = linear.weight.dtype
-    with torch.device("meta"):  # its own weights are never made
+    with torch.device("meta"):  # takes no memory for weights that are replaced below
         layer = bitsandbytes.nn.Linear4bit(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
-            compute_dtype=dtype,  # else that of its first input, which a resumed run may have in another
+            compute_dtype=dtype,  # by default the dtype of its first input, which may differ in a resumed run
             quant_type="nf4",
         )
     layer.weight = bitsandbytes.nn.Params4bit(
         linear.weight.data,
         requires_grad=False,
         quant_type="nf4",
-        quant_storage=dtype,  # policies ask the weights for their dtype, and cast their inputs to it
+        quant_storage=dtype,  # policies cast their inputs to the dtype of the weights
         module=layer,
     )
     layer.bias = linear.bias
-    layer.support_avx512bf16_for_cpu = (
-        False  # else validation packs the weights in another way, which training cannot read
-    )
+    # Otherwise validation on a CPU repacks the weights in a layout that training cannot read.
+    layer.support_avx512bf16_for_cpu = False
     return layer

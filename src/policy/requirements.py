@@ -1,4 +1,4 @@
-"""What a policy reads besides its own folder: tokenizers, backbones and bases on the Hub. Asked for before anything large."""
+"""Check what a policy reads besides its folder (tokenizers, backbones, bases on the Hub) before anything large is downloaded."""
 
 import re
 from dataclasses import fields
@@ -12,7 +12,7 @@ from torchvision import models
 
 import hub
 from errors import UserError, as_user_error, find_path
-from policy.adapters import base_model_of
+from policy.adapter_settings import base_model_of
 from policy.factory import load_policy_config
 from policy.migration import resolve_policy_folder
 from processors.pipelines import has_processors
@@ -31,14 +31,14 @@ WEIGHTS_IF = {"vlm_model_name": "load_vlm_weights"}
 
 
 def fetch_policy(repo: str, what: str) -> Path:
-    """A policy's folder, or the snapshot of its Hub repo, whose weights are downloaded last.
+    """A policy's folder, or the snapshot of its Hub repo. Its weights are downloaded last.
 
     Args:
         repo: a folder, user/name or user/name@revision.
         what: the flag or noun that messages call it by.
 
     Raises:
-        UserError: there is none, or what it reads besides cannot be had.
+        UserError: there is none, or something else that it reads cannot be had.
     """
     folder = hub.fetch(repo, what, weights=False)
     if find_path(repo, what) is not None:
@@ -53,7 +53,7 @@ def fetch_policy(repo: str, what: str) -> Path:
 
 
 def check_policy_of(folder: Path, overrides: list[str] | None = None) -> None:
-    """As `check_requirements`, of the policy in a folder, if it can be read: what else is wrong with it is reported later.
+    """As `check_requirements`, for the policy in a folder. A folder that cannot be read passes: later checks report why.
 
     Args:
         folder: the policy's, or that of its checkpoint.
@@ -70,14 +70,14 @@ def check_policy_of(folder: Path, overrides: list[str] | None = None) -> None:
 
 
 def check_requirements(config, folder: Path | None) -> None:
-    """Refuse a policy for whose network or processors something is missing here that cannot be downloaded either.
+    """Refuse a policy that needs a package or a Hub repo that is neither on this machine nor can be downloaded.
 
     Args:
         config: LeRobot's config of the policy.
         folder: the policy's; None for a new one.
 
     Raises:
-        UserError: names all that is missing, or the extra of LeRobot's to install.
+        UserError: names everything that is missing, or the LeRobot extra to install.
     """
     needs = repos_of(config, folder)
     what = f"policy {config.type}"
@@ -88,7 +88,7 @@ def check_requirements(config, folder: Path | None) -> None:
 
 
 def repos_of(config, folder: Path | None) -> dict[str, bool]:
-    """{Hub id: whether its weights are read} of the repos that a policy is sure to read; arguments as check_requirements's."""
+    """{Hub id: whether its weights are read} of the repos that a policy always reads; arguments as `check_requirements`."""
     needs = {}
     for f in fields(config):
         repo = getattr(config, f.name)
@@ -132,8 +132,8 @@ def is_hub_id(value) -> bool:
     return isinstance(value, str) and re.fullmatch(hub.HUB_ID, value) is not None and not Path(value).exists()
 
 
-def check_backbone_weights(config) -> None:
-    """Ask for the file of torchvision's weights that a new act, diffusion or vqbet begins with.
+def require_backbone_weights(config) -> None:
+    """Check that torchvision's weights, with which a new act, diffusion or vqbet starts, can be had.
 
     Raises:
         UserError: it is not on this machine, and its server cannot be reached.

@@ -1,6 +1,5 @@
-"""Settings that a policy answers with an assertion, a KeyError, an error of torch, or with a loop that never ends."""
+"""Refuse settings on which a policy fails with an assertion, a KeyError or an error of torch, or loops forever."""
 
-import math
 import re
 import typing
 from dataclasses import fields
@@ -9,6 +8,7 @@ from torchvision import models
 
 from command_line import split_pair
 from errors import UserError
+from processors.saved_steps import LARGEST, number_problem
 
 AT_LEAST_ONE = ("chunk_size", "n_action_steps", "n_obs_steps", "n_heads", "gpt_n_head", "n_groups")
 WIDTH_OF_HEADS = {"n_heads": "dim_model", "gpt_n_head": "gpt_hidden_dim"}
@@ -17,8 +17,7 @@ CHOICES = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"),
 }
 
-LARGEST = 1_000_000_000
-# Numbers of steps, layers and passes, which are loops while a policy is built or acts: pattern of the name, the most of them.
+# Counts of steps, layers and passes that a policy loops over while it is built or acts: pattern of the name, the most allowed.
 MOST = {
     r"inference_(time)?steps|integration_steps|denois\w+_steps|iterations": 1_000,
     r"chunk_size|horizon|timesteps|(obs|action)_steps|action_pred_token|frames?$|repeats$": 10_000,
@@ -27,25 +26,15 @@ MOST = {
 
 
 def size_problem(name: str, value) -> str | None:
-    """What was expected, if a setting's number, or one in its lists, is not finite or too large to build anything of it.
+    """What was expected, if a number in a policy's setting is not finite, or too large to build anything of that size.
 
     Args:
         name: the setting's.
         value: as from JSON, or already of the setting's type.
     """
-    if isinstance(value, dict):
-        problems = [size_problem(name, item) for item in value.values()]
-        return next(filter(None, problems), None)
-    if isinstance(value, (list, tuple)):
-        problems = [size_problem(name, item) for item in value]
-        return next(filter(None, problems), None)
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a finite number"
     limits = [limit for pattern, limit in MOST.items() if re.search(pattern, name)]
     limit = min(limits, default=LARGEST)
-    if isinstance(value, int) and abs(value) > limit:
-        return f"{limit} or less"
-    return None
+    return number_problem(value, limit, limit)
 
 
 def check_no_features(overrides: list[str] | None) -> None:

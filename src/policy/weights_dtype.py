@@ -1,7 +1,7 @@
-"""`--weights_dtype`: what a policy's weights are stored in, while autocast chooses what is computed in bf16.
+"""`--weights_dtype`: the dtype that a policy's weights are stored in. Autocast chooses what is computed in bf16.
 
-Policies with a setting of their own for it (pi0, pi0.5, X-VLA, ...) get that, and keep in fp32 what their authors found to need
-it. Of others the matrices become bf16, which autocast computes in bf16 anyway. Norms and biases stay fp32: they are small.
+Policies with their own setting for it (pi0, pi0.5, X-VLA, ...) use that, and keep in fp32 what their authors found to need it.
+In other policies, the matrices become bf16, which autocast computes in bf16 anyway. Norms and biases are small and stay fp32.
 """
 
 import functools
@@ -15,7 +15,7 @@ NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def own_setting(policy_config) -> str | None:
-    """Name of the policy's own setting of its weights' dtype; None if it has none."""
+    """Name of the policy's setting for its weights' dtype; None if it has none."""
     return next((name for name in FIELDS if isinstance(getattr(policy_config, name, None), str)), None)
 
 
@@ -27,7 +27,7 @@ def set_weights_dtype(policy_config, name: str) -> None:
 
 
 def cast_weights(policy, policy_config, name: str) -> None:
-    """Cast the weights of a policy without a setting of its own; adapters and what else is trained beside them stay fp32."""
+    """Cast the weights of a policy that has no setting for it. Adapters, and weights trained beside them, stay fp32."""
     if name == "auto" or own_setting(policy_config) is not None:
         return
     for parameter in policy.parameters():
@@ -41,11 +41,14 @@ def is_cast(parameter, name: str, with_adapters: bool) -> bool:
     """Whether `cast_weights` casts a parameter."""
     if not parameter.is_floating_point():  # 4-bit weights are integers
         return False
-    return name == "fp32" or (parameter.ndim > 1 and not (with_adapters and parameter.requires_grad))
+    if name == "fp32":
+        return True
+    stays_fp32 = with_adapters and parameter.requires_grad
+    return parameter.ndim > 1 and not stays_fp32
 
 
 def compute_in_bf16(policy, device: torch.device) -> None:
-    """Let the policy compute under autocast, also where it acts: its inputs and its norms are fp32. Actions are fp32."""
+    """Run the policy under autocast, also when it acts, because its inputs and norms are fp32. Its actions are fp32 too."""
     for name in ("forward", "select_action", "predict_action_chunk"):
         method = getattr(policy, name)
 

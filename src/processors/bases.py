@@ -1,7 +1,7 @@
-"""What a saved policy can take of a dataset that it was not trained on: widths, cameras, sizes of pictures, and their names.
+"""Which datasets a saved policy can be fine-tuned on: widths of vectors, cameras, sizes of pictures, and names.
 
-LeRobot's vision-language-action policies pad states and actions, resize pictures, and do without some of their cameras. What a
-policy of that kind was saved with says what it can take, not what a dataset must have.
+LeRobot's vision-language-action policies pad states and actions, resize pictures, and work without some of their cameras. The
+features in such a policy's config say what it was trained on, not what a dataset must have.
 """
 
 import re
@@ -9,10 +9,10 @@ import shlex
 
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.processor import NormalizerProcessorStep, RenameObservationsProcessorStep
+from lerobot.processor import NormalizerProcessorStep
 
 from errors import UserError, last_part, plural, rename_remedy
-from processors.statistics import EMPTY_CAMERA
+from processors.statistics import EMPTY_CAMERA, keys_with_statistics, rename_map_of
 
 AUTO = "auto"  # as a value of --rename
 # Words that say nothing of what a camera sees.
@@ -22,14 +22,14 @@ RESIZES_TO = ("resize_imgs_with_padding", "image_resolution")
 
 
 def pads(config) -> bool:
-    """Whether a policy pads states and actions to widths of its own, on which alone its weights depend."""
+    """Whether a policy pads states and actions to fixed widths, so that its weights fit any narrower robot."""
     return hasattr(config, "max_state_dim") and hasattr(config, "max_action_dim")
 
 
 def does_without_cameras(config) -> bool:
-    """Whether a policy fills or skips cameras that a batch lacks, as long as there is one.
+    """Whether a policy fills in or skips cameras that a batch lacks, if it has at least one.
 
-    Those with LeRobot's setting `empty_cameras` do, except that EVO1 counts them; Wall-X has no such setting and skips them.
+    Policies with LeRobot's setting `empty_cameras` do, except EVO1, which counts its cameras. Wall-X skips them without it.
     """
     return (hasattr(config, "empty_cameras") and config.type != "evo1") or config.type == "wall_x"
 
@@ -48,7 +48,7 @@ def cameras_of(features: dict) -> list[str]:
 
 
 def width_problems(config) -> list[str]:
-    """A line for each vector that is wider than what a policy pads to, or not as wide as its actions are.
+    """A line for each vector that is wider than a policy pads to, or that does not fit its action space.
 
     Args:
         config: the policy's config, with the dataset's features.
@@ -96,9 +96,9 @@ def action_space(config):
 
 
 def match_statistics(config, preprocessor) -> None:
-    """Give a policy that pads the width of the states that it was trained on, in its config and in its preprocessor.
+    """Correct the state's width in the config and the preprocessor of a policy that pads its vectors.
 
-    lerobot-train leaves the base's width there, and has the dataset's in the statistics.
+    lerobot-train leaves the base's width there. The statistics have the width of the dataset that it was trained on.
     """
     if not pads(config) or not config.input_features:
         return
@@ -122,9 +122,9 @@ def match_statistics(config, preprocessor) -> None:
 
 
 def camera_problems(config, inputs: dict, holder: str, rename: dict[str, str], left_out: dict[str, str]) -> list[str]:
-    """A line where the cameras of a dataset are not those of a saved policy.
+    """A line if a saved policy cannot use the cameras of a dataset.
 
-    As in LeRobot's own check, a dataset may have more cameras than the policy; one that does without some may also have fewer.
+    As in LeRobot's own check, a dataset may have more cameras than the policy, and fewer if the policy works without some.
 
     Args:
         config: the policy's config.
@@ -164,10 +164,10 @@ def camera_problems(config, inputs: dict, holder: str, rename: dict[str, str], l
 
 
 def pair_cameras(cameras: list[str], wanted: list[str]) -> dict[str, tuple[str, str]]:
-    """Which camera of a policy each camera of a dataset probably is: the likest in name, then those that are left in order.
+    """Pair a dataset's cameras with a policy's: the most alike in name first, then the rest in order.
 
     Returns:
-        {camera: (name that is wanted, "by name" or "by order")}, each once, as far as both go.
+        {camera: (wanted name, "by name" or "by order")}, each once, until one side runs out.
     """
     scored = []
     for camera in cameras:
@@ -176,29 +176,32 @@ def pair_cameras(cameras: list[str], wanted: list[str]) -> dict[str, tuple[str, 
             if alike > 0:
                 scored.append((alike, camera, name))
     pairs = {}
-    for _, camera, name in sorted(scored, key=lambda entry: -entry[0]):  # of equal ones, the first in order
-        if camera not in pairs and name not in (taken for taken, _ in pairs.values()):
+    taken = set()
+    for _, camera, name in sorted(scored, key=lambda entry: -entry[0]):  # among equals, the first in order
+        if camera not in pairs and name not in taken:
             pairs[camera] = (name, "by name")
-    taken = {name for name, _ in pairs.values()}
-    left = [name for name in wanted if name not in taken]
-    for camera, name in zip([camera for camera in cameras if camera not in pairs], left, strict=False):
+            taken.add(name)
+    cameras_left = [camera for camera in cameras if camera not in pairs]
+    names_left = [name for name in wanted if name not in taken]
+    for camera, name in zip(cameras_left, names_left, strict=False):
         pairs[camera] = (name, "by order")
     return {camera: pairs[camera] for camera in cameras if camera in pairs}
 
 
 def likeness(camera: str, other: str) -> float:
-    """0 to 1: how many words two cameras' names share, as `wrist` of `cam_left_wrist` and `wrist_0_rgb`.
+    """The share of words that two cameras' names have in common, 0 to 1: cam_left_wrist and wrist_0_rgb share `wrist`.
 
-    Numbers count only where neither name has a word that says what the camera sees, as in cam_2 and camera2.
+    Numbers count only if neither name has a word that says what the camera sees, as in cam_2 and camera2.
     """
-    words, others = (re.findall(r"[a-z]+|\d+", last_part(name).lower()) for name in (camera, other))
-    telling, other_telling = ({w for w in of_one if w.isalpha()} - GENERIC for of_one in (words, others))
-    if not telling and not other_telling:
-        telling, other_telling = ({w for w in of_one if w.isdigit()} for of_one in (words, others))
-    if not telling or not other_telling:
+    words = set(re.findall("[a-z]+", last_part(camera).lower())) - GENERIC
+    others = set(re.findall("[a-z]+", last_part(other).lower())) - GENERIC
+    if not words and not others:
+        words = set(re.findall(r"\d+", last_part(camera)))
+        others = set(re.findall(r"\d+", last_part(other)))
+    if not words or not others:
         return 0.0
-    shared = sum(any(is_same_word(word, other_word) for other_word in other_telling) for word in telling)
-    return 2 * shared / (len(telling) + len(other_telling))
+    shared = sum(any(is_same_word(word, other_word) for other_word in others) for word in words)
+    return 2 * shared / (len(words) + len(others))
 
 
 def is_same_word(word: str, other: str) -> bool:
@@ -214,20 +217,15 @@ def pairs_line(pairs: dict[str, tuple[str, str]]) -> str:
 
 
 def trained_cameras(config, preprocessor) -> set[str] | None:
-    """The cameras that a policy was trained with, under its own names: those of whose pictures it has statistics.
+    """The cameras that a policy was trained with, under its own names: those that it has statistics of.
 
     Returns:
         None if that is unknown, or if the policy needs all of its cameras.
     """
     if not does_without_cameras(config):
         return None
-    names = {}
-    known = set()
-    for step in preprocessor.steps:
-        if isinstance(step, RenameObservationsProcessorStep):
-            names = step.rename_map
-        if isinstance(step, NormalizerProcessorStep):
-            known |= {name.rpartition(".")[0] for name in step.state_dict()}
+    names = rename_map_of(preprocessor)
+    known = keys_with_statistics(preprocessor)
     # lerobot-train keeps the statistics under the dataset's names
     known |= {names[key] for key in known if key in names}
     return known.intersection(cameras_of(config.input_features)) or None

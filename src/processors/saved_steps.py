@@ -1,4 +1,4 @@
-"""The settings of a saved pipeline's steps, of the types that the steps declare: LeRobot checks none, and fails when they run."""
+"""Check the settings of a saved pipeline's steps: LeRobot checks none of them, and fails when the steps run."""
 
 import enum
 import math
@@ -14,28 +14,27 @@ from lerobot.processor import ProcessorStepRegistry
 from errors import UserError
 from trust import OTHER_COPY
 
-LARGEST = 1_000_000_000
-LARGEST_SIDE = 100_000  # of a size in pixels or a crop, which are lists of integers
+LARGEST = 1_000_000_000  # beyond it, a number is a mistake: nothing of that size can be built
+LARGEST_SIDE = 100_000  # in lists, which hold the sizes of pictures and crops
 
 
 def check_step_settings(steps: list[dict], path: Path) -> None:
-    """Compare the settings of a pipeline's steps with the types that the steps declare for them.
+    """Compare the settings of a pipeline's steps with the types that the steps declare.
 
     Args:
         steps: as `trust.read_pipeline` returns them.
         path: the pipeline's file, for messages.
 
     Raises:
-        UserError: a setting is of another type.
+        UserError: a setting is of another type, or a number is not finite or too large.
     """
     for number, step in enumerate(steps):
         step_class = class_of(step)
         declared = declared_types(step_class)
         defaults = defaults_of(step_class)
         for name, value in step.get("config", {}).items():
-            is_of_default_type = type(value) is type(
-                defaults.get(name, MISSING)
-            )  # some of LeRobot's have None for a list
+            # A default may be of another type than the declared one, such as None for a list.
+            is_of_default_type = type(value) is type(defaults.get(name, MISSING))
             if name in declared and not is_of_default_type and not fits(declared[name], value):
                 kind = getattr(declared[name], "__name__", str(declared[name]))
                 if typing.get_args(declared[name]):
@@ -44,15 +43,16 @@ def check_step_settings(steps: list[dict], path: Path) -> None:
                     f"{path}: step {number} ({step_class.__name__}) is refused: expected {kind} as {name}, "
                     f"got {value!r:.60}. {OTHER_COPY}"
                 )
-            if not is_buildable(value):
+            expected = number_problem(value)
+            if expected:
                 raise UserError(
-                    f"{path}: step {number} ({step_class.__name__}) is refused: expected a finite number of at most "
-                    f"{LARGEST}, and sides of at most {LARGEST_SIDE}, as {name}, got {value!r:.60}. {OTHER_COPY}"
+                    f"{path}: step {number} ({step_class.__name__}) is refused: expected {expected} as {name}, "
+                    f"got {value!r:.60}. {OTHER_COPY}"
                 )
 
 
 def class_of(step: dict) -> type:
-    """The class of a step that `trust.read_pipeline` let in, and by that has imported."""
+    """The class of a step, which `trust.read_pipeline` has allowed and imported."""
     if "registry_name" in step:
         return ProcessorStepRegistry.get(step["registry_name"])
     module, _, name = step["class"].rpartition(".")
@@ -60,10 +60,10 @@ def class_of(step: dict) -> type:
 
 
 def declared_types(step_class: type) -> dict:
-    """{setting: type} of a step; empty if a type is only known to type checkers."""
+    """{setting: type} of a step; empty if a type is imported only for type checkers, or its package is missing."""
     try:
         return typing.get_type_hints(step_class if is_dataclass(step_class) else step_class.__init__)
-    except NameError:
+    except (NameError, TypeError):  # the latter of `Model | None`, where LeRobot sets a missing Model to None
         return {}
 
 
@@ -71,11 +71,11 @@ def defaults_of(step_class: type) -> dict:
     """{setting: default} of a step that is a dataclass."""
     if not is_dataclass(step_class):
         return {}
-    return {f.name: f.default for f in fields(step_class) if f.default is not None}
+    return {f.name: f.default for f in fields(step_class)}
 
 
 def fits(kind, value) -> bool:
-    """Whether a value from a JSON file is of a type; True for types that JSON holds in a form of their own."""
+    """Whether a value from a JSON file is of a type; True for types that JSON cannot hold directly."""
     arguments = typing.get_args(kind)
     container = typing.get_origin(kind) or kind
     if container in (typing.Union, types.UnionType):
@@ -113,12 +113,16 @@ def items_fit(container: type, arguments: tuple, values: list) -> bool:
     return all(fits(arguments[0], value) for value in values)
 
 
-def is_buildable(value, most: int = LARGEST) -> bool:
-    """Whether all numbers of a setting are finite, and none is too large to make anything of that size."""
+def number_problem(value, most: int = LARGEST, most_in_lists: int = LARGEST_SIDE) -> str | None:
+    """What was expected, if a number in a setting is not finite, or too large to build anything of that size."""
     if isinstance(value, dict):
-        return all(is_buildable(item, most) for item in value.values())
-    if isinstance(value, list):
-        return all(is_buildable(item, LARGEST_SIDE) for item in value)
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return not isinstance(value, int) or abs(value) <= most
+        problems = [number_problem(item, most, most_in_lists) for item in value.values()]
+        return next(filter(None, problems), None)
+    if isinstance(value, (list, tuple)):
+        problems = [number_problem(item, most_in_lists, most_in_lists) for item in value]
+        return next(filter(None, problems), None)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    if isinstance(value, int) and abs(value) > most:
+        return f"{most} or less"
+    return None

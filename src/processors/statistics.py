@@ -183,14 +183,26 @@ def unnormalised_names(preprocessor) -> dict[str, str]:
     lerobot-train keeps their statistics under the dataset's names, where its normalising does not look: the policy was trained
     on their numbers as they are.
     """
+    known = keys_with_statistics(preprocessor)
+    return {new: old for old, new in rename_map_of(preprocessor).items() if old in known and new not in known}
+
+
+def rename_map_of(preprocessor) -> dict[str, str]:
+    """{old: new} names by which a preprocessor renames observations."""
     names = {}
-    known = set()
     for step in preprocessor.steps:
         if isinstance(step, RenameObservationsProcessorStep):
-            names = step.rename_map
+            names = dict(step.rename_map)
+    return names
+
+
+def keys_with_statistics(preprocessor) -> set[str]:
+    """The features whose statistics a preprocessor holds."""
+    keys = set()
+    for step in preprocessor.steps:
         if isinstance(step, NormalizerProcessorStep):
-            known |= {name.rpartition(".")[0] for name in step.state_dict()}
-    return {new: old for old, new in names.items() if old in known and new not in known}
+            keys |= {name.rpartition(".")[0] for name in step.state_dict()}
+    return keys
 
 
 def features_of(config) -> dict:

@@ -7,7 +7,7 @@ N frames or samples, B samples of a batch, T steps of a chunk from now on, A joi
 import glob
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,8 @@ from errors import UserError, find_path, likeliest_pairs, nearest, rename_flag
 from policy.chunk import predict_chunk
 from policy.losses import is_training_quantizer, loss_averages_over_actions, set_vqbet_phase
 from processors.bases import AUTO, pair_cameras, pairs_line
-from processors.pipelines import name_before_rename, parse_rename, to_float_batch
+from processors.features import parse_rename
+from processors.pipelines import name_before_rename, to_float_batch
 from processors.statistics import is_still
 from runtime import EVAL, VALIDATE, seed_all
 
@@ -144,7 +145,8 @@ def open_for_policy(
     check_rename(policy, meta, dataset_id, given)
     warnings = []
     if AUTO in (rename or []):
-        pairs = auto_rename(policy, renamed(meta.features, names))
+        features = renamed(meta.features, names)
+        pairs = auto_rename(policy, features, cameras_in(features))
         warnings.append(pairs_line(pairs))
         names |= {name_before(names, old): new for old, (new, _) in pairs.items()}
     features = renamed(meta.features, names)
@@ -170,15 +172,20 @@ def open_for_policy(
     return source
 
 
-def auto_rename(policy, features: dict) -> dict[str, tuple[str, str]]:
-    """The pairs of `--rename auto`, as `pair_cameras` gives them, for the cameras of which a policy lacks the name.
+def cameras_in(features: dict) -> list[str]:
+    """The cameras among a dataset's features, as info.json has them."""
+    return [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
+
+
+def auto_rename(policy, names: Collection[str], cameras: list[str]) -> dict[str, tuple[str, str]]:
+    """The pairs of `--rename auto`, as `pair_cameras` returns them, for cameras whose names the policy does not know.
 
     Args:
         policy: a LoadedPolicy or AsyncPolicy.
-        features: a dataset's, as info.json has them.
+        names: of all observations of a dataset or a simulation.
+        cameras: those of them that are cameras.
     """
-    cameras = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
-    wanted = [key for key, (kind, _) in policy.expected.items() if kind == "uint8" and key not in features]
+    wanted = [key for key, (kind, _) in policy.expected.items() if kind == "uint8" and key not in names]
     return pair_cameras([key for key in cameras if key not in policy.expected], wanted)
 
 
@@ -216,11 +223,12 @@ def check_observations(policy, features: dict, dataset: str, given: dict[str, st
     wrong = [key for key, kind in expected.items() if key in got and got[key] != kind]
     remedy = "Pass the dataset that the policy was trained on"
     if missing:
-        unused = {key: kind for key, kind in got.items() if key not in expected}
-        pairs = likeliest_pairs(missing, unused)
-        if set(missing.values()) == {"picture"}:
-            found = auto_rename(policy, features)  # so that the flag offered does what --rename auto does
+        if set(missing.values()) == {"picture"}:  # the flag that the message offers does what --rename auto does
+            found = auto_rename(policy, features, cameras_in(features))
             pairs = {old: new for old, (new, _) in found.items()}
+        else:
+            unused = {key: kind for key, kind in got.items() if key not in expected}
+            pairs = likeliest_pairs(missing, unused)
         if len(pairs) == len(missing) and not wrong:
             remedy = f"Pass {rename_flag(pairs, given)} if that is the same, or the dataset that it was trained on"
         names = ", ".join(name for name in features if name.startswith("observation"))

@@ -20,7 +20,8 @@ from data.source import Source
 from data.statistics import fill_statistics
 from data.union import size_problems, unite
 from errors import UserError, as_user_error, first_of
-from policy.adapters import adapter_settings, add_adapters, freeze
+from policy.adapter_settings import adapter_settings
+from policy.adapters import add_adapters, freeze
 from policy.factory import build_policy, load_policy_config, policy_config
 from policy.loaded import check_processors, trained_joint_names
 from policy.migration import resolve_policy_folder
@@ -28,23 +29,25 @@ from policy.presets import apply_training_flags, check_presets
 from policy.quantize import check_quantize
 from policy.weights_dtype import cast_weights
 from processors.bases import AUTO, cameras_of, pads, pair_cameras, pairs_line
-from processors.pipelines import (
+from processors.features import (
     ENVIRONMENT_STATE,
-    adapt_processors,
     feature_problems,
-    has_processors,
-    load_processors,
-    make_processors,
     parse_rename,
     policy_features,
     policy_problems,
     rename_problems,
-    resize_of,
-    saved_rename,
-    set_rename,
     shape_problems,
     twice_named,
     window_deltas,
+)
+from processors.pipelines import (
+    adapt_processors,
+    has_processors,
+    load_processors,
+    make_processors,
+    resize_of,
+    saved_rename,
+    set_rename,
 )
 from processors.statistics import IMAGENET, needed_statistics, stats_problems, usable_stats
 from runtime import thread_count
@@ -221,17 +224,7 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
     check_presets(policy, config)
     if base and policy.use_peft and config.peft:
         raise UserError(f"--peft: {folder.name} holds adapters already. Leave the flag out to train those further")
-    adapters = {}
-    if policy.use_peft:
-        adapters = read_adapter_config(folder)
-    elif config.peft:  # refused here, before weights are read
-        adapters = adapter_settings(config.peft, config.peft_r, config.peft_args)
-    if config.peft_quantize and not adapters:
-        raise UserError(
-            "--peft_quantize rounds the weights below adapters: expected --peft, got none. Pass --peft lora"
-        )
-    if config.peft_quantize:
-        check_quantize(adapters.get("peft_type") or config.peft, adapters, distributed.kind)
+    check_adapters(policy, folder, config, distributed.kind)
 
     # Statistics to normalise by; a checkpoint's processors hold their own.
     stats = None
@@ -256,6 +249,31 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
         warnings=warnings,
         notes=notes,
     )
+
+
+def adapters_of(policy_config, folder: Path | None, config: TrainConfig) -> dict:
+    """The settings of a policy's adapters: those that it was saved with, or new ones by --peft. Empty without adapters."""
+    if policy_config.use_peft:
+        return read_adapter_config(folder)
+    if config.peft:
+        return adapter_settings(config.peft, config.peft_r, config.peft_args)
+    return {}
+
+
+def check_adapters(policy_config, folder: Path | None, config: TrainConfig, kind: str) -> None:
+    """Raise a UserError for adapters that cannot be trained, before any weights are read.
+
+    Args:
+        kind: of the processes, as in Distributed.
+    """
+    adapters = adapters_of(policy_config, folder, config)
+    if not config.peft_quantize:
+        return
+    if not adapters:
+        raise UserError(
+            "--peft_quantize rounds the weights below adapters: expected --peft, got none. Pass --peft lora"
+        )
+    check_quantize(adapters.get("peft_type") or config.peft, adapters, kind)
 
 
 def names_for_policy(
@@ -396,11 +414,7 @@ def set_dataset_names(policy_config, features: dict) -> None:
 def build_training_policy(plan: PolicyPlan, meta, quiet: bool = True):
     """The policy on its device, with the adapters of --peft, the frozen weights of --freeze, and in --weights_dtype."""
     settings = plan.settings
-    adapters = {}
-    if plan.config.use_peft:
-        adapters = read_adapter_config(plan.folder)
-    elif settings.peft:
-        adapters = adapter_settings(settings.peft, settings.peft_r, settings.peft_args)
+    adapters = adapters_of(plan.config, plan.folder, settings)
     quantized = None
     if settings.peft_quantize:
         quantized = adapters.get("modules_to_save") or []
@@ -415,18 +429,17 @@ def build_training_policy(plan: PolicyPlan, meta, quiet: bool = True):
 
 def build_processors(plan: PolicyPlan, meta):
     """(preprocessor, postprocessor): a checkpoint's unchanged, a base's with this dataset's statistics, or new ones."""
+    image_size = plan.settings.image_size
     if plan.resumed:
         preprocess, postprocess = load_processors(plan.folder, plan.config.device, config=plan.config)
         if plan.rename:
             set_rename(preprocess, plan.rename)
-        check_processors(plan.config, preprocess, postprocess, plan.folder)
-        return preprocess, postprocess
-    image_size = plan.settings.image_size
-    if plan.folder and has_processors(plan.folder):
+    elif plan.folder and has_processors(plan.folder):
         preprocess, postprocess = adapt_processors(plan.folder, plan.config, plan.stats, image_size, plan.rename)
-        check_processors(plan.config, preprocess, postprocess, plan.folder)
-        return preprocess, postprocess
-    return make_processors(plan.config, meta, plan.stats, image_size, plan.rename)
+    else:
+        return make_processors(plan.config, meta, plan.stats, image_size, plan.rename)
+    check_processors(plan.config, preprocess, postprocess, plan.folder)
+    return preprocess, postprocess
 
 
 def plan_memory(plan: PolicyPlan, meta, distributed: Distributed) -> Memory | None:

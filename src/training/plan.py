@@ -44,9 +44,9 @@ from exchange.lerobot_runs import from_lerobot, lerobot_checkpoint
 from policy.factory import policy_config, saved_config_class
 from policy.migration import resolve_policy_folder
 from policy.presets import merge_training_preset
-from policy.requirements import check_backbone_weights, check_policy_of, check_requirements
+from policy.requirements import check_policy_of, check_requirements, require_backbone_weights
 from processors.bases import AUTO
-from processors.pipelines import ignored_states
+from processors.features import ignored_states
 from processors.statistics import require_statistics, unnormalised_names, wanted_mode
 from sim.environments import Simulation
 from training.changes import (
@@ -220,7 +220,7 @@ def plan_run(settings: dict) -> RunPlan:
         policy = plan_policy(config, chosen.checkpoint, source, distributed)
         config = policy.settings
         if policy.folder is None:
-            distributed.on_main(lambda: check_backbone_weights(policy.config))
+            distributed.on_main(lambda: require_backbone_weights(policy.config))
         # As a trial: tokenizers are fetched here.
         preprocess, postprocess = build_processors(copy.deepcopy(policy), source.meta)
         normalised = [key for key in (*policy.config.input_features, "action") if key not in policy.empty]

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from errors import printable, reason_of_disk
-from processors.pipelines import policy_features
+from processors.features import policy_features
 from reports.figures import curves_figure
 from reports.model_card import model_card
 from reports.pages import last, read_history, runs_page
