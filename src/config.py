@@ -133,9 +133,7 @@ class TrainConfig:
         above=0,
         below=float("inf"),
     )
-    weight_decay: float | None = setting(
-        None, "weight decay (unset: policy's preset)", at_least=0, below=float("inf")
-    )
+    weight_decay: float | None = setting(None, "weight decay (unset: policy's preset)", at_least=0, below=float("inf"))
     grad_clip_norm: float | None = setting(
         None, "clip gradients to this norm; 0 turns clipping off (unset: policy's preset)", at_least=0
     )

@@ -15,12 +15,12 @@ from pathlib import Path
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # the errors of a disk that come without a file name
 WRAPPERS = (OSError, ValueError, RuntimeError)  # in which libraries wrap what went wrong; others are bugs
-READ_SUFFIXES = (".json", ".safetensors", ".pth", ".bin", ".model")  # of what is read in a folder of a policy's
-
+READ_SUFFIXES = (".json", ".safetensors", ".pth", ".bin", ".model")  # files that are read in a policy's folder
 
 # Remedies for wrong statistics of a dataset: in any format, and in v3.0, which is all that LeRobot's tool reads.
 DELETE_STATISTICS = (
-    "Delete meta/stats.json (or meta/episodes_stats.jsonl, where there is one): what is missing is computed from the data"
+    "Delete meta/stats.json (or meta/episodes_stats.jsonl, where there is one): "
+    "what is missing is computed from the data"
 )
 RECOMPUTE_STATISTICS = (
     "Recompute them: lerobot-edit-dataset --repo_id local/copy --root FOLDER --new_root COPY "
@@ -176,19 +176,24 @@ def not_a_file(path: Path) -> str | None:
         return None
     if os.path.isdir(path):
         return "a folder"
-    return "a pipe, a socket or a device" if os.path.exists(path) else "a link to nothing"
+    if os.path.exists(path):
+        return "a pipe, a socket or a device"
+    return "a link to nothing"
+
+
+def require_file(path: Path, remedy: str = "") -> None:
+    """Raise a UserError if something other than a file is at a path that is to be read. There may be nothing."""
+    end = f". {remedy}" if remedy else ""
+    found = not_a_file(path)
+    if found:
+        raise UserError(f"{path} cannot be read: expected a file, got {found}{end}")
 
 
 def require_files(folder: Path, remedy: str) -> None:
-    """Refuse a folder in which something else has the name of a file that is read: JSON, tensors or a pickle.
-
-    Raises:
-        UserError: names the first that is no file.
-    """
+    """Raise a UserError if a folder has something other than a file under a name that is read: JSON, tensors or a pickle."""
     for path in sorted(folder.iterdir()):
-        found = not_a_file(path) if path.suffix in READ_SUFFIXES else None
-        if found:
-            raise UserError(f"{path} cannot be read: expected a file, got {found}. {remedy}")
+        if path.suffix in READ_SUFFIXES:
+            require_file(path, remedy)
 
 
 def read_json(path: Path, remedy: str = "") -> dict:
@@ -200,15 +205,13 @@ def read_json(path: Path, remedy: str = "") -> dict:
     Raises:
         UserError: it cannot be read, or holds something else.
     """
+    require_file(path, remedy)
     end = f". {remedy}" if remedy else ""
-    found = not_a_file(path)
-    if found:
-        raise UserError(f"{path} cannot be read: expected a file, got {found}{end}")
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
-        if "\\ud" in text.lower():
-            json.dumps(content, ensure_ascii=False).encode()  # fails for half a character, which could not be written again
+        if "\\ud" in text.lower():  # encode() fails for half a character, which could not be written again
+            json.dumps(content, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:  # the last of deeply nested lists
         raise UserError(f"{path} cannot be read: {one_line(error)[:160]}{end}") from None
     if not isinstance(content, dict):
@@ -273,7 +276,7 @@ def reason_of_one(error: BaseException, offline: str, policy: str | None) -> str
     if isinstance(error, errors.GatedRepoError):
         if repo is None:
             return "the Hub lets in only who asked. Request access on the repo's page there, then run `hf auth login`"
-        return f"{repo} is gated. {ask_for_access(repo)}"
+        return gated_message(repo)
     if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
         subject = "the Hub has no such repo or revision"
         if repo is not None:
@@ -306,9 +309,9 @@ def is_network_error(error: BaseException) -> bool:
     return isinstance(error, network) or isinstance(error.__cause__, network)
 
 
-def ask_for_access(repo: str) -> str:
-    """What to do to read a gated repo of the Hub."""
-    return f"Accept its licence on https://huggingface.co/{repo}, then run `hf auth login`"
+def gated_message(repo: str) -> str:
+    """That a repo of the Hub is gated, and how to get access."""
+    return f"{repo} is gated. Accept its licence on https://huggingface.co/{repo}, then run `hf auth login`"
 
 
 def missing_package(error: ImportError, policy: str | None) -> str:

@@ -6,7 +6,7 @@ import threading
 import time
 from pathlib import Path
 
-from errors import UserError, as_user_error, ask_for_access, find_path, is_network_error, one_line
+from errors import UserError, as_user_error, find_path, gated_message, is_network_error, one_line
 
 WAITS = (5.0, 30.0)  # seconds between the tries of an upload
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?"  # user/name or user/name@revision
@@ -39,17 +39,17 @@ def fetch(repo: str, what: str, *, weights: bool = True) -> Path:
 
 
 def require_repos(needs: dict[str, bool], what: str) -> None:
-    """Refuse what is neither on this machine nor to be had from the Hub, all in one message, before any of it is downloaded.
+    """Refuse repos that are neither on this machine nor available from the Hub, in one message, before any download.
 
     Args:
-        needs: {Hub id: whether its weights are needed, besides its settings and its tokenizer}.
+        needs: {Hub id: whether its weights are needed, in addition to its settings and tokenizer}.
         what: what needs them, to begin the message.
 
     Raises:
         UserError: a repo is gated or does not exist, or the Hub cannot be reached.
     """
     problems = []
-    unreachable = {}  # repo: command that downloads what is needed of it
+    unreachable = {}  # {repo: the command that downloads it}
     for repo, weights in needs.items():
         if is_downloaded(repo, weights):
             continue
@@ -73,7 +73,7 @@ def require_repos(needs: dict[str, bool], what: str) -> None:
 
 
 def download_command(repo: str, weights: bool = True) -> str:
-    """The command that downloads a repo, with its weights or only what is beside them."""
+    """The command that downloads a repo, with or without its weights."""
     command = f"hf download {repo}"
     if not weights:
         command += " --exclude '*.safetensors'"
@@ -81,18 +81,18 @@ def download_command(repo: str, weights: bool = True) -> str:
 
 
 def is_downloaded(repo: str, weights: bool) -> bool:
-    """Whether the cache has files of a repo, and if asked for, weights among them."""
+    """Whether the cache has files of a repo, and among them its weights if these are needed."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
-    names = [path.name for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if path.is_file()]
     if weights:
-        names = [name for name in names if name.endswith((".safetensors", ".bin"))]
-    return bool(names)
+        files = [path for path in files if path.suffix in (".safetensors", ".bin")]
+    return bool(files)
 
 
 def request_file(repo: str) -> None:
-    """Ask the Hub about a file of a repo, as a download does first. Whether there is that file does not matter.
+    """Ask the Hub for the metadata of a file, as a download does first. The file need not exist.
 
     Raises:
         UserError: the repo is gated or does not exist, or the Hub cannot be reached.
@@ -104,7 +104,7 @@ def request_file(repo: str) -> None:
         try:
             get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=20)
         except GatedRepoError as error:
-            raise UserError(f"{repo} is gated. {ask_for_access(repo)}") from error
+            raise UserError(gated_message(repo)) from error
 
 
 def newest_checkpoint(repo: str, what: str, sort_key) -> Path:

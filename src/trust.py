@@ -17,7 +17,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.processor import ProcessorStep, ProcessorStepRegistry
 from lerobot.utils.import_utils import register_third_party_plugins
 
-from errors import UserError, find_path, not_a_file, read_json, require_files
+from errors import UserError, find_path, not_a_file, read_json, require_file, require_files
 
 PIPELINES = ("policy_preprocessor.json", "policy_postprocessor.json")  # LeRobot's names
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
@@ -106,15 +106,10 @@ def step_problem(step, folder: Path) -> str | None:
 
 
 def require_files_within(folder: Path) -> None:
-    """Refuse a folder of a processor's files, such as a tokenizer's, that holds what is neither a file nor a folder.
-
-    Raises:
-        UserError: names the first.
-    """
+    """Raise a UserError if a folder, such as a tokenizer's, has something that is neither a file nor a folder."""
     for path in sorted(folder.rglob("*")):
-        found = None if path.is_dir() else not_a_file(path)
-        if found:
-            raise UserError(f"{path} cannot be read: expected a file, got {found}. {OTHER_COPY}")
+        if not path.is_dir():
+            require_file(path, OTHER_COPY)
 
 
 def is_registered(name) -> bool:

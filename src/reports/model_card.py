@@ -33,7 +33,8 @@ def model_card(checkpoint: Path) -> str:
     datasets = []
     hub_datasets = []
     names = info.get("dataset", [])
-    names = [names] if isinstance(names, str) else names  # of older versions
+    if isinstance(names, str):  # of older versions
+        names = [names]
     for name in names:
         is_on_hub = name.count("/") == 1 and not Path(os.path.expanduser(name)).exists()
         datasets.append(name if is_on_hub else Path(name).name)
@@ -41,7 +42,7 @@ def model_card(checkpoint: Path) -> str:
             hub_datasets.append(name)
     policy = info.get("policy", config.get("policy", "?"))
     facts = {"policy": policy, "dataset": ", ".join(datasets)}
-    if "parameters" in info:  # which a checkpoint that came from lerobot-train lacks, as it does the machine
+    if "parameters" in info:  # a checkpoint that came from lerobot-train lacks these, and the machine
         facts["policy"] += f", {info['parameters']:,} parameters"
     if {"step", "batch_size"} <= info.keys():
         facts["steps"] = f"{info['step']:,} of batch {info['batch_size']}, {info.get('epoch', 0):.1f} epochs"

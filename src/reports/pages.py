@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jinja2
 
-from errors import UserError, not_a_file, reason_of_disk
+from errors import UserError, reason_of_disk, require_file
 from reports.figures import curves_figure, horizon_figure, joints_figure, moments_figure, png
 
 EPISODES_DRAWN = 6  # curves of more would make a page that nobody reads to its end
@@ -66,9 +66,7 @@ def read_history(output_dir: Path, warn: Callable[[str], None] = lambda text: No
         UserError: the folder has no such file.
     """
     path = output_dir / "metrics.jsonl"
-    found = not_a_file(path)
-    if found:
-        raise UserError(f"{path} cannot be read: expected a file, got {found}. Move it away")
+    require_file(path, "Move it away")
     try:
         content = path.read_bytes()
     except OSError as error:
