@@ -189,8 +189,7 @@ class Run:
         first_bad_step = int(self.first_bad_step)  # waits for the device
         if first_bad_step < 0:
             return
-        self.writer.wait()  # for the checkpoint that may be the last good one
-        last_good = max(find_checkpoints(self.plan.output_dir), key=sort_key, default="none yet")
+        last_good = self.last_good_checkpoint()
         frames = self.loader.describe(self.samples_seen - (self.step - first_bad_step) * self.config.batch_size)
         raise UserError(
             f"the loss is not finite at step {first_bad_step + 1}, whose batch holds episode:frame {frames}; "
@@ -201,12 +200,15 @@ class Run:
         """Call before a save: the loss of the step that spoilt them was finite, and no later one may have shown it."""
         (is_spoilt,) = self.distributed.all_reduce_max(int(not self.learner.is_finite()))
         if is_spoilt:
-            self.writer.wait()  # for the checkpoint that may be the last good one
-            last_good = max(find_checkpoints(self.plan.output_dir), key=sort_key, default="none yet")
             raise UserError(
                 f"the weights are not finite after step {self.step}, which is not saved; last good checkpoint: "
-                f"{last_good}. Lower --lr"
+                f"{self.last_good_checkpoint()}. Lower --lr"
             )
+
+    def last_good_checkpoint(self) -> Path | str:
+        """The newest checkpoint on the disk, for a message. Waits for the one that is being written."""
+        self.writer.wait()
+        return max(find_checkpoints(self.plan.output_dir), key=sort_key, default="none yet")
 
     def log(self, result) -> None:
         """Write a line of metrics, with the mean loss since the line before."""
