@@ -194,22 +194,7 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
     inputs = {rename.get(key, key): feature for key, feature in own_inputs.items()}
 
     # The policy's features: the dataset's, and cameras that it does without.
-    empty = []
-    if folder is None:
-        policy.input_features = inputs
-        policy.output_features = outputs
-    else:
-        differences = feature_problems(
-            policy, inputs, outputs, folder.name, given, source.left_out, fine_tune=checkpoint is None
-        )
-        source.require(differences)
-        source.require(task_problems(policy, source, folder.name))
-        empty = [key for key in cameras_of(policy.input_features) if key not in inputs]
-    if base:
-        taken = policy.input_features or inputs  # LeRobot too gives a base without features those of the dataset
-        policy.input_features = {key: inputs.get(key, feature) for key, feature in taken.items()}
-        if pads(policy) or not policy.output_features:
-            policy.output_features = outputs
+    empty = fit_features(policy, inputs, outputs, source, folder, given, is_base=base is not None)
     if empty:
         notes.append(f"cameras that stay empty, since {source.name} has none of these names: {', '.join(empty)}")
     features = {rename.get(key, key): feature for key, feature in source.meta.features.items()}
@@ -249,6 +234,39 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
         warnings=warnings,
         notes=notes,
     )
+
+
+def fit_features(
+    policy, inputs: dict, outputs: dict, source: Source, folder: Path | None, given: dict[str, str], *, is_base: bool
+) -> list[str]:
+    """Give a new policy the dataset's features, or a base those that it can take.
+
+    Args:
+        policy: the policy's config, whose features are changed.
+        inputs, outputs: the dataset's features, under the policy's names.
+        folder: the policy's; None for a new one.
+        given: {old: new} names of observations, for messages.
+        is_base: whether the run starts from the policy in the folder, rather than resumes it.
+
+    Returns:
+        Cameras of the policy that the dataset does not have, and that it does without.
+
+    Raises:
+        UserError: the dataset's features or tasks do not fit the policy.
+    """
+    if folder is None:
+        policy.input_features = inputs
+        policy.output_features = outputs
+        return []
+    source.require(feature_problems(policy, inputs, outputs, folder.name, given, source.left_out, fine_tune=is_base))
+    source.require(task_problems(policy, source, folder.name))
+    empty = [key for key in cameras_of(policy.input_features) if key not in inputs]
+    if is_base:
+        taken = policy.input_features or inputs  # LeRobot too gives a base without features those of the dataset
+        policy.input_features = {key: inputs.get(key, feature) for key, feature in taken.items()}
+        if pads(policy) or not policy.output_features:
+            policy.output_features = outputs
+    return empty
 
 
 def adapters_of(policy_config, folder: Path | None, config: TrainConfig) -> dict:
