@@ -63,7 +63,7 @@ def test_offline_hub_id(capsys, monkeypatch):
 def test_offline_policy_path(capsys, made):
     line = message(capsys, dataset_id=str(made("video")), policy_path="nobody/nothing", device="cpu")
     assert line.startswith("--policy_path nobody/nothing (no local folder): the network request failed (")
-    assert line.endswith("). Check the path, or try again online")
+    assert line.endswith("). Check the path, or run this online once: hf download nobody/nothing")
 
 
 def test_offline_resume(capsys):
@@ -121,7 +121,8 @@ def test_other_dims_than_the_checkpoint(capsys, run, made):
 def test_other_camera_than_the_checkpoint(capsys, run, made):
     line = message(capsys, dataset_id=str(made("no_camera")), resume_from_checkpoint=str(run / "checkpoint-4"), steps=6)
     assert line.endswith(
-        "it has no observation.images.top, which checkpoint-4 was trained on. Pass a dataset that has it, or train a new policy"
+        "it has no observation.images.top, which checkpoint-4 was trained on: expected observation.images.top, got none. "
+        "Pass a dataset that has it, or train a new policy"
     )
 
 
