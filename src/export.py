@@ -73,11 +73,9 @@ def export_run(checkpoint: Path, output: Path) -> None:
 
 
 def export_merged(checkpoint: str, output: Path) -> None:
-    from checkpoints.writer import share_weights  # slow: imports torch
     from exchange.merged import write_merged  # slow: imports torch and LeRobot
 
     write_merged(checkpoint, output)
-    share_weights(output, as_file=output / "config.json")
     print(f"{output}: a policy without adapters, for train.py --policy_path, infer.py, or LeRobot's --policy.path")
 
 

@@ -1,12 +1,12 @@
 """A policy with its adapters merged into its weights: a folder that needs neither PEFT nor the policy they were trained on."""
 
-import json
 import shutil
 import sys
 from pathlib import Path
 
 import hub
 from checkpoints.folder import verify_policy
+from checkpoints.writer import share_weights, write_json
 from errors import UserError, one_line, read_json
 from policy.adapters import adapter_config
 from policy.factory import build_policy, load_policy_config
@@ -60,10 +60,11 @@ def write_merged(checkpoint: str, output: Path) -> None:
         merged.save_pretrained(unfinished)
         preprocess.save_pretrained(unfinished)
         postprocess.save_pretrained(unfinished)
-        # What `load_policy` knows of the training, where it looks for it.
+        # `load_policy` reads these two.
         info = {"joint_names": trained_joint_names(folder, config), "merged_from": str(checkpoint)}
-        (unfinished / "training_info.json").write_text(json.dumps(info, indent=2) + "\n")
-        (unfinished / "train_config.json").write_text(json.dumps({"rename": trained_rename(folder)}, indent=2) + "\n")
+        write_json(unfinished / "training_info.json", info)
+        write_json(unfinished / "train_config.json", {"rename": trained_rename(folder)})
+        share_weights(unfinished, as_file=unfinished / "config.json")
         unfinished.rename(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
