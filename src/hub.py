@@ -34,7 +34,8 @@ def fetch(repo: str, what: str, *, weights: bool = True) -> Path:
     unwanted = ["checkpoint-*/*", "tensorboard/*"]
     if not weights:
         unwanted += [*WEIGHTS, *(f"*/{pattern}" for pattern in WEIGHTS)]
-    with as_user_error(f"{what} {repo} (no local folder)", offline=ONLINE):
+    offline = f"Check the path, or run this online once: {download_command(repo)}"
+    with as_user_error(f"{what} {repo} (no local folder)", offline=offline):
         return Path(snapshot_download(repo_id, revision=revision, ignore_patterns=unwanted))
 
 
@@ -74,7 +75,10 @@ def require_repos(needs: dict[str, bool], what: str) -> None:
 
 def download_command(repo: str, weights: bool = True) -> str:
     """The command that downloads a repo, with or without its weights."""
-    command = f"hf download {repo}"
+    repo_id, _, revision = repo.partition("@")
+    command = f"hf download {repo_id}"
+    if revision:
+        command += f" --revision {revision}"
     if not weights:
         command += " --exclude '*.safetensors'"
     return command

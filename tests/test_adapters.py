@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -181,6 +182,16 @@ def from_lerobot_imports():
     from exchange import lerobot_runs
 
     return lerobot_runs
+
+
+def test_what_is_beside_a_base_of_4_bits_can_be_bf16(settings, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    own = {**settings, "peft_quantize": "4bit", "weights_dtype": "bf16", "ema_decay": 0.9, "quiet": False}
+    end = train(**own, output_dir=str(tmp_path / "run")).checkpoint
+    assert re.search(r"\nmemory    weights .* 4 bits", capsys.readouterr().out)
+    train(resume_from_checkpoint=str(end.parent / "checkpoint-2"), output_dir=str(tmp_path / "part"), quiet=True)
+    assert_same_run(tmp_path / "run", tmp_path / "part", 4)
+    assert load_policy(end, device="cpu")
 
 
 @pytest.mark.parametrize("method", ["ia3", "randlora", "road", "hira", "pvera"])

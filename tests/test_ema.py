@@ -93,3 +93,19 @@ def test_frozen_weights_are_stored_once(made, tmp_path):
         assert ends[0].keys() == ends[1].keys()
         assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
         assert not any(name.startswith(AVERAGE) for name in ends[0])  # fp32 weights hold their average exactly
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_run_can_go_on_without_its_average(made, tmp_path, dtype, capsys):
+    """As the message of a run out of memory offers."""
+    run = train(
+        **small(dataset_id=[str(made("no_camera"))], ema_decay=0.9, weights_dtype=dtype),
+        output_dir=str(tmp_path / "run"),
+    )
+    half = run.checkpoint.with_name("checkpoint-2")
+    end = train(resume_from_checkpoint=str(half), ema_decay=0.0, output_dir=str(tmp_path / "without")).checkpoint
+    assert "--ema_decay: 0.9 -> 0.0" in capsys.readouterr().out
+    assert not (end / TRAINED_WEIGHTS).exists()
+    trained = load_file(run.checkpoint / TRAINED_WEIGHTS)
+    weights = load_file(end / "policy.safetensors")  # those that the run with the average trained
+    assert all(torch.equal(weights[name], tensor) for name, tensor in trained.items() if not name.startswith(AVERAGE))

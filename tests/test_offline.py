@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from lerobot.configs import PreTrainedConfig
 from safetensors.torch import load_file, save_file
 
@@ -112,6 +112,22 @@ def test_what_can_be_had_or_is_here_is_not_refused(hub, monkeypatch, tmp_path):
     hub_module.require_repos({"me/other": False}, "it")
     with pytest.raises(UserError, match=r"hf download me/other$"):
         hub_module.require_repos({"me/other": True}, "it")
+
+
+def test_a_base_that_is_not_here_is_named_with_its_download(hub, trained, monkeypatch):
+    files = files_of(trained)
+    hub.repos["me/base"] = [files, {**files, "README.md": b"newer"}]
+    hub.tags["me/base"] = {"v1": 0}
+    for repo, command in (("me/base", "hf download me/base"), ("me/base@v1", "hf download me/base --revision v1")):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(UserError) as caught:
+            load_policy(repo, device="cpu")
+        assert str(caught.value).endswith(f"Check the path, or run this online once: {command}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        _, _, repo_id, *revision = command.split()
+        snapshot_download(repo_id, revision=revision[-1] if revision else None)  # what the command does
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert load_policy(repo, device="cpu").expected
 
 
 def files_of(folder) -> dict[str, bytes]:

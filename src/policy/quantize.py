@@ -76,6 +76,11 @@ def quantize(policy, device: str, kept: list[str]) -> None:
     policy.is_loaded_in_4bit = True  # where PEFT looks for it
 
 
+def is_packed(tensor) -> bool:
+    """Whether a tensor holds 4-bit numbers. Its dtype is then that of the weights before they were rounded."""
+    return getattr(tensor, "quant_state", None) is not None
+
+
 def quantized(bitsandbytes, linear: nn.Linear) -> nn.Module:
     """A 4-bit layer with the weights of `linear`. It rounds them when it is moved to a device."""
     dtype = linear.weight.dtype

@@ -9,6 +9,7 @@ import functools
 import torch
 
 from policy.adapters import has_adapters
+from policy.quantize import is_packed
 
 FIELDS = ("dtype", "model_dtype")  # LeRobot's names of the setting, in configs of policies
 NAMES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -39,7 +40,7 @@ def cast_weights(policy, policy_config, name: str) -> None:
 
 def is_cast(parameter, name: str, with_adapters: bool) -> bool:
     """Whether `cast_weights` casts a parameter."""
-    if not parameter.is_floating_point():  # 4-bit weights are integers
+    if not parameter.is_floating_point() or is_packed(parameter):
         return False
     if name == "fp32":
         return True

@@ -343,10 +343,10 @@ class EMA:
         """
         rest = {}
         for name, tensor in tensors.items():
-            if name.startswith(AVERAGE):
-                copy_unsharded(self.averages[name.removeprefix(AVERAGE)], tensor)
-            else:
+            if not name.startswith(AVERAGE):
                 rest[name] = tensor
+            elif self.decay > 0:  # else the run goes on without an average
+                copy_unsharded(self.averages[name.removeprefix(AVERAGE)], tensor)
         return rest
 
     @contextlib.contextmanager

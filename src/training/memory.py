@@ -13,12 +13,13 @@ from config import TrainConfig
 from errors import UserError
 from policy.adapters import has_adapters
 from policy.presets import optimizer_preset
+from policy.quantize import is_packed
 from policy.weights_dtype import own_setting
 from processors.bases import resizes_pictures
 from runtime import available_memory, less_memory, total_memory
 
 GB = 1e9
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "4 or 8 bits"}
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ADAMS = ("adam", "adamw", "xvla-adamw", "multi_adam")
 BLOCK = 256  # weights that share a scale in torchao's 8-bit moments, which smaller tensors do not have
 SMALLEST = 4096
@@ -57,8 +58,10 @@ def estimate_memory(policy, config: TrainConfig, kind: str = "one", processes: i
     shares = processes if kind in ("FSDP", "DeepSpeed") else 1
     weights = {}
     for tensor in tensors:
-        name = NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        name = dtype_name(tensor)
         weights[name] = weights.get(name, 0) + tensor.nbytes
+        if is_packed(tensor):
+            weights[name] += tensor.quant_state.absmax.nbytes  # the scales of its blocks
     gradients = sum(gradient_bytes(parameter, config, kind) for parameter in trained)
     preset = optimizer_preset(policy.config, config)
     optimizer = sum(moment_bytes(parameter, preset, config.optimizer) for parameter in trained)
@@ -70,6 +73,13 @@ def estimate_memory(policy, config: TrainConfig, kind: str = "one", processes: i
         ema=ema // shares,
         checkpoint=checkpoint_bytes(policy, trained, optimizer, config),
     )
+
+
+def dtype_name(tensor) -> str:
+    """What a weight is stored in."""
+    if is_packed(tensor):
+        return "4 bits"
+    return NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
 
 
 def gradient_bytes(parameter, config: TrainConfig, kind: str) -> int:

@@ -16,7 +16,7 @@ from reports.figures import curves_figure
 from reports.model_card import model_card
 from reports.pages import last, read_history, runs_page
 from runtime import describe_machine, in_notebook
-from training.memory import NAMES, memory_lines
+from training.memory import dtype_name, memory_lines
 from training.trackers import Trackers
 
 CURVE = "loss.png"
@@ -316,7 +316,7 @@ def header(plan, policy, memory, start_step: int) -> str:
 
 def precision_text(policy, config) -> str:
     """What the weights are stored in, and what is computed with them, if that differs."""
-    dtypes = {NAMES.get(parameter.dtype, str(parameter.dtype)) for parameter in policy.parameters()}
+    dtypes = {dtype_name(parameter) for parameter in policy.parameters()}
     if dtypes == {config.precision}:
         return config.precision
     return f"{' and '.join(sorted(dtypes))} weights computed in {config.precision}"
