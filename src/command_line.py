@@ -256,5 +256,11 @@ def decoded(text: str, kind, what: str):
             raise ValueError("draccus takes None for any type")
         return draccus.decode(kind, value)
     except Exception as error:  # of any type, even a bare one: draccus checks nothing before it converts
-        expected = str(kind) if typing.get_args(kind) else getattr(kind, "__name__", str(kind))
-        raise UserError(f"{what}: expected {expected}, got {text!r}") from error
+        raise UserError(f"{what}: expected {type_text(kind)}, got {text!r}") from error
+
+
+def type_text(kind) -> str:
+    """A type as messages name it, such as int or list[str]."""
+    if typing.get_args(kind):
+        return str(kind)
+    return getattr(kind, "__name__", str(kind))

@@ -16,7 +16,7 @@ from lerobot.policies import get_policy_class
 
 import hub
 import policy.flow  # noqa: F401  (registers our policy with LeRobot)
-from command_line import parse_overrides
+from command_line import parse_overrides, type_text
 from errors import UserError, as_user_error, nearest, one_line, read_json
 from policy.adapter_settings import base_model_of
 from policy.adapters import load_adapters
@@ -174,7 +174,7 @@ def type_problem(kind, value, default) -> str | None:
         draccus.decode(kind, value)
     except Exception:  # of any type: draccus checks nothing before it converts
         is_wrong = True
-    return getattr(kind, "__name__", str(kind)) if is_wrong else None
+    return type_text(kind) if is_wrong else None
 
 
 def is_converted(options: set, value) -> bool:

@@ -13,7 +13,8 @@ MOST_TENSORS = 50_000  # the largest policies of LeRobot make a few thousand whi
 # Bytes that a policy may make per byte of its weights' file: 4-bit weights as float32, and what it uses only once.
 SLACK = 16
 SMALL = 2**30  # bytes that any policy may make on top
-LARGE = 2**40  # bytes that no policy of a single machine has: the limit on the device "meta", where tensors take no memory
+# Bytes that no policy of a single machine has: the limit on the device "meta", where tensors take no memory.
+LARGE = 2**40
 MAKERS = {
     torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.linspace, torch.logspace,
     torch.eye,

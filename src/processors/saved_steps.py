@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lerobot.processor import ProcessorStepRegistry
 
+from command_line import type_text
 from errors import UserError
 from trust import OTHER_COPY
 
@@ -36,14 +37,9 @@ def check_step_settings(steps: list[dict], path: Path) -> None:
             # A default may be of another type than the declared one, such as None for a list.
             is_of_default_type = type(value) is type(defaults.get(name, MISSING))
             if name in declared and not is_of_default_type and not fits(declared[name], value):
-                kind = getattr(declared[name], "__name__", str(declared[name]))
-                if typing.get_args(declared[name]):
-                    kind = str(declared[name])
-                raise UserError(
-                    f"{path}: step {number} ({step_class.__name__}) is refused: expected {kind} as {name}, "
-                    f"got {value!r:.60}. {OTHER_COPY}"
-                )
-            expected = number_problem(value)
+                expected = type_text(declared[name])
+            else:
+                expected = number_problem(value)
             if expected:
                 raise UserError(
                     f"{path}: step {number} ({step_class.__name__}) is refused: expected {expected} as {name}, "
