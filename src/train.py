@@ -36,6 +36,7 @@ from training.distributed import LostPeerError
 from training.evaluation import Evaluator
 from training.learner import Learner, build_learner, num_micro_batches
 from training.means import LossMeans
+from training.optimizers import rounding_warning
 from training.parts import build_processors, build_training_policy, open_loader
 from training.plan import RunPlan, plan_run
 from training.progress import Report, Stopwatch, TrainResult, closing_message, header, training_info
@@ -385,6 +386,7 @@ def build_run(plan: RunPlan) -> Run:
             position = plan.state.trainer_state
             train_seconds = plan.state.training_info["train_seconds"]
             learner.load(plan.checkpoint, position.get("scaler", {}))
+            warnings += rounding_warning(learner.optimizer, position, distributed.is_sharded)
 
         # What people see of it.
         if config.push_to_hub and distributed.is_main:

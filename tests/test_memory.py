@@ -13,10 +13,11 @@ from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from safetensors.torch import load_file
 
 from checkpoints import writer as writer_module
-from checkpoints.folder import TRAINED_WEIGHTS
+from checkpoints.folder import TRAINED_WEIGHTS, write_manifest
 from config import TrainConfig
 from errors import UserError
 from exchange.lerobot_runs import to_lerobot
+from helpers.dataset_edits import edit_json
 from helpers.runs import SMALL_POLICY_ARGS, assert_same_run, read_metrics, small
 from policy.loaded import load_policy
 from runtime import cgroup_memory
@@ -26,6 +27,19 @@ from training.learner import AVERAGE
 from training.memory import memory_remedies
 from training.optimizers import round_at_random, step_in_float32, sum_gradients_in_float32
 from training.plan import plan_run
+
+
+def test_checkpoints_of_versions_that_updated_bf16_weights_in_bf16_are_told(made, tmp_path, capsys):
+    settings = small("act", dataset_id=str(made("no_camera")), steps=2, save_freq=1, weights_dtype="bf16")
+    train(**settings, output_dir=str(tmp_path / "run"))
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    capsys.readouterr()
+    train(resume_from_checkpoint=str(checkpoint), output_dir=str(tmp_path / "run"))
+    assert "updated bf16 weights in bf16" not in capsys.readouterr().out
+    edit_json(checkpoint / "trainer_state.json", lambda state: state.pop("optimizer_entries"))
+    write_manifest(checkpoint)
+    train(resume_from_checkpoint=str(checkpoint), output_dir=str(tmp_path / "run"))
+    assert "updated bf16 weights in bf16, where small steps round to none" in capsys.readouterr().out
 
 
 def same_files(one, other) -> bool:

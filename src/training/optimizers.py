@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from checkpoints.folder import OPTIMIZER_ENTRIES
 from errors import UserError
 
 INSTALL_TORCHAO = "needs the package torchao. Install it with: uv pip install torchao==0.18.0"
@@ -49,6 +50,16 @@ def build_optimizer(policy, preset, kind: str = "auto", sharded: bool = False) -
 def rounds(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer's updates draw random numbers, to round bf16 weights."""
     return any(parameter.dtype is torch.bfloat16 for parameter in parameters_of(optimizer))
+
+
+def rounding_warning(optimizer: torch.optim.Optimizer, trainer_state: dict, sharded: bool) -> list[str]:
+    """A line where a resumed run is another one because its checkpoint is of a version that updated bf16 weights in bf16."""
+    if OPTIMIZER_ENTRIES in trainer_state or sharded or not rounds(optimizer):
+        return []
+    return [
+        "the checkpoint is of a version that updated bf16 weights in bf16, where small steps round to none: from here on they "
+        "are updated in fp32, and the run ends with other weights"
+    ]
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
