@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints.folder import write_manifest
+from checkpoints.folder import read_state, write_manifest
 from errors import UserError
 from helpers.runs import assert_same_run, read_metrics, small
 from reports.pages import read_history
@@ -380,3 +380,11 @@ def test_weights_that_the_last_step_spoilt_are_not_saved(settings, tmp_path):
     with pytest.raises(UserError, match="the weights are not finite after step 1, which is not saved; last good"):
         train(**{**settings, "lr": 1e39, "steps": 1}, output_dir=str(tmp_path / "run"))
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("name", ["batch_size", "seed"])
+def test_settings_that_the_data_continue_by_are_kept_twice(run, name):
+    checkpoint = run / "checkpoint-2"
+    content = json.loads((checkpoint / "train_config.json").read_text())
+    edited(checkpoint, "train_config.json", lambda config: {key: value for key, value in config.items() if key != name})
+    assert read_state(checkpoint, None).train_config[name] == content[name]

@@ -558,6 +558,18 @@ def test_sizes_far_from_those_of_the_weights(planted, name, value):
         load_policy(folder, device="cpu")
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_do_not_act(planted, number):
+    folder, _ = planted
+    tensors = load_file(folder / "model.safetensors")
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] = number
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "policy.safetensors").unlink()
+    with pytest.raises(UserError, match=rf"expected finite weights, got NaN or infinity in {name}"):
+        load_policy(folder, device="cpu")
+
+
 @pytest.mark.parametrize("size", [10**8, 10**12, 10**30])
 def test_features_of_impossible_sizes(planted, size):
     folder, _ = planted

@@ -13,6 +13,7 @@ import torch
 from lerobot.configs import FeatureType
 
 from checkpoints.folder import verify_policy
+from checkpoints.tensors import is_finite
 from errors import UserError, nearest, one_line, read_json
 from policy.async_policy import AsyncPolicy
 from policy.chunk import predict_chunk, rtc_off, supports_rtc
@@ -202,6 +203,7 @@ def load_policy(
     if rename:
         take_other_names(config, preprocess, rename)
     policy = build_policy(config, None, folder, quiet=False).eval()
+    require_finite(policy, folder)
     return LoadedPolicy(
         policy,
         preprocess,
@@ -210,6 +212,17 @@ def load_policy(
         joint_names=trained_joint_names(folder, config),
         trained_rename=trained_rename(folder),
     )
+
+
+def require_finite(policy, folder: Path) -> None:
+    """Refuse weights that are NaN or infinite: so would be the actions.
+
+    Raises:
+        UserError: names the first.
+    """
+    for name, weight in policy.named_parameters():
+        if not is_finite(weight.detach()):
+            raise UserError(f"{folder}: expected finite weights, got NaN or infinity in {name}. {OTHER_COPY}")
 
 
 def take_other_names(config, preprocess, rename: list[str]) -> None:
