@@ -93,9 +93,7 @@ def test_spaces_around_the_equals_sign_are_left_out():
         "pretrained_backbone_weights": None,
     }
     assert parse_rename(["observation.a = observation.b"]) == {"observation.a": "observation.b"}
-    with pytest.raises(
-        UserError, match="--policy_args dim_model: expected dim_model=VALUE"
-    ):
+    with pytest.raises(UserError, match="--policy_args dim_model: expected dim_model=VALUE"):
         parse_overrides("--policy_args", ACTConfig, ["dim_model", "=", "32"])
 
 

@@ -178,7 +178,10 @@ def test_an_error_while_reading_reaches_the_loop(made):
     videos = source.videos["observation.images.top"]
     videos.files = [source.meta.root / "gone" / path.relative_to(source.meta.root) for path in videos.files]
     loader = Loader(source, Frames(source), {}, 4, seed=3).start()
-    with pytest.raises(UserError, match=r"gone/videos/.*file-000\.mp4: frames \d+ to \d+, from episode \d frame \d+ on, cannot be decoded"):
+    with pytest.raises(
+        UserError,
+        match=r"gone/videos/.*file-000\.mp4: frames \d+ to \d+, from episode \d frame \d+ on, cannot be decoded",
+    ):
         next(loader)
     with pytest.raises(UserError):
         next(loader)  # and does not hang

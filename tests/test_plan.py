@@ -101,3 +101,10 @@ def test_a_plan_holds_its_folder_until_it_is_left(made, tmp_path):
     with plan_run(settings):
         pass
     assert not (tmp_path / "run").exists()  # nothing was written, nothing stays
+
+
+@pytest.mark.parametrize("setting", [{"precision": "bf16"}, {"precision": "fp16"}, {"weights_dtype": "bf16"}])
+def test_a_policy_that_computes_in_fp32_only(made, tmp_path, nothing_is_built, setting):
+    settings = small("vqbet", dataset_id=str(made("video")), output_dir=str(tmp_path / "run"), **setting)
+    with pytest.raises(UserError, match="policy vqbet computes in fp32 only"):
+        train(**settings)

@@ -80,7 +80,8 @@ def test_fine_tune_keeps_weights_and_takes_the_new_statistics(made, copy_of, tmp
 def test_fine_tune_on_other_dims_is_refused(made, tmp_path):
     first = train(**small("flow", dataset_id=str(made("video")), output_dir=str(tmp_path / "a"), steps=1))
     with pytest.raises(
-        ValueError, match=r"observation\.state: expected 3 numbers, as in checkpoint-1, got 5 numbers\. Pass the dataset"
+        ValueError,
+        match=r"observation\.state: expected 3 numbers, as in checkpoint-1, got 5 numbers\. Pass the dataset",
     ):
         train(
             **small(

@@ -400,9 +400,7 @@ def test_a_policy_with_statistics_that_cannot_be_does_not_act(trained, tmp_path,
         load_policy(folder, "cpu")
 
 
-@pytest.mark.parametrize(
-    "kind", ["act", "diffusion", "vqbet", "flow", "groot", "lingbot_va", "vla_jepa", "evo1"]
-)
+@pytest.mark.parametrize("kind", ["act", "diffusion", "vqbet", "flow", "groot", "lingbot_va", "vla_jepa", "evo1"])
 def test_what_lerobot_makes_for_each_policy_is_accepted(kind):
     """To act, and to train on: its processors need not follow the mapping in the config."""
     config = policy_config_class(kind)(device="cpu")

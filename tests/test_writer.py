@@ -344,7 +344,11 @@ def test_a_manifest_of_other_content_is_refused(checkpoint, tmp_path):
     (folder / MANIFEST).write_text("[]")
     with pytest.raises(UserError, match=r"manifest\.json is damaged: expected a JSON object, got list"):
         verify(folder)
-    for entries in ({"config.json": 5}, {"config.json": {"size": 1}}, {"../other/config.json": {"size": 1, "sha256": ""}}):
+    for entries in (
+        {"config.json": 5},
+        {"config.json": {"size": 1}},
+        {"../other/config.json": {"size": 1, "sha256": ""}},
+    ):
         (folder / MANIFEST).write_text(manifest_text(entries))
         with pytest.raises(UserError, match=r"manifest\.json: expected a file's name with its size and sha256"):
             verify(folder)

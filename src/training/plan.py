@@ -80,6 +80,7 @@ PRESET_FIELDS = ("batch_size", "ema_decay", "augment", "image_size")
 PATH_FIELDS = (
     "dataset_id", "dataset_root", "cache_dir", "policy_path", "output_dir", "resume_from_checkpoint", "config_path",
 )  # fmt: skip
+FP32_ONLY = ("vqbet",)  # the averages of its codebook cannot be computed under autocast
 
 
 @dataclass(frozen=True)
@@ -378,7 +379,7 @@ def choose_run(given: dict, distributed: Distributed, cleanup: ExitStack) -> Cho
     check_paths(config.asdict())
     device = distributed.use(config.device)
     check_optimizer(config.optimizer)
-    config = replace(config, precision=runtime.pick_precision(config.precision, device, config.weights_dtype))
+    config = replace(config, precision=choose_precision(config, device))
     if asked is not None:
         check_services(config)
     if state is not None:
@@ -398,6 +399,21 @@ def with_recorded_names(given: dict, recorded: dict) -> dict:
     if AUTO not in (given.get("rename") or []):
         return given
     return {**given, "rename": [*(recorded.get("rename") or []), *given["rename"]]}
+
+
+def choose_precision(config: TrainConfig, device: torch.device) -> str:
+    """What --precision means for this policy on this device.
+
+    Raises:
+        UserError: the device or the policy does not compute in it.
+    """
+    if config.policy not in FP32_ONLY:
+        return runtime.pick_precision(config.precision, device, config.weights_dtype)
+    for name in ("precision", "weights_dtype"):
+        value = getattr(config, name)
+        if value not in ("auto", "fp32"):
+            raise UserError(f"--{name} {value}: policy {config.policy} computes in fp32 only. Leave --{name} out")
+    return "fp32"
 
 
 def find_checkpoint(asked: str | None, output_dir: Path | None) -> tuple[Path | None, list[str]]:
