@@ -188,7 +188,7 @@ def test_what_is_beside_a_base_of_4_bits_can_be_bf16(settings, tmp_path, capsys)
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     own = {**settings, "peft_quantize": "4bit", "weights_dtype": "bf16", "ema_decay": 0.9, "quiet": False}
     end = train(**own, output_dir=str(tmp_path / "run")).checkpoint
-    assert re.search(r"\nmemory    weights .* 4 bits", capsys.readouterr().out)
+    assert re.search(r"\nmemory    weights .* 4-bit", capsys.readouterr().out)
     train(resume_from_checkpoint=str(end.parent / "checkpoint-2"), output_dir=str(tmp_path / "part"), quiet=True)
     assert_same_run(tmp_path / "run", tmp_path / "part", 4)
     assert load_policy(end, device="cpu")

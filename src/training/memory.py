@@ -78,7 +78,7 @@ def estimate_memory(policy, config: TrainConfig, kind: str = "one", processes: i
 def dtype_name(tensor) -> str:
     """What a weight is stored in."""
     if is_packed(tensor):
-        return "4 bits"
+        return "4-bit"
     return NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
 
 
