@@ -272,7 +272,7 @@ def test_a_mistake_is_told_once(team, made, tmp_path):
     settings = {**small(dataset_id=[str(made("video"))], batch_size=3), "output_dir": str(tmp_path / "run")}
     assert team(settings) == [2, 2]
     log = Path(f"{settings['output_dir']}.log").read_text()
-    assert "error: --batch_size is the whole batch of a step, which 2 processes" in log
+    assert "error: --batch_size is the whole batch of a step, split evenly by --grad_accumulation_steps (1) and" in log
     assert "expected a multiple of 2, got 3. Pass --batch_size 4" in log
 
 

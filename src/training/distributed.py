@@ -253,8 +253,8 @@ class Distributed:
         micro_batches = self.size * accumulation
         if batch_size % micro_batches:
             raise UserError(
-                f"--batch_size is the whole batch of a step, which {self.size} processes with --grad_accumulation_steps "
-                f"{accumulation} split evenly: expected a multiple of {micro_batches}, got {batch_size}. "
+                f"--batch_size is the whole batch of a step, split evenly by --grad_accumulation_steps ({accumulation}) and "
+                f"processes ({self.size}): expected a multiple of {micro_batches}, got {batch_size}. "
                 f"Pass --batch_size {max(1, round(batch_size / micro_batches)) * micro_batches}"
             )
         return batch_size // self.size
