@@ -12,6 +12,7 @@ import sys
 import unicodedata
 import urllib.error
 from pathlib import Path
+from textwrap import shorten
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # the errors of a disk that come without a file name
 WRAPPERS = (OSError, ValueError, RuntimeError)  # in which libraries wrap what went wrong; others are bugs
@@ -283,7 +284,7 @@ def reason_of_one(error: BaseException, offline: str, policy: str | None) -> str
             subject += f" ({repo})"
         return f"{subject}. Check the name, or run `hf auth login` if it is private"
     if is_network_error(error):
-        return f"the network request failed ({one_line(error)[:120]}). {offline}"
+        return f"the network request failed ({network_reason(error)}). {offline}"
     if isinstance(error, errors.LocalTokenNotFoundError):
         return "you are not logged in to the Hub. Run `hf auth login`"
     if isinstance(error, (errors.HfHubHTTPError, errors.HFValidationError)):
@@ -307,6 +308,15 @@ def is_network_error(error: BaseException) -> bool:
     network += (LocalEntryNotFoundError,)  # offline, and not in the cache
     # transformers hides the failed request behind an OSError of its own
     return isinstance(error, network) or isinstance(error.__cause__, network)
+
+
+def network_reason(error: BaseException) -> str:
+    """Why a request did not get through, in a few words."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, and it is not on this machine"
+    return shorten(one_line(error), 120, placeholder=" ...")
 
 
 def gated_message(repo: str) -> str:

@@ -134,7 +134,7 @@ def less_memory(remedies: list[str]) -> str:
     """
     if not remedies:
         return "Use a device with more memory"
-    return f"Any of these takes less: {', '.join(remedies)}"
+    return f"These take less: {', '.join(remedies)}"
 
 
 @contextlib.contextmanager

@@ -408,8 +408,9 @@ def test_a_base_is_fine_tuned_on_another_robot(base, tuned, tmp_path, capsys):
     assert step.state_dict()[f"{STATE}.mean"].tolist() == pytest.approx(statistics[STATE]["mean"])
 
     train(resume_from_checkpoint=str(checkpoint.with_name("checkpoint-4")), output_dir=str(tmp_path / "resumed"))
-    assert f"cameras that stay empty, since {DRAWER} has none of these names: {', '.join(CAMERAS[1:])}\n" in (
-        capsys.readouterr().out
+    assert (
+        f"cameras of the policy that stay empty, since {DRAWER} has none of that name: {', '.join(CAMERAS[1:])}\n"
+        in (capsys.readouterr().out)
     )
     assert_same_run(checkpoint.parent, tmp_path / "resumed", 8)
     assert np.array_equal(our_action(checkpoint), lerobots_action(checkpoint))

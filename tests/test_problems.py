@@ -311,7 +311,7 @@ def test_out_of_memory_is_told(made, tmp_path, monkeypatch, error):
     for place, name in ((step.Learner, "forward"), (Loader, "__next__"), (Evaluator, "results")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, full)
-            with pytest.raises(UserError, match=r"out of memory with --batch_size 4\. Any of these takes less: --grad"):
+            with pytest.raises(UserError, match=r"out of memory with --batch_size 4\. These take less: --grad"):
                 train(**small(dataset_id=str(made("no_camera")), val_fraction=0.4), output_dir=str(tmp_path / name))
 
 

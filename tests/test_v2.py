@@ -909,7 +909,10 @@ def test_a_cached_dataset_is_read_offline(hub, monkeypatch, tmp_path, tags):
 def test_a_repo_that_is_gated(hub, monkeypatch):
     refused = (403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "restricted"}, {"error": "restricted"})
     monkeypatch.setattr(hub, "answer", lambda *request: refused)
-    assert "me/data is gated. Accept its licence on https://huggingface.co/me/data, then run `hf auth login`" in message_of("me/data")
+    assert (
+        "me/data is gated. Accept its licence on https://huggingface.co/me/data, then run `hf auth login`"
+        in message_of("me/data")
+    )
 
 
 def test_a_revision_in_the_name():

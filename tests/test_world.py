@@ -374,7 +374,9 @@ def test_every_policy_of_lerobot_is_known_or_told():
 
     unknown = set()
     for name in imitation_policies():
-        config = object.__new__(PreTrainedConfig.get_choice_class(name))  # with its defaults; some ask for packages as they are made
+        config = object.__new__(
+            PreTrainedConfig.get_choice_class(name)
+        )  # with its defaults; some ask for packages as they are made
         if loss_averages_over_actions(config) is None:
             unknown.add(name)
             assert unknown_average(config, micro_batches=2)

@@ -33,7 +33,12 @@ def add_adapters(policy, base: str, method: str, settings: dict):
         with quiet_lerobot():  # it warns that smolvla's base may not be trained
             adapted = policy.wrap_with_peft(peft_cli_overrides={"method_type": method, **settings})
     except ValueError as error:
-        remedy = ". Name modules with --peft_args target_modules=all-linear" if "target" in str(error) else ""
+        remedy = ""
+        if "target" in str(error):
+            remedy = (
+                ". Name modules with --peft_args: 'target_modules=[\"q_proj\"]' for the ends of names, "
+                "target_modules=PATTERN for whole names, or target_modules=all-linear"
+            )
         raise UserError(f"--peft {method}: {one_line(error)[:300].rstrip('.')}{remedy}") from error
     check_adapted(adapted)
     keep_frozen_norms(adapted)

@@ -226,7 +226,13 @@ def build_policy(
     if folder is None:
         policy = construct(config, meta, None)
     elif config.use_peft:
-        base = hub.fetch(base_model_of(folder), "the adapters' policy")
+        named = base_model_of(folder)
+        if Path(named).is_absolute() and not Path(named).is_dir():
+            raise UserError(
+                f"{folder} holds adapters of the policy in {named}, which is not there. Move it back; then "
+                "`export.py CHECKPOINT FOLDER --merge` makes a policy that does without it"
+            )
+        base = hub.fetch(named, "the adapters' policy")
         check_policy_folder(base)
         policy = load_adapters(build_policy(replace(config, use_peft=False), meta, base, quantized, quiet), folder)
         policy.config.use_peft = True  # LeRobot looks for adapters where the saved config says so

@@ -23,6 +23,7 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ADAMS = ("adam", "adamw", "xvla-adamw", "multi_adam")
 BLOCK = 256  # weights that share a scale in torchao's 8-bit moments, which smaller tensors do not have
 SMALLEST = 4096
+OF_ACTIVATIONS = ("--grad", "a smaller")  # remedies that make only the activations fewer
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def memory_lines(memory: Memory, config: TrainConfig, kept: int) -> list[str]:
     host = ""
     if config.save_async == "on":
         host = f"on the host {size_text(memory.checkpoint)} to copy a checkpoint; "
-    checkpoints = f"{kept} checkpoints, {size_text(kept * memory.checkpoint)}" if kept > 1 else "one is kept"
+    checkpoints = f"{kept} checkpoints, {size_text(kept * memory.checkpoint)}" if kept > 1 else "this run saves one"
     return [
         f"{', '.join(parts)}: {size_text(memory.on_device)}, plus activations",
         f"{host}a checkpoint {size_text(memory.checkpoint)} on the disk, {checkpoints}",
@@ -162,6 +163,7 @@ def check_memory(memory: Memory, device: torch.device, remedies: list[str]) -> l
     if total is None or needed <= free:
         return []
     what = f"training takes {size_text(needed)} before activations, and {device} has {size_text(total)}"
+    remedies = [remedy for remedy in remedies if not remedy.startswith(OF_ACTIVATIONS)]
     if needed > total:
         raise UserError(f"{what}. {less_memory(remedies)}")
     return [f"{what}, of which {size_text(free)} are free. {less_memory(remedies)}"]

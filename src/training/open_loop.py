@@ -154,7 +154,7 @@ def open_for_policy(
     absent = policy.expected.keys() - policy.needed(features).keys()
     if absent:
         empty = ", ".join(sorted(absent))
-        warnings.append(f"cameras that stay empty, since {dataset_id} has none of these names: {empty}")
+        warnings.append(f"cameras of the policy that stay empty, since {dataset_id} has none of that name: {empty}")
 
     wanted = [glob.escape(name_before(names, key)) for key in policy.needed(features)]
     action = name_before(names, "action")

@@ -196,7 +196,9 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
     # The policy's features: the dataset's, and cameras that it does without.
     empty = fit_features(policy, inputs, outputs, source, folder, given, is_base=base is not None)
     if empty:
-        notes.append(f"cameras that stay empty, since {source.name} has none of these names: {', '.join(empty)}")
+        notes.append(
+            f"cameras of the policy that stay empty, since {source.name} has none of that name: {', '.join(empty)}"
+        )
     features = {rename.get(key, key): feature for key, feature in source.meta.features.items()}
     names = names_of(policy, features)
     warnings = []

@@ -309,7 +309,10 @@ def header(plan, policy, memory, start_step: int) -> str:
         lines.append(f"base      weights and processing steps of {config.policy_path}")
         lines.append(f"          new: statistics, optimizer, learning rate schedule{adapters}")
     resumed = f", resumed from {plan.checkpoint.name}" if plan.checkpoint else ""
-    lines.append(f"run       steps {start_step + 1:,} to {config.steps:,} of batch {config.batch_size}{resumed}")
+    steps = f"steps {start_step + 1:,} to {config.steps:,} of batch {config.batch_size}"
+    if start_step >= config.steps:
+        steps = f"finished: {start_step:,} of {config.steps:,} steps"
+    lines.append(f"run       {steps}{resumed}")
     lines.append(f"saves to  {plan.output_dir}")
     return "\n".join(map(printable, lines))
 
