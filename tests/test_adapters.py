@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import export
 from errors import UserError
+from helpers.dataset_edits import edit_json
 from helpers.paths import ROOT
 from helpers.runs import assert_same_run, read_metrics, small
 from policy.loaded import load_policy
@@ -226,6 +227,14 @@ def test_merge(settings, meta, tmp_path, capsys, args):
     assert merged.joint_names == load_policy(end, device="cpu").joint_names
     own = {**settings, "peft": None, "peft_args": None, "policy_path": str(tmp_path / "merged"), "steps": 1}
     assert train(**own, output_dir=str(tmp_path / "tuned")).steps == 1
+
+
+def test_a_base_that_was_moved(adapted, tmp_path):
+    folder = Path(shutil.copytree(adapted, tmp_path / "adapted"))
+    (folder / "manifest.json").unlink(missing_ok=True)
+    edit_json(folder / "adapter_config.json", lambda config: config.update(base_model_name_or_path="/moved/away"))
+    with pytest.raises(UserError, match=r"holds adapters of the policy in /moved/away, which is not there\. Move it back"):
+        load_policy(folder, device="cpu")
 
 
 def test_merge_refuses_what_has_no_adapters(base, tmp_path, capsys):
