@@ -233,7 +233,9 @@ def test_a_base_that_was_moved(adapted, tmp_path):
     folder = Path(shutil.copytree(adapted, tmp_path / "adapted"))
     (folder / "manifest.json").unlink(missing_ok=True)
     edit_json(folder / "adapter_config.json", lambda config: config.update(base_model_name_or_path="/moved/away"))
-    with pytest.raises(UserError, match=r"holds adapters of the policy in /moved/away, which is not there\. Move it back"):
+    with pytest.raises(
+        UserError, match=r"holds adapters of the policy in /moved/away, which is not there\. Move it back"
+    ):
         load_policy(folder, device="cpu")
 
 

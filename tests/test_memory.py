@@ -231,7 +231,9 @@ def test_a_device_that_is_too_small_is_refused_before_anything_is_built(made, tm
     settings = run_settings(made, tmp_path, ema_decay=0.9)
     needed = planned(settings).memory.on_device
     monkeypatch.setattr(memory_module, "device_memory", lambda device: (needed - 1, needed - 1))
-    with pytest.raises(UserError, match=r"training takes .* before activations, and cpu has .*: --ema_decay 0") as refusal:
+    with pytest.raises(
+        UserError, match=r"training takes .* before activations, and cpu has .*: --ema_decay 0"
+    ) as refusal:
         planned(settings)
     assert "--grad" not in str(refusal.value)  # which takes less activations only
     assert not (tmp_path / "run").exists()
