@@ -169,10 +169,13 @@ def test_killed_while_building_goes_on_where_it_stopped(made, tmp_path, monkeypa
 def test_two_builders_at_once_decode_once(made, tmp_path):
     first = start_building(made("video"), tmp_path, pause="4")
     wait_for(lambda: list(tmp_path.glob(".*/journal.txt")), first)
+    first.send_signal(signal.SIGSTOP)  # with the lock, however long the second one takes to start
     second = start_building(made("video"), tmp_path)
+    line = second.stderr.readline()
+    first.send_signal(signal.SIGCONT)
     outs = [process.communicate(timeout=120) for process in (first, second)]
     assert [process.returncode for process in (first, second)] == [0, 0]
-    assert outs[1][1].strip() == f"another process is decoding {TOP} into {tmp_path}: waiting for it"
+    assert line.strip() == f"another process is decoding {TOP} into {tmp_path}: waiting for it"
     assert outs[0][1] == ""
     assert len(stores(tmp_path)) == 1
 
