@@ -311,7 +311,7 @@ def test_an_optimizers_state_that_nothing_can_be_trained_from_is_refused(run, ch
 
 
 def with_shared_memory(state):
-    """Zero moments, all in one tensor, of which each entry is a view that repeats a number."""
+    """Zero moments whose entries are all views of one tensor, and repeat one number of it."""
     for entry in state["state"].values():
         entry["exp_avg"].zero_()
         entry["exp_avg_sq"].zero_()

@@ -238,7 +238,7 @@ def test_a_device_that_is_too_small_is_refused_before_anything_is_built(made, tm
     assert "--grad" not in str(refusal.value)  # which takes less activations only
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(memory_module, "device_memory", lambda device: (needed + 1, needed - 1))
-    assert any(re.search("of which .* MB are free", warning) for warning in planned(settings).warnings)
+    assert any(re.search("and cpu has .*, .* MB of it free", warning) for warning in planned(settings).warnings)
     monkeypatch.setattr(memory_module, "device_memory", lambda device: (needed, needed))
     assert not planned(settings).warnings
 

@@ -64,7 +64,7 @@ def is_optimizer_state(state) -> bool:
 
 
 def missing_entries(state: dict, checkpoint: Path) -> str | None:
-    """What an optimizer's state lacks: entries, of which the checkpoint records the number, or keys that others of a group have."""
+    """What an optimizer's state lacks: an entry that the checkpoint counted, or a key that the rest of its group has."""
     entries = state["state"]
     path = checkpoint / "trainer_state.json"
     # A parameter that never got a gradient has no entry, so only the count shows whether one was lost.

@@ -166,7 +166,7 @@ def check_memory(memory: Memory, device: torch.device, remedies: list[str]) -> l
     remedies = [remedy for remedy in remedies if not remedy.startswith(OF_ACTIVATIONS)]
     if needed > total:
         raise UserError(f"{what}. {less_memory(remedies)}")
-    return [f"{what}, of which {size_text(free)} are free. {less_memory(remedies)}"]
+    return [f"{what}, {size_text(free)} of it free. {less_memory(remedies)}"]
 
 
 def device_memory(device: torch.device) -> tuple[int | None, int]:

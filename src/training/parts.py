@@ -171,8 +171,6 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
         policy = policy_config(config.policy, config.policy_args, str(distributed.device))
     else:
         policy = load_policy_config(folder, config.policy_args if base else None, str(distributed.device))
-        policy.input_features = policy.input_features or {}
-        policy.output_features = policy.output_features or {}
 
     # What the dataset gives, under the names and in the sizes that the policy gets.
     given, notes = names_for_policy(config, source, folder, policy, is_base=base is not None)
@@ -333,7 +331,7 @@ def names_for_policy(
         raise UserError(
             "--rename auto pairs the cameras with those of a base: expected --policy_path. Pass one, or OLD=NEW"
         )
-    wanted = cameras_of(policy.input_features or {})
+    wanted = cameras_of(policy.input_features)
     cameras = [key for key in source.meta.camera_keys if key not in names and key not in wanted]
     present = {names.get(key, key) for key in has}
     pairs = pair_cameras(cameras, [key for key in wanted if key not in present])
