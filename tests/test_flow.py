@@ -158,7 +158,7 @@ def test_padded_steps_do_not_count():
 
 
 def test_keypoints_find_a_spot():
-    eye = CameraEncoder(FlowConfig(device="cpu", num_keypoints=1), (8, 8))
+    eye = CameraEncoder(FlowConfig(device="cpu", num_keypoints=1, backbone="conv"))
     eye.backbone = torch.nn.Identity()
     eye.maps = torch.nn.Identity()
     pictures = torch.zeros(1, 1, 9, 17)

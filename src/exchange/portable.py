@@ -124,10 +124,11 @@ def export(policy, path: Path, file_format: str) -> Exported:
         config.type not in ("act", "flow")
         or getattr(config, "n_obs_steps", 1) != 1
         or getattr(config, "task_embedding", False)
+        or getattr(config, "reads_words", False)
     ):
         raise UserError(
-            f"policy {config.type} does not export with these settings: expected act, or flow with n_obs_steps=1 and "
-            "task_embedding=false. Run it with src/serve.py instead"
+            f"policy {config.type} does not export with these settings: expected act, or flow of one task with "
+            "n_obs_steps=1. Run it with src/serve.py instead"
         )
     core = Core(policy).eval()
     example = core.example()

@@ -81,7 +81,8 @@ def policy_config(name: str, overrides: list[str] | None, device: str) -> PreTra
         repo = settings.get("vlm_base", config_class.vlm_base)
         offline = f"Run this online once: {hub.download_command(repo)}"
     with as_user_error(f"policy {name}", invalid=ValueError, offline=offline, policy=name):
-        return config_class(**{"device": device, "push_to_hub": False, **settings})
+        new_policy = getattr(config_class, "new_policy", {})
+        return config_class(**{"device": device, "push_to_hub": False, **new_policy, **settings})
 
 
 def load_policy_config(folder: Path, overrides: list[str] | None, device: str) -> PreTrainedConfig:

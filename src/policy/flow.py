@@ -1,14 +1,18 @@
 """flow: a small policy that learns in minutes, and an example of how to write a policy of your own.
 
-Each camera goes through a convolutional encoder. A spatial softmax turns its feature maps into keypoints: where in the
-picture each map is active. Keypoints, pooled features and the robot's state, over all steps of history, make one
-condition vector. From the condition, the head predicts a chunk of actions in two ways. In one step, it regresses the
+Each camera goes through a convolutional encoder, which looks coarsely and then finely again. A spatial softmax turns its
+feature maps into keypoints: where in the picture each map is active. Keypoints, pooled features and the robot's state, over
+all steps of history, make one condition vector. Where the dataset has several tasks, the words of the task change what the
+encoders look for, and the condition. From the condition, the head predicts a chunk of actions in two ways. In one step, it regresses the
 chunk. In a few steps, flow matching moves noise to actions along straight lines, and so can represent several ways to
 do a task. To act, the policy draws several chunks and takes the medoid of these and the regressed one: the regressed
 chunk where there is one way, a draw of the most common way where there are several (their mean may be none of them).
 
 Sources:
     Spatial softmax: Finn et al. "Deep Spatial Autoencoders for Visuomotor Learning" (2016).
+    Coarse maps added to fine ones: Lin et al. "Feature Pyramid Networks for Object Detection" (2017).
+    The task scales and shifts feature maps: Perez et al. "FiLM" (2018).
+    Hashed n-grams: Weinberger et al. "Feature Hashing for Large Scale Multitask Learning" (2009).
     Flow matching: Lipman et al. "Flow Matching for Generative Modeling" (2023); for actions, as in Black et al. "pi0" (2024).
     The network predicts actions, not the velocity to them: Li and He "Back to Basics: Let Denoising Models Denoise" (2025).
     Adaptive layer norm: Peebles and Xie "Scalable Diffusion Models with Transformers" (2023).
@@ -22,8 +26,10 @@ C channels, H and W pixels, h and w pixels of a feature map, F features. An axis
 """
 
 import math
+import zlib
 from collections import deque
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -41,17 +47,23 @@ from policy.settings import check_backbone_weights
 
 @dataclass(frozen=True)
 class Size:
-    channels: tuple[int, ...]  # of each stage of the camera encoder
+    channels: tuple[int, ...]  # of each stage of the conv backbone
+    maps: int  # channels of the pyramid's fine maps
     width: int  # D, of the condition and the head
     blocks: int  # of the head
 
 
 SIZES = {
-    "tiny": Size(channels=(32, 64, 96), width=256, blocks=2),
-    "small": Size(channels=(48, 96, 160), width=384, blocks=3),
-    "base": Size(channels=(64, 128, 256, 512), width=768, blocks=4),
+    "tiny": Size(channels=(32, 64, 96), maps=16, width=256, blocks=2),
+    "small": Size(channels=(48, 96, 160), maps=32, width=384, blocks=3),
+    "base": Size(channels=(64, 128, 256, 512), maps=64, width=768, blocks=4),
 }
 LONGER_THAN_ANY_RUN = 10**9  # LeRobot's cosine schedule shrinks to the steps of the run
+# Keypoints move by some tenths where a normalised state moves by 1. Without this factor the head goes by the state.
+KEYPOINT_SCALE = 4.0
+SHARPNESS = 8.0  # starting from 1, the softmax stays flat and keypoints stay in the middle for too long
+WORD_BUCKETS = 1024
+WORD_WIDTH = 64  # E, of a task's embedding
 
 
 @PreTrainedConfig.register_subclass("flow")
@@ -68,12 +80,13 @@ class FlowConfig(PreTrainedConfig):
         num_inference_steps: Euler steps of the flow head.
         num_draws: N, chunks that the flow head draws.
         blend_steps: actions at the start of a chunk that blend from the previous chunk; 0 for none.
-        backbone: conv (trained from scratch), or the name of a torchvision or timm model.
+        backbone: pyramid (trained from scratch), conv (the same of older checkpoints), or a torchvision or timm model.
         pretrained_backbone_weights: a name of torchvision's weights such as DEFAULT, or timm; None to start from scratch.
         num_keypoints: K, of each camera.
         gradient_checkpointing: recompute the encoders' activations in the backward pass instead of keeping them.
-        task_embedding: condition on the task by a learned embedding.
-        tasks: texts of the tasks to embed, filled in from the dataset.
+        task_words: condition on the words of the task, if the dataset has several tasks. New policies do.
+        task_embedding: condition on the task by an embedding of each text, which knows no other texts.
+        tasks: texts of the tasks, filled in from the dataset.
     """
 
     chunk_size: int = 16
@@ -83,10 +96,11 @@ class FlowConfig(PreTrainedConfig):
     num_inference_steps: int = 3
     num_draws: int = 8
     blend_steps: int = 4
-    backbone: str = "conv"
+    backbone: str = "pyramid"
     pretrained_backbone_weights: str | None = None
     num_keypoints: int = 32
     gradient_checkpointing: bool = False
+    task_words: bool = False
     task_embedding: bool = False
     tasks: list[str] = field(default_factory=list)
     normalization_mapping: dict[str, NormalizationMode] = field(
@@ -95,6 +109,9 @@ class FlowConfig(PreTrainedConfig):
     optimizer_lr: float = 1e-3
     optimizer_lr_backbone: float | None = None
     optimizer_weight_decay: float = 1e-2
+
+    # Settings of new policies, where a checkpoint without them means the default above.
+    new_policy: ClassVar[dict] = {"task_words": True}
 
     @staticmethod
     def training_preset(device: str, pictures: list[tuple[int, int]]) -> dict:
@@ -141,6 +158,11 @@ class FlowConfig(PreTrainedConfig):
         return True
 
     @property
+    def reads_words(self) -> bool:
+        """Whether the words of the task matter: there are several tasks to tell apart."""
+        return self.task_words and len(self.tasks) > 1
+
+    @property
     def noise_shape(self) -> tuple[int, int, int]:
         """(N, T, A) of the noise for one sample."""
         return self.num_draws, self.chunk_size, self.action_feature.shape[0]
@@ -181,7 +203,7 @@ class FlowPolicy(PreTrainedPolicy):
     def __init__(self, config: FlowConfig, dataset_meta=None, **kwargs):
         super().__init__(config)
         config.validate_features()
-        if config.task_embedding and not config.tasks and dataset_meta is not None:
+        if (config.task_words or config.task_embedding) and not config.tasks and dataset_meta is not None:
             config.tasks = list(dict.fromkeys(dataset_meta.tasks.sort_values("task_index").index))  # each text once
         self.config = config
         self.encoder = Encoder(config)
@@ -192,9 +214,10 @@ class FlowPolicy(PreTrainedPolicy):
         """Parameters for the optimizer, in two groups if the backbone has a learning rate of its own."""
         if self.config.optimizer_lr_backbone is None:
             return self.parameters()
+        eyes = ".eyes." if self.config.backbone == "pyramid" else ".backbone."
         backbone, others = [], []
         for name, parameter in self.named_parameters():
-            group = backbone if ".backbone." in name else others
+            group = backbone if eyes in name else others
             group.append(parameter)
         return [{"params": others}, {"params": backbone, "lr": self.config.optimizer_lr_backbone}]
 
@@ -315,28 +338,37 @@ class Encoder(nn.Module):
         self.cameras = list(config.image_features)
         self.vectors = [key for key in config.input_features if key not in self.cameras]
         size = SIZES[config.size]
-        self.eyes = nn.ModuleList(CameraEncoder(config, size.channels) for _ in self.cameras)
+        make_eye = PyramidEncoder if config.backbone == "pyramid" else CameraEncoder
+        self.eyes = nn.ModuleList(make_eye(config) for _ in self.cameras)
         features = sum(eye.features for eye in self.eyes)
         features += sum(math.prod(config.input_features[key].shape) for key in self.vectors)
         self.mix = nn.Sequential(
             nn.Linear(features * config.n_obs_steps, size.width), nn.SiLU(), nn.Linear(size.width, size.width)
         )
+        self.words = TaskWords(size.width) if config.reads_words else None
         # Older checkpoints may have a text twice: its first position counts.
         self.task_position = {task: index for index, task in reversed(list(enumerate(config.tasks)))}
         self.task = nn.Embedding(len(config.tasks), size.width) if config.task_embedding and config.tasks else None
 
     def forward(self, batch: dict) -> Tensor:
+        words = None if self.words is None else self.words(batch["task"])  # (B, E)
         features = []  # (B, S * F) each
         for key, eye in zip(self.cameras, self.eyes, strict=True):
             pictures = batch[key]  # (B, [S,] C, H, W)
             flat = pictures.flatten(0, -4)  # (B * S, C, H, W)
             recompute = self.config.gradient_checkpointing and self.training
-            encoded = recomputed(eye, flat) if recompute else eye(flat)
+            if words is None:
+                inputs = (flat,)
+            else:
+                inputs = (flat, words.repeat_interleave(self.config.n_obs_steps, dim=0))
+            encoded = recomputed(eye, *inputs) if recompute else eye(*inputs)
             features.append(encoded.reshape(pictures.shape[0], -1))
         for key in self.vectors:
             vector = batch[key]  # (B, [S,] F), or (B,) for a single number
             features.append(vector.reshape(vector.shape[0], -1))
         condition = self.mix(torch.cat(features, dim=1))  # (B, D)
+        if words is not None:
+            condition = condition + self.words.condition(words)
         if self.task is None:
             return condition
         return condition + self.task(self._task_indices(batch["task"], condition.device))
@@ -352,35 +384,135 @@ class Encoder(nn.Module):
         return torch.tensor([self.task_position[task] for task in tasks], device=device)
 
 
-class CameraEncoder(nn.Module):
-    """Encodes the pictures of one camera: (B, C, H, W) to (B, 2 K + channels), keypoints and pooled features."""
+class PyramidEncoder(nn.Module):
+    """Encodes the pictures of one camera: (B, 3, H, W) to (B, 2 K + channels), keypoints and pooled features.
 
-    def __init__(self, config: FlowConfig, channels: tuple[int, ...]):
+    Maps at a quarter of the picture's size, to which maps at an eighth add what they see further around, give the keypoints.
+    """
+
+    def __init__(self, config: FlowConfig):
         super().__init__()
-        self.backbone, num_maps = make_backbone(config, channels)
+        channels = SIZES[config.size].maps
+        self.stem = convolution(3, channels // 2, kernel=5, stride=2)
+        self.fine = nn.Sequential(convolution(channels // 2, channels, stride=2), Residual(channels))
+        self.coarse = nn.Sequential(convolution(channels, 2 * channels, stride=2), Residual(2 * channels))
+        self.up = nn.Conv2d(2 * channels, channels, 1)
+        self.join = convolution(channels, channels)
+        self.keypoints = Keypoints(channels, config.num_keypoints)
+        self.films = (
+            nn.ModuleList(FiLM(maps) for maps in (channels, 2 * channels, channels)) if config.reads_words else None
+        )
+        self.features = 2 * config.num_keypoints + 2 * channels
+
+    def forward(self, pictures: Tensor, words: Tensor | None = None) -> Tensor:
+        fine = self.fine(self.stem(pictures.to(memory_format=torch.channels_last)))  # (B, channels, h, w)
+        if words is not None:
+            fine = self.films[0](fine, words)
+        coarse = self.coarse(fine)  # (B, 2 channels, h / 2, w / 2)
+        if words is not None:
+            coarse = self.films[1](coarse, words)
+        around = F.interpolate(self.up(coarse), size=fine.shape[-2:])  # (B, channels, h, w)
+        joined = self.join(fine + around)
+        if words is not None:
+            joined = self.films[2](joined, words)
+        keypoints = self.keypoints(joined)
+        return torch.cat([KEYPOINT_SCALE * keypoints, coarse.mean((2, 3))], dim=1)
+
+
+class CameraEncoder(nn.Module):
+    """Encodes the pictures of one camera by a backbone: (B, C, H, W) to (B, 2 K + channels), keypoints and pooled features."""
+
+    def __init__(self, config: FlowConfig):
+        super().__init__()
+        self.backbone, num_maps = make_backbone(config)
         self.maps = nn.Conv2d(num_maps, config.num_keypoints, 1)
-        # starting from 1, the softmax stays flat and keypoints stay in the middle for too long
-        self.sharpness = nn.Parameter(torch.tensor(8.0))
+        self.sharpness = nn.Parameter(torch.tensor(SHARPNESS))
         self.features = 2 * config.num_keypoints + num_maps
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, pictures: Tensor, words: Tensor | None = None) -> Tensor:
         seen = self.backbone(pictures.to(memory_format=torch.channels_last))  # (B, channels, h, w)
-        maps = self.maps(seen)  # (B, K, h, w)
-        height, width = maps.shape[-2:]
-        # Spatial softmax: a keypoint is the mean position under its map, in [-1, 1].
-        weight = F.softmax(maps.flatten(2) * self.sharpness, dim=-1).reshape(maps.shape)  # (B, K, h, w)
-        x = weight.sum(2) @ torch.linspace(-1, 1, width, device=maps.device)  # (B, K)
-        y = weight.sum(3) @ torch.linspace(-1, 1, height, device=maps.device)  # (B, K)
-        return torch.cat([x, y, seen.mean((2, 3))], dim=1)
+        keypoints = spatial_softmax(self.maps(seen), self.sharpness)
+        return torch.cat([keypoints, seen.mean((2, 3))], dim=1)
 
 
-def make_backbone(config: FlowConfig, channels: tuple[int, ...]) -> tuple[nn.Module, int]:
+class Keypoints(nn.Module):
+    """The keypoints (B, 2 K) of feature maps (B, C, h, w)."""
+
+    def __init__(self, channels: int, num_keypoints: int):
+        super().__init__()
+        self.maps = nn.Conv2d(channels, num_keypoints, 1)
+        self.sharpness = nn.Parameter(torch.tensor(SHARPNESS))
+
+    def forward(self, seen: Tensor) -> Tensor:
+        return spatial_softmax(self.maps(seen), self.sharpness)
+
+
+def spatial_softmax(maps: Tensor, sharpness: Tensor) -> Tensor:
+    """(B, 2 K): the mean position in [-1, 1] under each of the maps (B, K, h, w), all x before all y."""
+    height, width = maps.shape[-2:]
+    weight = F.softmax(maps.flatten(2) * sharpness, dim=-1).reshape(maps.shape)  # (B, K, h, w)
+    x = weight.sum(2) @ torch.linspace(-1, 1, width, device=maps.device)  # (B, K)
+    y = weight.sum(3) @ torch.linspace(-1, 1, height, device=maps.device)  # (B, K)
+    return torch.cat([x, y], dim=1)
+
+
+class TaskWords(nn.Module):
+    """Embeds tasks by the hashes of their words, pairs of words, and letters by three: a text that is new gets what it shares."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.buckets = nn.EmbeddingBag(WORD_BUCKETS, WORD_WIDTH, mode="sum")
+        self.condition = nn.Linear(WORD_WIDTH, width)
+
+    def forward(self, tasks: str | list[str]) -> Tensor:
+        """(B, E)"""
+        if isinstance(tasks, str):
+            tasks = [tasks]
+        known = {task: hashed_words(task) for task in dict.fromkeys(tasks)}
+        hashes = [known[task] for task in tasks]
+        device = self.buckets.weight.device
+        counts = torch.tensor([len(row) for row in hashes])
+        flat = torch.tensor([bucket for row in hashes for bucket in row], dtype=torch.long)
+        weights = counts.float().rsqrt().repeat_interleave(counts)  # sums of any number of hashes have the same scale
+        offsets = counts.cumsum(0) - counts
+        return self.buckets(flat.to(device), offsets.to(device), per_sample_weights=weights.to(device))
+
+
+def hashed_words(task: str) -> list[int]:
+    """Buckets of a text's words, pairs of words and letters by three; none for a text without words."""
+    words = "".join(c if c.isalnum() else " " for c in task.casefold()).split()
+    pairs = [" ".join(pair) for pair in zip(words, words[1:], strict=False)]
+    letters = [f"<{word}>"[i : i + 3] for word in words for i in range(len(word))]
+    return [zlib.crc32(feature.encode()) % WORD_BUCKETS for feature in (*words, *pairs, *letters)]
+
+
+class FiLM(nn.Module):
+    """Scales and shifts feature maps (B, C, h, w) by a task's embedding (B, E); initially the identity."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.modulate = nn.Linear(WORD_WIDTH, 2 * channels)
+        nn.init.zeros_(self.modulate.weight)
+        nn.init.zeros_(self.modulate.bias)
+
+    def forward(self, maps: Tensor, words: Tensor) -> Tensor:
+        scale, shift = self.modulate(words)[:, :, None, None].chunk(2, dim=1)
+        return maps * (1 + scale) + shift
+
+
+def convolution(before: int, after: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(before, after, kernel, stride=stride, padding=kernel // 2)
+    return nn.Sequential(conv, nn.GroupNorm(8, after), nn.SiLU())
+
+
+def make_backbone(config: FlowConfig) -> tuple[nn.Module, int]:
     """A module from pictures (B, 3, H, W) to feature maps (B, C, h, w), and C.
 
     Raises:
         UserError, ValueError: there is no such backbone, or it gives no feature maps.
     """
     if config.backbone == "conv":
+        channels = SIZES[config.size].channels
         return make_conv_backbone(channels), channels[-1]
     if config.backbone in torchvision.models.list_models(torchvision.models):
         check_backbone_weights("--policy_args", config.backbone, config.pretrained_backbone_weights)

@@ -8,18 +8,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(module: nn.Module, inputs: Tensor) -> Tensor:
-    """module(inputs), whose activations are computed a second time in the backward pass instead of being kept.
+def recomputed(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """module(*inputs), whose activations are computed a second time in the backward pass instead of being kept.
 
     The second time, batch norms do not update their running statistics. Under torch.compile they do: it supports no
     context in torch's `checkpoint`.
     """
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
     if not norms or is_compiling():
-        return checkpoint(module, inputs, use_reentrant=False)
+        return checkpoint(module, *inputs, use_reentrant=False)
     return checkpoint(
         module,
-        inputs,
+        *inputs,
         use_reentrant=False,
         context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(norms)),
     )
