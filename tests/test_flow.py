@@ -14,7 +14,7 @@ from helpers.runs import assert_same_run, small
 from infer import recorded_observations
 from policy.async_policy import AsyncPolicy
 from policy.factory import build_policy, policy_config
-from policy.flow import CameraEncoder, FlowConfig, make_flow_pre_post_processors, medoid
+from policy.flow import CameraEncoder, FlowConfig, TaskWords, make_flow_pre_post_processors, medoid
 from policy.loaded import LoadedPolicy, expected_observation, load_policy
 from train import train
 
@@ -89,6 +89,7 @@ def test_cameras_that_a_vla_fills_in_are_not_expected():
         {"policy_args": TINY},
         {"policy_args": [*TINY, "head=regression", "n_obs_steps=2"]},
         {"policy_args": [*TINY, "task_embedding=true"], "augment": True},
+        {"policy_args": [*TINY, "backbone=conv", "task_words=false"], "augment": True, "augment_style": "full"},
         pytest.param(
             {"policy_args": [*TINY, "backbone=resnet18", "optimizer_lr_backbone=1e-4"]}, marks=pytest.mark.slow
         ),
@@ -253,3 +254,27 @@ def test_every_vector_is_an_observation():
     ([(64, 64), (480, 640)], [96, 128]), ([(640, 480)], [128, 96])])  # fmt: skip
 def test_the_preset_makes_pictures_small(pictures, size):
     assert FlowConfig.training_preset("cpu", pictures).get("image_size") == size
+
+
+def test_words_tell_tasks_apart_and_new_words_are_taken():
+    """A text that is nearly a known one is nearer to it than to the others, and one without words is none."""
+    words = TaskWords()
+    known = ["reach the red mark", "push the cup to the goal", "open the drawer"]
+    embedded = words(known)
+    assert torch.pdist(embedded).min() > 1
+    near = words("Reach the red marker!")
+    distances = (embedded - near).norm(dim=1)
+    assert distances.argmin() == 0
+    assert torch.equal(words(["", "?!"]), torch.zeros(2, embedded.shape[1]))
+    assert torch.equal(words("Open  the DRAWER"), embedded[2:])
+
+
+def test_words_matter_where_there_are_several_tasks():
+    policy = tiny_flow("task_words=true", tasks=["left", "right"])
+    batch = {**a_batch(policy), "task": ["left"] * 4}
+    left = policy.encoder(batch)
+    right = policy.encoder({**batch, "task": ["right"] * 4})
+    assert (left - right).abs().max() > 0.01
+    alone = tiny_flow("task_words=true", tasks=["left"])
+    assert alone.encoder.words is None
+    assert alone.encoder.eyes[0].films is None

@@ -403,7 +403,8 @@ def read_state(path: Path, resume_step: int | None) -> TrainState:
         training_info=read_json(path / "training_info.json"),
     )
     position = {name: state.trainer_state[name] for name in ("batch_size", "seed")}  # the data continue by these
-    state.train_config = {name: field.default for name, field in FIELDS.items()} | position | state.train_config
+    older = {"augment_style": "full"}  # the only one of versions that do not record it
+    state.train_config = {name: field.default for name, field in FIELDS.items()} | older | position | state.train_config
     if "loss_sum" in state.trainer_state:  # older versions kept one sum, not one per process
         state.trainer_state["loss_sums"] = [state.trainer_state.pop("loss_sum")]
     step = state.trainer_state["step"]

@@ -25,6 +25,7 @@ Shapes: B samples, S steps of history, T steps of a chunk, R planned steps, A jo
 C channels, H and W pixels, h and w pixels of a feature map, F features. An axis in brackets may be absent.
 """
 
+import itertools
 import math
 import zlib
 from collections import deque
@@ -117,6 +118,7 @@ class FlowConfig(PreTrainedConfig):
     def training_preset(device: str, pictures: list[tuple[int, int]]) -> dict:
         """The trainer's settings that suit this policy: large batches of small pictures. `pictures` has each camera's (H, W)."""
         preset = {"batch_size": 64 if device == "cpu" else 256, "ema_decay": 0.995, "augment": True}
+        preset["augment_style"] = "fast"
         largest = max(pictures, key=min, default=(0, 0))
         if min(largest) > 96:
             # the shorter side becomes 96 pixels, the longer one a multiple of 8
@@ -342,33 +344,33 @@ class Encoder(nn.Module):
         self.eyes = nn.ModuleList(make_eye(config) for _ in self.cameras)
         features = sum(eye.features for eye in self.eyes)
         features += sum(math.prod(config.input_features[key].shape) for key in self.vectors)
-        self.mix = nn.Sequential(
-            nn.Linear(features * config.n_obs_steps, size.width), nn.SiLU(), nn.Linear(size.width, size.width)
-        )
-        self.words = TaskWords(size.width) if config.reads_words else None
+        features *= config.n_obs_steps
+        self.words = None
+        if config.reads_words:
+            self.words = TaskWords()
+            features += WORD_WIDTH
+        self.mix = nn.Sequential(nn.Linear(features, size.width), nn.SiLU(), nn.Linear(size.width, size.width))
         # Older checkpoints may have a text twice: its first position counts.
         self.task_position = {task: index for index, task in reversed(list(enumerate(config.tasks)))}
         self.task = nn.Embedding(len(config.tasks), size.width) if config.task_embedding and config.tasks else None
 
     def forward(self, batch: dict) -> Tensor:
-        words = None if self.words is None else self.words(batch["task"])  # (B, E)
+        words = None
+        if self.words is not None:
+            words = self.words(batch["task"]).repeat_interleave(self.config.n_obs_steps, dim=0)  # (B * S, E)
         features = []  # (B, S * F) each
         for key, eye in zip(self.cameras, self.eyes, strict=True):
             pictures = batch[key]  # (B, [S,] C, H, W)
             flat = pictures.flatten(0, -4)  # (B * S, C, H, W)
             recompute = self.config.gradient_checkpointing and self.training
-            if words is None:
-                inputs = (flat,)
-            else:
-                inputs = (flat, words.repeat_interleave(self.config.n_obs_steps, dim=0))
-            encoded = recomputed(eye, *inputs) if recompute else eye(*inputs)
+            encoded = recomputed(eye, flat, words) if recompute else eye(flat, words)
             features.append(encoded.reshape(pictures.shape[0], -1))
         for key in self.vectors:
             vector = batch[key]  # (B, [S,] F), or (B,) for a single number
             features.append(vector.reshape(vector.shape[0], -1))
-        condition = self.mix(torch.cat(features, dim=1))  # (B, D)
         if words is not None:
-            condition = condition + self.words.condition(words)
+            features.append(words[:: self.config.n_obs_steps])
+        condition = self.mix(torch.cat(features, dim=1))  # (B, D)
         if self.task is None:
             return condition
         return condition + self.task(self._task_indices(batch["task"], condition.device))
@@ -459,10 +461,9 @@ def spatial_softmax(maps: Tensor, sharpness: Tensor) -> Tensor:
 class TaskWords(nn.Module):
     """Embeds tasks by the hashes of their words, pairs of words, and letters by three: a text that is new gets what it shares."""
 
-    def __init__(self, width: int):
+    def __init__(self):
         super().__init__()
         self.buckets = nn.EmbeddingBag(WORD_BUCKETS, WORD_WIDTH, mode="sum")
-        self.condition = nn.Linear(WORD_WIDTH, width)
 
     def forward(self, tasks: str | list[str]) -> Tensor:
         """(B, E)"""
@@ -481,7 +482,7 @@ class TaskWords(nn.Module):
 def hashed_words(task: str) -> list[int]:
     """Buckets of a text's words, pairs of words and letters by three; none for a text without words."""
     words = "".join(c if c.isalnum() else " " for c in task.casefold()).split()
-    pairs = [" ".join(pair) for pair in zip(words, words[1:], strict=False)]
+    pairs = [" ".join(pair) for pair in itertools.pairwise(words)]
     letters = [f"<{word}>"[i : i + 3] for word in words for i in range(len(word))]
     return [zlib.crc32(feature.encode()) % WORD_BUCKETS for feature in (*words, *pairs, *letters)]
 

@@ -19,7 +19,7 @@ def merge_training_preset(config: TrainConfig, picture_sizes: list, device, fres
         device: torch.device to train on.
         fresh: whether the run starts at step 0.
     """
-    preset = {"batch_size": 8, "ema_decay": 0.0, "augment": False}
+    preset = {"batch_size": 8, "ema_decay": 0.0, "augment": False, "augment_style": "full"}
     if fresh and config.policy_path is None:
         policy = policy_config_class(config.policy)
         if hasattr(policy, "training_preset"):

@@ -1,6 +1,7 @@
-"""Augment camera pictures on the device. Each sample and camera gets its own draw, a function of (seed, sample).
+"""Augment camera pictures and states on the device. Each sample and camera gets its own draw, a function of (seed, sample).
 
-B samples, T steps of history (all steps of a sample get one draw, because one camera saw them), C channels, H, W pixels.
+B samples, T steps of history (all steps of a sample get one draw, because one camera saw them), C channels, H, W pixels,
+F numbers of the state.
 """
 
 import math
@@ -8,9 +9,11 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from runtime import to_device
 
+STATE = "observation.state"
 # LeRobot's default ranges (ImageTransformsConfig); all six transforms act on every picture here
 RANGES = {
     "brightness": (0.8, 1.2),
@@ -24,30 +27,114 @@ RANGES = {
 }
 
 
-def augment(batch: dict, cameras: list[str], seed: int) -> dict:
-    """The batch with augmented cameras, pictures in [0, 1]. batch["sample"] (B,), positions in the run, address the draws."""
+def augment(batch: dict, meta, config) -> dict:
+    """The batch with augmented cameras and state, as the settings say.
+
+    Args:
+        batch: pictures in [0, 1], the state in the robot's units; "sample" (B,), positions in the run, address the draws.
+        meta: the dataset's metadata, with its statistics.
+        config: the run's TrainConfig.
+    """
     samples = batch["sample"].numpy()
-    augmented = {key: vary(batch[key], draws(seed, samples, camera)) for camera, key in enumerate(cameras)}
-    return {**batch, **augmented}
+    cameras = meta.camera_keys
+    batch = dict(batch)
+    if config.augment:
+        change = {"full": vary, "fast": vary_fast}[config.augment_style]
+        for camera, key in enumerate(cameras):
+            batch[key] = change(batch[key], draws(config.seed, samples, camera))
+    if config.camera_dropout and len(cameras) > 1:
+        chance, which = uniform((config.seed, 0xCA3), samples, 2).T  # (B,) each
+        dropped = torch.where(chance < config.camera_dropout, (which * len(cameras)).long(), -1)  # at most one camera
+        for camera, key in enumerate(cameras):
+            mean = statistic(meta, key, "mean", batch[key], default=0.5)
+            batch[key] = torch.where(like(dropped == camera, batch[key]), mean, batch[key])
+    if STATE in batch and (config.state_noise or config.state_dropout):
+        batch[STATE] = vary_state(batch[STATE], meta, config, samples)
+    return batch
+
+
+def vary_state(state: Tensor, meta, config, samples: np.ndarray) -> Tensor:
+    """States (B, [T,] F) with noise, in standard deviations of the dataset, and the mean in place of those that are dropped."""
+    drawn = uniform((config.seed, 0x57A), samples, 1 + state.shape[-1])
+    if config.state_noise:
+        # of a uniform number, the normal one that as many are below of
+        normal = torch.special.ndtri(drawn[:, 1:].clamp(1e-6, 1 - 1e-6))  # (B, F)
+        normal = to_device(normal, state.device).reshape(len(state), *[1] * (state.ndim - 2), -1)
+        state = state + config.state_noise * statistic(meta, STATE, "std", state, default=1.0) * normal
+    dropped = like(drawn[:, 0] < config.state_dropout, state)
+    return torch.where(dropped, statistic(meta, STATE, "mean", state, default=0.0), state)
+
+
+def statistic(meta, key: str, name: str, values: Tensor, default: float) -> Tensor:
+    """A feature's statistic, to broadcast against its values; `default` where the dataset has none."""
+    stats = (meta.stats or {}).get(key, {})
+    return torch.as_tensor(stats.get(name, default), dtype=values.dtype, device=values.device)
+
+
+def like(flags: Tensor, values: Tensor) -> Tensor:
+    """(B, 1, ...) flags (B,), to broadcast against values (B, ...)."""
+    return to_device(flags, values.device).reshape(-1, *[1] * (values.ndim - 1))
 
 
 def draws(seed: int, samples: np.ndarray, camera: int) -> dict[str, Tensor]:
-    """(B,) float32 draws from each of RANGES, a function of (seed, sample, camera).
+    """(B,) float32 draws from each of RANGES, a function of (seed, sample, camera)."""
+    unit = uniform((seed, camera, 0xA06), samples, len(RANGES))
+    drawn = {}
+    for column, (name, (low, high)) in enumerate(RANGES.items()):
+        drawn[name] = low + (high - low) * unit[:, column]
+    return drawn
+
+
+def uniform(address: tuple[int, ...], samples: np.ndarray, count: int) -> Tensor:
+    """(B, count) float32 in [0, 1), a function of the address and each sample.
 
     Source: splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), by its counter.
     """
-    base = int(np.random.SeedSequence([seed, camera, 0xA06]).generate_state(1, dtype=np.uint64)[0])
-    counter = samples.astype(np.uint64)[:, None] * np.uint64(len(RANGES)) + np.arange(len(RANGES), dtype=np.uint64)
+    base = int(np.random.SeedSequence(address).generate_state(1, dtype=np.uint64)[0])
+    counter = samples.astype(np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
     with np.errstate(over="ignore"):  # it computes modulo 2**64
         z = np.uint64(base) + (counter + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
-    unit = torch.from_numpy((z >> np.uint64(40)).astype(np.float32) / 2**24)  # (B, len(RANGES)) in [0, 1)
-    drawn = {}
-    for column, (name, (low, high)) in enumerate(RANGES.items()):
-        drawn[name] = low + (high - low) * unit[:, column]
-    return drawn
+    return torch.from_numpy((z >> np.uint64(40)).astype(np.float32) / 2**24)
+
+
+def together(drawn: dict[str, Tensor], pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The draws (B * T,) on the device of the pictures (B, [T,] C, H, W), and these as (B * T, C, H, W)."""
+    stacked = torch.stack(list(drawn.values()))  # (len(RANGES), B)
+    # Copy all draws to the device at once, from pinned memory: the copy does not block.
+    stacked = to_device(stacked.pin_memory() if pixels.is_cuda else stacked, pixels.device)
+    steps = math.prod(pixels.shape[1:-3])  # T
+    return dict(zip(drawn, stacked.repeat_interleave(steps, dim=1), strict=True)), pixels.flatten(0, -4)
+
+
+def vary_fast(pixels: Tensor, drawn: dict[str, Tensor]) -> Tensor:
+    """Pictures (B, [T,] 3, H, W) turned, shifted and changed in colour by each sample's draw, with the edge's colour beyond it.
+
+    All changes of colour are one matrix for each picture. In `vary`, brightness adds, hue turns in HSV, sharpness is a seventh
+    transform, and black is beyond the edge.
+    """
+    drawn, pictures = together(drawn, pixels)
+    height, width = pictures.shape[-2:]
+    angle = torch.deg2rad(drawn["rotation"])
+    cos, sin = angle.cos(), angle.sin()
+    # Where each pixel comes from, in units of half the picture.
+    across = torch.stack([cos, sin * height / width, -2 * drawn["shift_x"]], dim=1)
+    down = torch.stack([-sin * width / height, cos, -2 * drawn["shift_y"]], dim=1)
+    grid = functional.affine_grid(torch.stack([across, down], dim=1), list(pictures.shape), align_corners=False)
+    pictures = functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+
+    # Hue turns colours around grey, saturation moves them away from it, contrast from the mean.
+    grey = torch.full((3, 3), 1 / 3, device=pixels.device)
+    turn = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=pixels.device) / math.sqrt(3)
+    hue = 2 * math.pi * drawn["hue"][:, None, None]
+    colour = hue.cos() * (torch.eye(3, device=pixels.device) - grey) + hue.sin() * turn  # (B * T, 3, 3)
+    scale = (drawn["brightness"] * drawn["contrast"])[:, None, None]
+    matrix = scale * (grey + drawn["saturation"][:, None, None] * colour)
+    offset = drawn["brightness"] * (1 - drawn["contrast"]) * pictures.mean((1, 2, 3))
+    changed = torch.baddbmm(offset[:, None, None], matrix, pictures.flatten(2)).clamp_(0, 1)
+    return changed.reshape(pixels.shape)
 
 
 def vary(pixels: Tensor, drawn: dict[str, Tensor]) -> Tensor:
@@ -55,12 +142,7 @@ def vary(pixels: Tensor, drawn: dict[str, Tensor]) -> Tensor:
     import kornia.enhance  # slow to import, and needed only with --augment
     import kornia.geometry
 
-    # Copy all draws to the device at once, from pinned memory: the copy does not block.
-    together = torch.stack(list(drawn.values()))  # (len(RANGES), B)
-    together = to_device(together.pin_memory() if pixels.is_cuda else together, pixels.device)
-    steps = math.prod(pixels.shape[1:-3])  # T
-    drawn = dict(zip(drawn, together.repeat_interleave(steps, dim=1), strict=True))  # (B * T,) each
-    pictures = pixels.flatten(0, -4)  # (B * T, C, H, W)
+    drawn, pictures = together(drawn, pixels)
     height, width = pictures.shape[-2:]
 
     # Rotate around the middle and shift, in one warp.

@@ -97,8 +97,7 @@ class Learner:
         # Cameras leave the loader as uint8, and become floats on the device.
         batch = to_float_batch(batch, self.meta, self.distributed.device)
         weight = batch.pop("weight").mean()
-        if self.config.augment and self.meta.camera_keys:
-            batch = augment(batch, self.meta.camera_keys, self.config.seed)
+        batch = augment(batch, self.meta, self.config)
         # Compiled kernels do not survive NoHostSync, and read sub-losses without waiting for the device.
         no_host_sync = contextlib.nullcontext() if self.config.compile else NoHostSync()
         with no_host_sync, self.distributed.autocast(self.config.precision):

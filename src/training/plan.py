@@ -76,7 +76,7 @@ from training.parts import (
 from training.trackers import check_trackers
 
 # None in these stands for the policy's preset.
-PRESET_FIELDS = ("batch_size", "ema_decay", "augment", "image_size")
+PRESET_FIELDS = ("batch_size", "ema_decay", "augment", "augment_style", "image_size")
 PATH_FIELDS = (
     "dataset_id", "dataset_root", "cache_dir", "policy_path", "output_dir", "resume_from_checkpoint", "config_path",
 )  # fmt: skip
