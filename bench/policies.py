@@ -71,7 +71,7 @@ def demonstrations(task: str, work: Path) -> Path:
         return shipped
     recorded = work / "demonstrations" / task
     if not recorded.exists():
-        run_to_end([sys.executable, "examples/record_metaworld.py", "--task", task, "--output", recorded])
+        run_to_end([sys.executable, "examples/record.py", "--env", "metaworld", "--task", task, "--output", recorded])
     return recorded
 
 

@@ -2,4 +2,7 @@
 
 import policy.flow  # noqa: F401  (registers a policy)
 import processors.state_only  # noqa: F401  (registers a processor step)
-import sim.metaworld  # noqa: F401  (registers an environment type)
+import sim.aloha
+import sim.metaworld
+import sim.ogbench_tasks
+import sim.so101  # noqa: F401  (these register environment types)

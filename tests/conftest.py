@@ -122,7 +122,7 @@ def mount(tmp_path):
 @pytest.fixture(scope="session")
 def renderer():
     from errors import UserError
-    from sim.metaworld import pick_renderer
+    from sim.rendering import pick_renderer
 
     try:
         return pick_renderer()

@@ -162,7 +162,7 @@ def test_recorder_makes_the_shipped_demonstrations_again(tmp_path):
     """The first two episodes, to the bit."""
     import pyarrow.parquet as pq
 
-    command = [sys.executable, "examples/record_metaworld.py", "--episodes", "2", "--output", str(tmp_path / "two")]
+    command = [sys.executable, "examples/record.py", "--episodes", "2", "--output", str(tmp_path / "two")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if "no library for rendering" in done.stderr:
         pytest.skip(done.stderr.strip())

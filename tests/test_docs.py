@@ -86,6 +86,7 @@ def test_flags_in_the_text_exist(capsys):
     known += help_of("src/runs.py", ["cache", "prune"], capsys)
     for script in ("train", "data", "policies"):
         known += help_of(f"bench/{script}.py", [], capsys)
+    known += help_of("examples/record.py", [], capsys)
     for page in PAGES:
         for code in re.findall(r"`([^`\n]+)`", prose(page)):
             if OTHER_PROGRAM.match(code):

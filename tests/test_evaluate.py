@@ -323,7 +323,7 @@ def test_results_lie_beside_the_checkpoint_not_in_it(trained):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--env", "metawrld"], "unknown environment metawrld, did you mean 'metaworld'? Pass one of aloha, armature_metaworld"),
+        (["--env", "metawrld"], "unknown environment metawrld, did you mean 'metaworld'? Pass one of aloha, armature_aloha"),
         (["--env", "metaworld", "--task", "drawer-opn-v3"], "Meta-World has no task 'drawer-opn-v3', did you mean 'drawer-open-v3'?"),
         (["--env", "metaworld", "--env_args", "lok=plain"], "--env_args lok: armature_metaworld has no such setting, did you mean"),
         (["--env", "metaworld", "--env_args", "camera=corner9"], "Meta-World has no camera 'corner9', did you mean 'corner'"),

@@ -1,11 +1,23 @@
-"""Simulated tasks to evaluate a policy in: LeRobot's environments by name, and Meta-World rendered fast."""
+"""Simulated tasks to evaluate a policy in: LeRobot's environments by name, and ours, which have a scripted expert.
+
+Ours are modules of this folder. Each has a ScriptedTask and a ScriptedConfig (`scripted.py` says what those promise: the
+expert, which actions take noise, when pixels are rendered), registered with LeRobot as `armature_<name>`, and a line in
+OURS. It imports its simulator inside functions, since that may not be installed. `rendering.Renderer` draws any MuJoCo
+model cheaply.
+"""
 
 from dataclasses import dataclass
 
 from command_line import parse_overrides
 from errors import UserError, as_user_error, likeliest_pairs, nearest, rename_flag
 
-OURS = {"metaworld": "armature_metaworld"}  # name that users type: our environment type, in place of LeRobot's
+# The name that users type: our environment type, in place of LeRobot's.
+OURS = {
+    "aloha": "armature_aloha",
+    "metaworld": "armature_metaworld",
+    "ogbench": "armature_ogbench",
+    "so101": "armature_so101",
+}
 
 
 @dataclass
@@ -56,7 +68,7 @@ def open_simulation(
     """Make the environment of a task.
 
     Args:
-        name: metaworld (ours), or any environment type that LeRobot knows: pusht, aloha, libero, ...
+        name: one of OURS, or any environment type that LeRobot knows: pusht, libero, ...
         task: such as drawer-open-v3; None for the type's default.
         overrides: the type's own settings, such as ["look=lerobot"], which the user passed with `flag`.
         policy_config: LeRobot's config of the policy, which some types adapt to.
@@ -69,7 +81,11 @@ def open_simulation(
     from lerobot.envs import EnvConfig
     from lerobot.envs.factory import make_env, make_env_pre_post_processors
 
-    import sim.metaworld  # noqa: F401  registers our type; here, because it imports LeRobot, which takes seconds
+    # They register our types; here, because they import LeRobot, which takes seconds.
+    import sim.aloha
+    import sim.metaworld
+    import sim.ogbench_tasks
+    import sim.so101  # noqa: F401
 
     known = EnvConfig.get_known_choices()
     kind = OURS.get(name, name)
@@ -130,7 +146,7 @@ def check_batch(batch: dict, expected: dict) -> None:
         remedy = "Evaluate in the task that the policy was trained for"
         if kind == "uint8":
             got = (*got[1:], got[0])  # (C, H, W) to (H, W, C)
-            remedy = "Set the environment's size, with metaworld image_size=..., or train with --image_size"
+            remedy = "Set the environment's size, with image_size=... (aloha: and image_width), or train with --image_size"
         fits = len(got) == len(shape) and all(want in (None, size) for want, size in zip(shape, got, strict=True))
         if not fits:
             raise UserError(f"{key} of the simulation does not fit the policy: expected {shape}, got {got}. {remedy}")

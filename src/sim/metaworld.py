@@ -6,38 +6,18 @@ and no shadows, reflections or antialiasing (look="lerobot" renders them), the f
 episode, and episodes end after a number of steps.
 """
 
-import functools
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import gymnasium
 import numpy as np
-from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.configs import PolicyFeature
 from lerobot.envs import EnvConfig
 
 from errors import UserError, nearest
+from sim.scripted import ScriptedConfig, ScriptedTask
 
 LONGEST = 500  # steps after which Meta-World itself ends an episode
-
-
-def pick_renderer() -> str:
-    """Set MUJOCO_GL, which has to happen before mujoco is imported: EGL where it works, else OSMesa.
-
-    Raises:
-        UserError: neither works.
-    """
-    if "MUJOCO_GL" in os.environ or sys.platform != "linux":
-        return os.environ.get("MUJOCO_GL", "the system's own")
-    probe = "import mujoco; mujoco.GLContext(64, 64).make_current()"
-    for backend in ("egl", "osmesa"):
-        # In another process: a failed attempt cannot be undone in this one.
-        environment = {**os.environ, "MUJOCO_GL": backend}
-        if subprocess.run([sys.executable, "-c", probe], capture_output=True, env=environment).returncode == 0:
-            os.environ["MUJOCO_GL"] = backend
-            return backend
-    raise UserError("no library renders without a screen. Install one: apt-get install -y libegl1 libgl1 libosmesa6")
 
 
 def make_task(task: str, camera: str, image_size: int, look: str):
@@ -103,61 +83,54 @@ def render_upright(env, camera: str) -> np.ndarray:
     return image.copy()
 
 
-class MetaworldTask(gymnasium.Env):
-    """One task in LeRobot's terms: pixels and agent_pos in, (4,) actions in [-1, 1] out. Success or the step limit ends it."""
+class MetaworldTask(ScriptedTask):
+    """One task of Meta-World, (4,) actions in [-1, 1]."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012
+    robot_type = "sawyer"
+    noise = 0.2
 
     def __init__(self, task: str, camera: str, image_size: int, look: str, max_steps: int):
         from lerobot.envs.metaworld import TASK_DESCRIPTIONS, TASK_POLICY_MAPPING
 
         self.env = make_task(task, camera, image_size, look)
-        self.render_mode = "rgb_array"
-        self.camera = camera
-        self._max_episode_steps = max_steps
-        self.task = task
-        self.task_description = TASK_DESCRIPTIONS[task]
         self.make_expert = TASK_POLICY_MAPPING[task]
-        pixels = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        state = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float64)
-        self.observation_space = gymnasium.spaces.Dict(
-            {"pixels": gymnasium.spaces.Dict({camera: pixels}), "agent_pos": state}
+        super().__init__(
+            task=task,
+            task_description=TASK_DESCRIPTIONS[task],
+            cameras=[camera],
+            image_size=image_size,
+            state_names=["x", "y", "z", "gripper"],
+            action_space=gymnasium.spaces.Box(-1, 1, (4,), np.float32),
+            action_names=["dx", "dy", "dz", "gripper"],
+            noise_scale=np.array([1, 1, 1, 0]),
+            max_steps=max_steps,
         )
-        self.action_space = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
 
-    def reset(self, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
-        if seed is None:
-            seed = int(self.np_random.integers(2**31))
+    def start(self, seed: int) -> None:
         self.raw = start_episode(self.env, seed)
-        self.steps = 0
         self.expert = self.make_expert()
-        return self._observation(), {"is_success": False}
 
-    def step(self, action: np.ndarray):
-        self.raw, reward, _, _, info = self.env.step(np.clip(action, -1, 1))
-        self.steps += 1
-        success = bool(info["success"])
-        truncated = self.steps >= self._max_episode_steps
-        return self._observation(), float(reward), success, truncated, {"is_success": success}
+    def advance(self, action: np.ndarray) -> tuple[float, bool]:
+        self.raw, reward, _, _, info = self.env.step(action)
+        return float(reward), bool(info["success"])
+
+    def state(self) -> np.ndarray:
+        return self.raw[:4].copy()
+
+    def picture(self, camera: str) -> np.ndarray:
+        return render_upright(self.env, camera)
 
     def expert_action(self) -> np.ndarray:
-        """(4,) action of Meta-World's scripted expert now."""
         return np.clip(self.expert.get_action(self.raw), -1, 1).astype(np.float32)
-
-    def render(self) -> np.ndarray:
-        return render_upright(self.env, self.camera)
 
     def close(self):
         self.env.close()
 
-    def _observation(self) -> dict:
-        return {"pixels": {self.camera: self.render()}, "agent_pos": self.raw[:4].copy()}
-
 
 @EnvConfig.register_subclass("armature_metaworld")
 @dataclass
-class ArmatureMetaworld(EnvConfig):
+class ArmatureMetaworld(ScriptedConfig):
     """Settings of `lerobot-eval --env.type=armature_metaworld` and `evaluate.py --env metaworld`.
 
     Attributes:
@@ -167,6 +140,11 @@ class ArmatureMetaworld(EnvConfig):
         image_size: width and height of its images.
         look: plain, or lerobot (as LeRobot's own type renders).
     """
+
+    task_class: ClassVar = MetaworldTask
+    expert_steps: ClassVar = LONGEST
+    package: ClassVar = "metaworld"
+    install: ClassVar = "metaworld==3.1.1 mujoco==3.3.0"
 
     task: str = "drawer-open-v3"
     fps: int = 80
@@ -180,16 +158,8 @@ class ArmatureMetaworld(EnvConfig):
     def __post_init__(self):
         if not 1 <= self.episode_length <= LONGEST:
             raise UserError(f"episode_length must be 1 to {LONGEST}, got {self.episode_length}")
-        if self.look not in ("plain", "lerobot"):
-            raise UserError(f"look must be plain or lerobot, got {self.look!r}")
-        pixels = f"pixels/{self.camera}"
-        self.features = {
-            "action": PolicyFeature(FeatureType.ACTION, (4,)),
-            "agent_pos": PolicyFeature(FeatureType.STATE, (4,)),
-            pixels: PolicyFeature(FeatureType.VISUAL, (self.image_size, self.image_size, 3)),
-        }
-        image = f"observation.images.{self.camera}"
-        self.features_map = {"action": "action", "agent_pos": "observation.state", pixels: image}
+        self.check_choices(look=("plain", "lerobot"))
+        self.set_features([self.camera], self.image_size, state=4, action=4)
 
     @property
     def gym_kwargs(self) -> dict:
@@ -199,16 +169,3 @@ class ArmatureMetaworld(EnvConfig):
             "look": self.look,
             "max_steps": self.episode_length,
         }
-
-    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
-        """{task: {0: vector environment}}, as LeRobot wants it."""
-        pick_renderer()
-        make_vector = gymnasium.vector.SyncVectorEnv
-        if use_async_envs and n_envs > 1:  # forkserver, because a fork of a process that has rendered hangs
-            make_vector = functools.partial(gymnasium.vector.AsyncVectorEnv, context="forkserver")
-        envs = {}
-        for task in self.task.split(","):
-            task = task.strip()
-            make_one = functools.partial(MetaworldTask, task, **self.gym_kwargs)
-            envs[task] = {0: make_vector([make_one] * n_envs, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)}
-        return envs
