@@ -152,6 +152,22 @@ class TrainConfig:
     augment: bool | None = setting(
         None, "vary colour, sharpness and position of the images: on or off (unset: policy's preset, flow on)"
     )
+    augment_style: str | None = setting(
+        None,
+        "how --augment varies images: full (as LeRobot's transforms) or fast (position and colour, in a tenth of the time) "
+        "(unset: policy's preset, flow fast)",
+        choices=("full", "fast"),
+    )
+    state_noise: float = setting(0.0, "noise on the state, in standard deviations of the dataset", at_least=0)
+    state_dropout: float = setting(
+        0.0,
+        "share of samples whose state is replaced by its mean, for a policy that goes by the state and not by the images",
+        at_least=0,
+        below=1,
+    )
+    camera_dropout: float = setting(
+        0.0, "share of samples of which one of several cameras is replaced by its mean colour", at_least=0, below=1
+    )
     seed: int = setting(1000, "random seed: every random choice of the run is a function of it", at_least=0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     precision: str = setting(
