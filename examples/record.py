@@ -99,6 +99,7 @@ def record(args, output, simulation):
             video_backend="pyav",
             streaming_encoding=True,  # no PNG of each frame first
             encoder_threads=1,
+            encoder_queue_maxsize=10_000,  # an episode comes at once, and LeRobot drops frames from a full queue
         )
         tries = kept = 0
         with tqdm(total=args.episodes, desc=task.task, unit="episode") as bar:
