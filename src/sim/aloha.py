@@ -1,9 +1,10 @@
-"""ALOHA's two simulated tasks as a LeRobot environment type, `armature_aloha`, for a five-hundredth of the time of a step.
+"""ALOHA's two simulated tasks as a LeRobot environment type, `armature_aloha`, whose steps cost little.
 
 Scenes, physics, start positions, state, actions (14 joint positions) and success are those of the package gym-aloha, which
 LeRobot's type `aloha` runs, to the bit; task texts are those of LeRobot's datasets of these tasks. What differs: only the
 cameras that are asked for are rendered, at any size, and without shadows, antialiasing and the finest details of the arms'
-meshes (look=lerobot image_size=480 image_width=640 renders what LeRobot's type shows). There is a scripted expert.
+meshes (look=lerobot image_size=480 image_width=640 renders what LeRobot's type shows): 3 ms of a CPU for a step with one picture of
+128x128, where gym-aloha takes 230. There is a scripted expert.
 """
 
 from dataclasses import dataclass, field
