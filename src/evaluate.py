@@ -2,12 +2,14 @@
 
     python src/evaluate.py CHECKPOINT --dataset_id D --episodes 0:5
     python src/evaluate.py CHECKPOINT --env metaworld --task drawer-open-v3 --num_episodes 50
+    python src/evaluate.py CHECKPOINT --env metaworld --task mt10 --num_episodes 10   # ten tasks, with a table and a summary
     python src/evaluate.py expert --env metaworld --task drawer-open-v3        # the task's scripted expert, the same way
 
 N frames of an episode, A joints.
 """
 
 import argparse
+import functools
 import json
 import os
 import signal
@@ -15,16 +17,26 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import OneLineParser, command, print_warnings, split_pair
+from command_line import OneLineParser, command, print_warnings
 from errors import UserError, find_path, printable, reason_of_disk
 from printing import command_output
-from sim.environments import OURS, Simulation, open_simulation
+from sim.environments import OURS
+from sim.suites import difficulty_groups, tasks_of
+from sim.workers import InProcess, Workers, available_cores, start_server
 
 AHEAD = (
     "in simulation: predict each chunk N steps before it is needed, as on an arm that does not wait for predictions. flow "
     "blends the chunks; smolvla, pi0 and pi05 continue them with LeRobot's real-time chunking"
 )
-MINIMUM = {"num_episodes": 1, "max_steps": 1, "n_action_steps": 1, "ahead": 1, "seed": 0, "num_videos": 0}
+MINIMUM = {
+    "num_episodes": 1,
+    "max_steps": 1,
+    "n_action_steps": 1,
+    "ahead": 1,
+    "seed": 0,
+    "num_videos": 0,
+    "num_workers": 1,
+}
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -33,9 +45,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     flag("checkpoint", help="a checkpoint-<step> folder, a run's folder, or a Hub id; expert for the simulation's own")
     flag("--dataset_id", metavar="PATH_OR_ID", help="compare with recorded episodes of this dataset")
     flag("--episodes", default="0", help='episodes of the dataset, such as "0:5,9" [0]')
-    flag("--env", help="run in this simulation: metaworld, or any environment type of LeRobot")
-    flag("--task", help="task of the simulation, such as drawer-open-v3 [the type's default]")
-    flag("--num_episodes", type=int, default=50, metavar="N", help="episodes to run [50]")
+    flag("--env", help=f"run in this simulation: {', '.join(OURS)}, or any environment type of LeRobot")
+    flag(
+        "--task",
+        help="task of the simulation, such as drawer-open-v3, or several separated by commas; for metaworld also mt10, mt50, "
+        "easy, medium, hard, very_hard [the type's default]",
+    )
+    flag("--num_episodes", type=int, default=50, metavar="N", help="episodes to run of each task [50]")
+    flag(
+        "--num_workers", type=int, metavar="N", help="processes that run episodes [one for each core, if memory allows]"
+    )
     flag("--seed", type=int, default=1000, metavar="N", help="seed of the first episode; the next ones count up [1000]")
     flag("--max_steps", type=int, metavar="N", help="steps after which an episode has failed [the type's default]")
     flag("--env_args", nargs="+", metavar="NAME=VALUE", help="settings of the environment, such as look=lerobot")
@@ -60,7 +79,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if not args.dataset_id and not args.env:
         parser.error("nothing to evaluate on. Pass --dataset_id with --episodes, or --env with --task")
     if args.checkpoint == "expert" and (args.dataset_id or args.env not in (*OURS, *OURS.values())):
-        parser.error("expert is a simulation's scripted expert: expected --env metaworld and no --dataset_id")
+        parser.error(
+            f"expert is a simulation's scripted expert: expected --env {' or '.join(OURS)}, and no --dataset_id"
+        )
     for pair in args.rename:
         if pair.count("=") != 1 and pair != "auto":
             parser.error(f"--rename {pair}: expected OLD=NEW, such as observation.image=observation.images.top")
@@ -69,27 +90,28 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 if __name__ == "__main__":
     with command_output():
-        parse_arguments(sys.argv[1:])  # before the imports that take seconds: --help and mistakes are answered at once
+        given = parse_arguments(sys.argv[1:])  # before the imports that take seconds: mistakes are answered at once
+    if given.env and (given.num_workers or available_cores()) > 1:
+        start_server("training.closed_loop")  # which imports the same in the meantime
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes over, Ctrl-C ends the process without a traceback
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from data.frames import Frames
 from data.loader import Loader
-from data.observations import name_before
 from data.source import Source
-from policy.async_policy import AsyncPolicy
 from policy.loaded import LoadedPolicy, load_policy
-from processors.bases import AUTO, pairs_line
+from policy.requirements import fetch_policy
 from processors.features import window_deltas
 from processors.pipelines import resize_of
 from reports.figures import contact_sheet
 from reports.pages import closed_loop_page, open_loop_page
-from sim.rollout import run_episodes, summary
+from sim.rollout import Episode, rates, summary
+from training.closed_loop import Runner, Setup, TaskResult, count_workers, run_tasks
 from training.open_loop import (
     EpisodeComparison,
     OpenLoopErrors,
-    auto_rename,
     compare,
     evenly_spaced_rows,
     measure,
@@ -200,53 +222,131 @@ def worst_moments(episodes: list[EpisodeComparison], std: np.ndarray, source: So
     return moments
 
 
-def evaluate_simulated(policy: LoadedPolicy | None, args: argparse.Namespace, name: str) -> None:
-    """Run episodes in simulation, write the report with its videos and print the success rate."""
+def evaluate_simulated(args: argparse.Namespace, name: str) -> None:
+    """Run episodes in simulation, write a report with videos for each task, and print the success rates."""
+    tasks = tasks_of(args.env, args.task)
+    seeds = range(args.seed, args.seed + args.num_episodes)
+    checkpoint = None if args.checkpoint == "expert" else fetch_policy(args.checkpoint, "policy")
+    folders = {
+        task: report_folder(args.checkpoint, args.output_dir, f"{args.env}_{task or 'default'}") for task in tasks
+    }
+    count = count_workers(args.num_workers, len(tasks) * len(seeds), checkpoint, args.device)
+    setup = Setup(
+        checkpoint=checkpoint and str(checkpoint),
+        env=args.env,
+        device=args.device,
+        n_action_steps=args.n_action_steps,
+        ahead=args.ahead,
+        env_args=args.env_args,
+        max_steps=args.max_steps,
+        rename=args.rename,
+    )
+    make_runner = functools.partial(Runner, setup)
+    pool = InProcess(make_runner) if count == 1 else Workers(make_runner, count)
+    numbers = {}
+    try:
+        with tqdm(total=len(tasks) * len(seeds), unit="episode", disable=not sys.stderr.isatty()) as bar:
+            outcomes = []
+
+            def on_episode(episode: Episode) -> None:
+                outcomes.append(episode.success)
+                bar.set_postfix(success=f"{np.mean(outcomes):.0%}", refresh=False)
+                bar.update()
+
+            for result in run_tasks(pool, tasks, seeds, args.num_videos, on_episode):
+                numbers[result.task] = report_task(folders[result.task], result, args, name)
+                lines = task_lines(numbers[result.task], seeds, folders[result.task], is_one=len(tasks) == 1)
+                tqdm.write("\n".join(lines))
+    finally:
+        pool.close()
+    if len(tasks) > 1:
+        summary_of_tasks = summarise([numbers[task] for task in tasks], difficulty_groups(args.env))
+        print_table(summary_of_tasks)
+        suite = args.task if "," not in args.task else f"{len(tasks)}_tasks"
+        path = folders[tasks[0]].with_name(f"{args.env}_{suite}.json")
+        write_json(path, {"env": args.env, "checkpoint": args.checkpoint, **summary_of_tasks})
+        print(f"seeds {seeds[0]} to {seeds[-1]} of each task; summary: {path}")
+
+
+def report_task(folder: Path, result: TaskResult, args: argparse.Namespace, name: str) -> dict:
+    """Write the report of one task, with its videos. Returns the content of its numbers.json, which is written last."""
     from lerobot.utils.io_utils import write_video
 
-    folder = report_folder(args.checkpoint, args.output_dir, f"{args.env}_{args.task or 'default'}")
-    policy_config = None
-    if policy is not None:
-        policy_config = policy.policy.config
-        if args.ahead:
-            policy = AsyncPolicy(policy, args.ahead)
-    rename = dict(split_pair(pair)[::2] for pair in args.rename if pair != AUTO)
-    simulation = open_simulation(args.env, args.task, args.env_args, policy_config, args.max_steps, rename)
-    seeds = range(args.seed, args.seed + args.num_episodes)
-    try:
-        if AUTO in args.rename and policy is not None:
-            print(rename_cameras(simulation, policy))
-        episodes = run_episodes(simulation, policy, seeds, args.num_videos)
-    finally:
-        simulation.close()
-
-    config = simulation.config
-    numbers = {"env": args.env, "task": config.task, "max_steps": simulation.max_steps, **summary(episodes)}
+    numbers = {"env": args.env, "task": result.name, "max_steps": result.max_steps, **summary(result.episodes)}
+    for seed in result.changed:
+        warning = (
+            f"{result.name}: seed {seed} ended differently when it was run again to be filmed. There is no video of it"
+        )
+        print_warnings([warning])
     successes = f"{numbers['successes']} of {numbers['num_episodes']}"
-    sheet = contact_sheet(episodes, f"{name}, {config.task}: {successes} (seed: steps)")
+    sheet = contact_sheet(result.episodes, f"{name}, {result.name}: {successes} (seed: steps)")
     sheet.savefig(folder / "episodes.png", dpi=110)
     videos = {}
     for success, kind in ((True, "success"), (False, "failure")):
-        filmed = [episode for episode in episodes if episode.success == success][: args.num_videos]
-        for episode in filmed:
+        filmed = [episode for episode in result.episodes if episode.success == success and len(episode.frames) > 1]
+        for episode in filmed[: args.num_videos]:
             path = folder / f"{kind}_{episode.seed}.mp4"
-            write_video(path, episode.frames, round(config.fps))
+            write_video(path, episode.frames, round(result.fps))
             videos[f"{kind}, seed {episode.seed}"] = path
-    report = write_report(folder, numbers, closed_loop_page(name, numbers, sheet, videos))
+    write_report(folder, numbers, closed_loop_page(name, numbers, sheet, videos))
+    return numbers
+
+
+def task_lines(numbers: dict, seeds: range, folder: Path, is_one: bool) -> list[str]:
+    """What is printed of a task: all if it is the only one, else one line."""
+    count = f"{numbers['successes']} of {numbers['num_episodes']}"
     interval = f"95 % interval {numbers['success_low']:.1%} to {numbers['success_high']:.1%}"
-    print(f"success {successes}: {numbers['success_rate']:.1%} ({interval})")
-    print(f"seeds {seeds[0]} to {seeds[-1]}; report: {report}")
+    if not is_one:
+        return [f"{numbers['task']}: {count} ({interval})"]
+    return [
+        f"success {count}: {numbers['success_rate']:.1%} ({interval})",
+        f"seeds {seeds[0]} to {seeds[-1]}; report: {folder / 'report.html'}",
+    ]
 
 
-def rename_cameras(simulation: Simulation, policy) -> str:
-    """Pair the cameras of a simulation with those of a policy, for `--rename auto`. Returns the line that says how."""
-    observation, _ = simulation.env.reset(seed=[0])
-    batch = simulation.batch_of(observation)
-    cameras = [key for key, value in batch.items() if getattr(value, "ndim", 0) == 4]
-    pairs = auto_rename(policy, batch, cameras)
-    names = {name_before(simulation.rename, old): new for old, (new, _) in pairs.items()}
-    simulation.rename = simulation.rename | names
-    return pairs_line(pairs)
+def summarise(numbers: list[dict], groups: dict[str, list[str]]) -> dict:
+    """Success of several tasks, of groups of them, and of all.
+
+    Args:
+        numbers: content of each task's numbers.json.
+        groups: {group: its tasks}; groups without any of these tasks are left out.
+    """
+    tasks = {}
+    for task in numbers:
+        kept = ("successes", "num_episodes", "success_rate", "success_low", "success_high", "max_steps", "episodes")
+        tasks[task["task"]] = {key: task[key] for key in kept}
+
+    def together(names: list[str]) -> dict:
+        counted = {key: sum(tasks[name][key] for name in names) for key in ("successes", "num_episodes")}
+        return {"num_tasks": len(names), **rates(**counted)}
+
+    by_group = {}
+    for group, names in groups.items():
+        present = [name for name in names if name in tasks]
+        if present:
+            by_group[group] = together(present)
+    means = [group["success_rate"] for group in by_group.values()]
+    return {
+        "all": together(list(tasks)),
+        "mean_of_groups": float(np.mean(means)) if means else None,
+        "groups": by_group,
+        "tasks": tasks,
+    }
+
+
+def print_table(result: dict) -> None:
+    """The success of tasks, groups and all of them, as `summarise` returns it."""
+    rows = dict(result["tasks"])
+    rows |= {f"{name} ({group['num_tasks']} tasks)": group for name, group in result["groups"].items()}
+    rows |= {f"all ({result['all']['num_tasks']} tasks)": result["all"]}
+    width = max(map(len, rows)) + 2
+    print(f"{'':<{width}}{'success':>12}{'rate':>8}   95 % interval")
+    for label, row in rows.items():
+        count = f"{row['successes']} of {row['num_episodes']}"
+        interval = f"{row['success_low']:.1%} to {row['success_high']:.1%}"
+        print(f"{label:<{width}}{count:>12}{row['success_rate']:>8.1%}   {interval}")
+    if len(result["groups"]) > 1:
+        print(f"mean of the groups' rates: {result['mean_of_groups']:.1%}")
 
 
 def report_folder(checkpoint: str, output_dir: str | None, kind: str) -> Path:
@@ -270,10 +370,16 @@ def report_folder(checkpoint: str, output_dir: str | None, kind: str) -> Path:
 
 
 def write_report(folder: Path, numbers: dict, page: str) -> Path:
-    (folder / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n")
     report = folder / "report.html"
     report.write_text(page, encoding="utf-8")
+    write_json(folder / "numbers.json", numbers)  # last: where it is, the report is complete
     return report
+
+
+def write_json(path: Path, content: dict) -> None:
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.replace(path)
 
 
 def named(values: dict[str, float], digits: str) -> str:
@@ -283,14 +389,11 @@ def named(values: dict[str, float], digits: str) -> str:
 @command
 def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
-    policy = None
-    if args.checkpoint != "expert":
-        policy = load_policy(args.checkpoint, args.device, args.n_action_steps)
     name = "/".join(Path(args.checkpoint).parts[-2:])
     if args.dataset_id:
-        evaluate_recorded(policy, args, name)
+        evaluate_recorded(load_policy(args.checkpoint, args.device, args.n_action_steps), args, name)
     if args.env:
-        evaluate_simulated(policy, args, name)
+        evaluate_simulated(args, name)
     return 0
 
 

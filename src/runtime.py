@@ -269,6 +269,17 @@ def seed_all(*address: int) -> None:
     random.seed(seed)
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Within this, torch computes with one thread on a CPU: with another number, the last bits of a result may differ."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class NoHostSync(TorchFunctionMode):
     """Within this, `tensor.item()` returns the tensor: LeRobot's policies call it for each sub-loss, and each call waits."""
 

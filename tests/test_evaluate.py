@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,14 +21,17 @@ from data.split import split_episodes
 from errors import UserError
 from helpers.paths import ROOT, SHIPPED
 from helpers.runs import assert_same_run, small
-from helpers.simulations import still_simulation
+from helpers.simulations import QuickRunner, still_simulation
 from policy.loaded import load_policy
 from processors.statistics import is_still
 from runs import main
 from sim.environments import check_batch, open_simulation
-from sim.rollout import Episode, run_episodes, summary, wilson_interval
+from sim.rollout import Episode, run_episode, summary, wilson_interval
+from sim.suites import difficulty_groups, tasks_of
+from sim.workers import InProcess, Job, Workers
 from train import train
-from training import evaluation
+from training import closed_loop, evaluation
+from training.closed_loop import run_tasks
 from training.evaluation import Evaluator
 from training.open_loop import (
     OpenLoopErrors,
@@ -308,7 +312,7 @@ def test_open_loop_report(trained, tmp_path, capsys):
     assert numbers["latency_ms"]["p50"] <= numbers["latency_ms"]["p99"]
     report = (tmp_path / "open_loop" / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 4  # error along the chunk, worst moments, two episodes
-    assert "http" not in report
+    assert "://" not in report  # nothing to load
 
 
 def test_results_lie_beside_the_checkpoint_not_in_it(trained):
@@ -354,11 +358,12 @@ def test_mistakes_are_one_line(trained, made, tmp_path, capsys, renderer, flags,
         ("x", "nothing to evaluate on. Pass --dataset_id with --episodes, or --env with --task"),
         ("x --env metaworld --rename a", "--rename a: expected OLD=NEW"),
         ("x --env metaworld --num_episodes 0", "--num_episodes must be at least 1, got 0"),
+        ("x --env metaworld --num_workers 0", "--num_workers must be at least 1, got 0"),
         (
             "expert --env pusht",
-            "expert is a simulation's scripted expert: expected --env metaworld and no --dataset_id",
+            "expert is a simulation's scripted expert: expected --env aloha or metaworld or ",
         ),
-        ("expert --dataset_id x", "expert is a simulation's scripted expert: expected --env metaworld"),
+        ("expert --dataset_id x", "expert is a simulation's scripted expert: expected --env aloha"),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_is_loaded(capsys, arguments, message):
@@ -408,25 +413,237 @@ def test_expert_succeeds_through_the_same_path(tmp_path, renderer, capsys, episo
     import av
 
     with av.open(str(folder / "success_1000.mp4")) as video:
-        assert sum(1 for _ in video.decode(video=0)) == numbers["episodes"][0]["steps"]
+        assert sum(1 for _ in video.decode(video=0)) == numbers["episodes"][0]["steps"] + 1
     report = (folder / "report.html").read_text()
     assert report.count("data:video/mp4;base64,") == 1
-    assert "http" not in report
+    assert "://" not in report  # nothing to load
 
 
 def test_simulation_is_a_function_of_the_seed_and_shows_its_own_beginning(trained, renderer):
     """In whatever order the episodes come; the first picture is of this episode, not of the one before."""
     policy = load_policy(trained, "cpu")
     simulation = open_simulation("metaworld", "drawer-open-v3", max_steps=20, policy_config=policy.policy.config)
-    there = run_episodes(simulation, policy, [1, 2, 3], num_videos=3)
-    back = run_episodes(simulation, policy, [3, 2, 1], num_videos=3)[::-1]
-    assert [len(episode.frames) for episode in run_episodes(simulation, policy, [1, 2], num_videos=1)] == [20, 1]
+    there = [run_episode(simulation, policy, seed, film=True) for seed in (1, 2, 3)]
+    back = [run_episode(simulation, policy, seed, film=True) for seed in (3, 2, 1)][::-1]
+    assert [len(episode.frames) for episode in there] == [21, 21, 21]
     simulation.close()
     for one, other in zip(there, back, strict=True):
-        assert (one.seed, one.success, one.steps, one.reward) == (other.seed, other.success, other.steps, other.reward)
+        assert (one.seed, *one.outcome) == (other.seed, *other.outcome)
         assert np.array_equal(one.frames[0], other.frames[0])
         assert np.array_equal(one.frames[-1], other.frames[-1])
     assert not np.array_equal(there[0].frames[0], there[1].frames[0])
+
+
+class Watchful:
+    """A policy that looks at every picture."""
+
+    looks = True
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def __getattr__(self, name):
+        return getattr(self.policy, name)
+
+
+@pytest.mark.parametrize("name", ["flow", "flow with history", "act", "diffusion"])
+def test_pictures_that_nobody_sees_change_nothing(tmp_path, renderer, name):
+    """Same outcomes whether every picture is rendered or only those that the policy uses; and the last one is there."""
+    kind, _, with_history = name.partition(" ")
+    settings = small(kind, dataset_id=str(SHIPPED), episodes="0", steps=1, save_freq=0)
+    if kind != "diffusion":
+        settings["image_size"] = [48, 48]
+    if with_history:
+        settings["policy_args"] = [*settings["policy_args"], "n_obs_steps=2"]
+    policy = load_policy(train(**settings, output_dir=str(tmp_path)).checkpoint, "cpu", n_action_steps=3)
+    simulation = open_simulation("metaworld", "drawer-open-v3", max_steps=21, policy_config=policy.policy.config)
+    task = simulation.env.envs[0]
+    render = task.picture
+    shown = []
+
+    def counted(camera):
+        shown.append(task.steps)
+        return render(camera)
+
+    task.picture = counted
+    seldom = run_episode(simulation, policy, seed=5)
+    rendered = len(shown)
+    always = run_episode(simulation, Watchful(policy), seed=5)
+    filmed = run_episode(simulation, policy, seed=5, film=True)
+    simulation.close()
+    assert seldom.outcome == always.outcome == filmed.outcome
+    history = policy.policy.config.n_obs_steps
+    # the first picture, those before each prediction after 3, 6, ... 21 steps, the last one of which would come too late;
+    # and the next episode's first
+    assert rendered <= 1 + 7 * history + 1
+    assert len(shown) - rendered >= 2 * 22
+    assert seldom.steps == 21
+    for other in (always, filmed):
+        assert np.array_equal(seldom.frames[-1], other.frames[-1])
+    assert [len(episode.frames) for episode in (seldom, always, filmed)] == [1, 1, 22]
+
+
+def test_a_policy_that_is_not_known_looks_at_everything(trained):
+    policy = load_policy(trained, "cpu")
+    assert policy.looks
+    policy.act({**policy.blank_observation(), "observation.images.corner2": np.zeros((128, 128, 3), np.uint8)})
+    assert not policy.looks
+    policy.policy.config = SimpleNamespace(type="somebody's", observation_delta_indices=None)
+    assert policy.looks
+
+
+# --- several tasks, several processes ---
+
+
+def test_suites_of_metaworld():
+    metaworld = pytest.importorskip("metaworld", reason="needs metaworld")
+    assert set(tasks_of("metaworld", "mt50")) == set(metaworld.ALL_V3_ENVIRONMENTS)
+    assert set(tasks_of("metaworld", "mt10")) == set(metaworld.MT10().train_classes)
+    assert len(tasks_of("metaworld", "very_hard")) == 5
+    assert tasks_of("metaworld", "reach-v3, easy")[0] == "reach-v3"
+    assert len(tasks_of("metaworld", "reach-v3, easy")) == 28
+    assert tasks_of("pusht", "a,b") == ["a", "b"]
+    assert tasks_of("metaworld", None) == [None]
+    with pytest.raises(UserError, match="Meta-World has no task 'mt5', did you mean 'mt50'"):
+        tasks_of("metaworld", "reach-v3,mt5")
+
+
+def quick_results(count: int, num_videos: int = 0) -> dict:
+    pool = InProcess(QuickRunner) if count == 1 else Workers(QuickRunner, count)
+    try:
+        return {result.task: result for result in run_tasks(pool, ["a", "b", "c"], range(5), num_videos)}
+    finally:
+        pool.close()
+
+
+def test_films_are_the_first_successes_and_failures():
+    for result in quick_results(1, num_videos=2).values():
+        assert [len(episode.frames) for episode in result.episodes] == [4, 4, 4, 4, 1]
+
+
+class Fickle(QuickRunner):
+    """Ends differently when an episode is run again."""
+
+    def run(self, job, is_stopped=lambda: False):
+        result = super().run(job, is_stopped)
+        if job.film:
+            result.episode.reward = 99.0
+        return result
+
+
+def test_a_film_of_another_ending_is_not_kept():
+    (result,) = run_tasks(InProcess(Fickle), ["a"], range(4), num_videos=1)
+    assert result.changed == [1]  # the first success is filmed at once, the first failure afterwards
+    assert [len(episode.frames) for episode in result.episodes] == [4, 1, 1, 1]
+
+
+def test_workers_give_the_same_as_one_process():
+    alone, together = quick_results(1, num_videos=2), quick_results(3, num_videos=2)
+    for task, result in alone.items():
+        assert [episode.outcome for episode in together[task].episodes] == [e.outcome for e in result.episodes]
+        assert [len(episode.frames) for episode in together[task].episodes] == [len(e.frames) for e in result.episodes]
+
+
+def test_a_worker_stays_at_its_task():
+    pool = Workers(QuickRunner, 2)
+    for task in ("a", "b"):
+        for seed in range(6):
+            pool.add(Job(task, seed, film=False))
+    done = [pool.next() for _ in range(12)]
+    pool.close()
+    first = {task: next(result.process for job, result in done if job.task == task) for task in ("a", "b")}
+    assert len(set(first.values())) == 2
+    assert not any(worker.process.is_alive() for worker in pool.idle)
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "message"),
+    [
+        (
+            "kill",
+            UserError,
+            "a worker process ended with exit code -9 in the episode of seed 3: -9 is .* smaller --num_w",
+        ),
+        ("refuse", UserError, "^the arm is asleep\nwake it$"),
+        ("fail", RuntimeError, "a worker process failed:\n(.|\n)*ZeroDivisionError: a bug"),
+    ],
+)
+def test_a_worker_that_fails(task, error, message):
+    pool = Workers(QuickRunner, 2)
+    with pytest.raises(error, match=message):
+        list(run_tasks(pool, [task], range(4)))
+    pool.close()
+
+
+def test_closing_stops_an_episode():
+    pool = Workers(QuickRunner, 1)
+    pool.add(Job("long", 0, film=False))
+    pool.add(Job("a", 0, film=False))
+    worker = pool.idle[0]
+    worker.pipe.send(pool.waiting.pop(0))
+    pool.close()
+    assert worker.process.exitcode == 0
+
+
+def test_workers_are_as_many_as_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(closed_loop, "available_cores", lambda: 8)
+    monkeypatch.setattr(closed_loop, "available_memory", lambda: 4e9)
+    assert closed_loop.count_workers(None, 100, None, "cpu") == 4  # of 0.7 GB each, in 80 % of the memory
+    assert closed_loop.count_workers(None, 3, None, "cpu") == 3
+    assert closed_loop.count_workers(6, 100, None, "cpu") == 6
+    with open(tmp_path / "policy.safetensors", "wb") as file:
+        file.truncate(10**9)
+    assert closed_loop.count_workers(None, 100, tmp_path, "cpu") == 1
+
+
+def test_summary_of_tasks():
+    numbers = [
+        {"task": task, "max_steps": 5, **summary([Episode(seed, seed < wins, 5, 1.0, []) for seed in range(10)])}
+        for task, wins in (("reach-v3", 10), ("door-open-v3", 6), ("push-v3", 2))
+    ]
+    result = evaluate.summarise(numbers, difficulty_groups("metaworld"))
+    assert list(result["tasks"]) == ["reach-v3", "door-open-v3", "push-v3"]
+    assert list(result["groups"]) == ["easy", "hard"]
+    assert (result["groups"]["easy"]["successes"], result["groups"]["easy"]["num_episodes"]) == (16, 20)
+    assert result["all"]["success_rate"] == pytest.approx(18 / 30)
+    assert (result["all"]["success_low"], result["all"]["success_high"]) == wilson_interval(18, 30)
+    assert result["mean_of_groups"] == pytest.approx((0.8 + 0.2) / 2)
+    assert evaluate.summarise(numbers, {})["mean_of_groups"] is None
+
+
+def test_several_tasks_in_any_number_of_processes(trained, tmp_path, renderer, capsys):
+    command = [str(trained), "--env", "metaworld", "--task", "drawer-open-v3,reach-v3", "--device", "cpu"]
+    command += ["--num_episodes", "2", "--max_steps", "15", "--num_videos", "1"]
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        assert evaluate.main([*command, "--num_workers", str(count), "--output_dir", str(folder)]) == 0
+    alone, together = ((tmp_path / count / "metaworld_2_tasks.json").read_text() for count in "12")
+    assert alone == together
+    tasks = json.loads(alone)["tasks"]
+    assert [episode["seed"] for episode in tasks["reach-v3"]["episodes"]] == [1000, 1001]
+    assert (tmp_path / "2" / "metaworld_reach-v3" / "failure_1000.mp4").exists()
+    shown = capsys.readouterr().out
+    assert shown.count("all (2 tasks)") == 2
+    assert "easy (2 tasks)" in shown
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_in_one_line(trained, tmp_path, renderer):
+    """As in a terminal, where it reaches all of them, at any time."""
+    command = [sys.executable, "src/evaluate.py", str(trained), "--env", "metaworld", "--num_workers", "2"]
+    command += ["--num_episodes", "500", "--output_dir", str(tmp_path)]
+    for seconds in (6, 25):
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode in (130, -signal.SIGINT)
+        assert "Traceback" not in errors
+        time.sleep(2)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
 
 
 def test_policy_sees_what_it_was_trained_on(renderer):

@@ -41,6 +41,7 @@ class AsyncPolicy:
         actions_per_chunk: how many actions of each chunk are carried out.
         has_rtc: whether chunks are predicted with RTC.
         chunks: how many chunks were begun, over all episodes.
+        looks: as of a LoadedPolicy. Always, since any observation may be the one that the thread predicts from.
         late: how many were not ready when they were due. One that comes after all of its ticks is not begun.
         held: for how many ticks the last action was held.
 
@@ -56,6 +57,7 @@ class AsyncPolicy:
         self.expected = loaded.expected
         self.optional = loaded.optional
         self.needed = loaded.needed
+        self.looks = True
         self.lead = lead
         self.fps = fps
         self.clock = clock

@@ -14,6 +14,12 @@ from torch import Tensor
 
 from errors import UserError
 
+QUEUES = {  # type of a policy: its attribute with the planned actions, or with queues among which they are
+    "flow": "_actions",
+    **dict.fromkeys(("act", "eo1", "evo1", "fastwam", "molmoact2", "pi0", "pi05", "pi0_fast"), "_action_queue"),
+    **dict.fromkeys(("diffusion", "multi_task_dit", "smolvla", "vqbet", "xvla"), "_queues"),
+}
+
 
 @torch.no_grad()
 def predict_chunk(policy, batch: dict, planned: Tensor | None = None, num_committed: int = 0) -> Tensor:
@@ -56,6 +62,17 @@ def predict_chunk(policy, batch: dict, planned: Tensor | None = None, num_commit
     chunk = policy.predict_action_chunk(observation)
     policy.reset()
     return chunk
+
+
+def count_planned(policy) -> int | None:
+    """How many actions `select_action` will still return without looking at an observation; None where that is not known.
+
+    It is known of the policies in QUEUES, since their code was read: they predict when their queue is empty, and only then.
+    """
+    queue = getattr(policy, QUEUES.get(policy.config.type, ""), None)  # act has none with temporal ensembling
+    if isinstance(queue, dict):
+        queue = queue["action"]
+    return None if queue is None else len(queue)
 
 
 def supports_rtc(policy) -> bool:

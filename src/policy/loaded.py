@@ -16,7 +16,7 @@ from checkpoints.folder import verify_policy
 from checkpoints.tensors import is_finite
 from errors import UserError, nearest, one_line, read_json
 from policy.async_policy import AsyncPolicy
-from policy.chunk import predict_chunk, rtc_off, supports_rtc
+from policy.chunk import count_planned, predict_chunk, rtc_off, supports_rtc
 from policy.factory import build_policy, load_policy_config
 from policy.migration import resolve_policy_folder
 from policy.requirements import check_requirements, fetch_policy
@@ -121,6 +121,17 @@ class LoadedPolicy:
                 chunk = self.postprocess(predict_chunk(self.policy, ready))  # (B, T, A)
                 self.planned.extend(chunk[:, : self.policy.config.n_action_steps].unbind(1))
             return self.planned.popleft()
+
+    @property
+    def looks(self) -> bool:
+        """Whether the next `select` uses the pictures of its observation; True where that is not known.
+
+        A policy carries out a chunk without looking, and looks again when it predicts the next one.
+        """
+        planned = len(self.planned) if self.relative else count_planned(self.policy)
+        # A policy with history also looks at the observations before the one that it predicts from.
+        oldest = min(self.policy.config.observation_delta_indices or [0])
+        return planned is None or planned <= -oldest
 
     def ahead(self, fps: float, task: str = "") -> AsyncPolicy:
         """This policy, with chunks predicted in a thread so that an arm with `fps` actions a second never waits for one.

@@ -21,12 +21,16 @@ class Episode:
     reward: float
     frames: list[np.ndarray] = field(repr=False)  # (H, W, 3) uint8 each
 
+    @property
+    def outcome(self) -> tuple[bool, int, float]:
+        """What is the same each time, if policy and simulation are deterministic."""
+        return self.success, self.steps, self.reward
+
 
 def run_episodes(
     simulation: Simulation,
     policy,
     seeds: list[int],
-    num_videos: int = 0,
     quiet: bool = False,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> list[Episode]:
@@ -34,7 +38,6 @@ def run_episodes(
 
     Args:
         policy: a LoadedPolicy or AsyncPolicy; None for the environment's scripted expert.
-        num_videos: keep every frame of so many successes and as many failures, the first ones.
         is_stopped: asked before every step; True drops the episode and the ones after it.
     """
     from tqdm.auto import tqdm
@@ -42,38 +45,42 @@ def run_episodes(
     episodes = []
     with tqdm(seeds, unit="episode", disable=quiet or not sys.stderr.isatty()) as bar:
         for seed in bar:
-            outcomes = [episode.success for episode in episodes]
-            wants_video = min(outcomes.count(True), outcomes.count(False)) < num_videos
-            episode = run_episode(simulation, policy, seed, wants_video, is_stopped)
+            episode = run_episode(simulation, policy, seed, is_stopped=is_stopped)
             if episode is None:
                 break
-            if outcomes.count(episode.success) >= num_videos:
-                del episode.frames[:-1]
             episodes.append(episode)
-            bar.set_postfix(success=f"{np.mean([*outcomes, episode.success]):.0%}", refresh=False)
+            bar.set_postfix(success=f"{np.mean([episode.success for episode in episodes]):.0%}", refresh=False)
     return episodes
 
 
 def run_episode(
-    simulation: Simulation, policy, seed: int, keep_frames: bool, is_stopped: Callable[[], bool]
+    simulation: Simulation,
+    policy,
+    seed: int,
+    film: bool = False,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> Episode | None:
-    """Run one episode from a seed, which also determines the policy's randomness. None if it is stopped."""
+    """Run one episode from a seed, which also determines the policy's randomness. None if it is stopped.
+
+    Pictures are rendered only when somebody looks: the policy, as far as it says so, or a film. What nobody sees changes
+    no outcome.
+
+    Args:
+        film: keep the images of all steps, not only the last.
+    """
     from lerobot.envs.utils import NEW_ROLLOUT_OPTION
 
     env = simulation.env
     if policy is not None:
         policy.reset()  # before seeding: an AsyncPolicy waits here for a thread that may still draw noise
     seed_all(seed, EVAL)
+    set_rendering(env, True)
     observation, _ = env.reset(seed=[seed], options={NEW_ROLLOUT_OPTION: True})
-    frames = []
+    frames = [first_image(env, observation)]
     reward = 0.0
     for step in range(1, simulation.max_steps + 1):
         if is_stopped():
             return None
-        if not keep_frames:
-            frames.clear()
-        frames.append(first_image(env, observation))
-
         if policy is None:
             action = np.stack(env.call("expert_action"))
         else:
@@ -84,11 +91,24 @@ def run_episode(
             action = policy.select(batch)  # (1, A)
             action = simulation.postprocess({"action": action})["action"].cpu().numpy()
 
+        set_rendering(env, film or (policy is not None and policy.looks))
         observation, step_reward, terminated, truncated, info = env.step(action)
         reward += float(step_reward[0])
-        if terminated[0] or truncated[0]:
+        is_over = bool(terminated[0] or truncated[0])
+        if film or is_over or step == simulation.max_steps:
+            frames.append(last_image(env, observation, info, frames[-1]))
+        if is_over:
             break
+    if not film:
+        del frames[:-1]
     return Episode(seed=seed, success=is_success(info), steps=step, reward=reward, frames=frames)
+
+
+def set_rendering(env, on: bool) -> None:
+    """Let an environment of ours (sim.scripted) render its next pictures or not. Others always render."""
+    for single in getattr(env, "envs", ()):
+        if hasattr(single.unwrapped, "renders"):
+            single.unwrapped.renders = on
 
 
 def is_success(info: dict) -> bool:
@@ -100,9 +120,22 @@ def is_success(info: dict) -> bool:
 def first_image(env, observation: dict) -> np.ndarray:
     """(H, W, 3) uint8: the first camera's, or the environment's own view where the observation has no images."""
     pixels = observation["pixels"] if "pixels" in observation else env.call("render")
-    if isinstance(pixels, dict):
-        pixels = next(iter(pixels.values()))
-    return pixels[0]
+    return first_camera(pixels)[0]
+
+
+def first_camera(pixels):
+    return next(iter(pixels.values())) if isinstance(pixels, dict) else pixels
+
+
+def last_image(env, observation: dict, info: dict, before: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8: what the first camera shows after a step, or `before`, from the step before it.
+
+    After an automatic reset, `observation` shows the next episode, and gymnasium keeps the last one's in final_obs.
+    """
+    if "final_obs" not in info:
+        return first_image(env, observation)
+    last = info["final_obs"][0]
+    return first_camera(last["pixels"]) if "pixels" in last else before
 
 
 def wilson_interval(successes: int, tries: int, z: float = 1.96) -> tuple[float, float]:
@@ -117,17 +150,23 @@ def wilson_interval(successes: int, tries: int, z: float = 1.96) -> tuple[float,
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def summary(episodes: list[Episode]) -> dict:
-    """Success rate with its 95 % interval, lengths, and every episode, for JSON."""
-    successes = sum(episode.success for episode in episodes)
-    low, high = wilson_interval(successes, len(episodes))
-    lengths = [episode.steps for episode in episodes if episode.success]
+def rates(successes: int, num_episodes: int) -> dict:
+    """Success rate with its 95 % interval, for JSON."""
+    low, high = wilson_interval(successes, num_episodes)
     return {
-        "success_rate": successes / len(episodes),
+        "success_rate": successes / num_episodes,
         "success_low": low,
         "success_high": high,
         "successes": successes,
-        "num_episodes": len(episodes),
+        "num_episodes": num_episodes,
+    }
+
+
+def summary(episodes: list[Episode]) -> dict:
+    """Success rate with its 95 % interval, lengths, and every episode, for JSON."""
+    lengths = [episode.steps for episode in episodes if episode.success]
+    return {
+        **rates(sum(episode.success for episode in episodes), len(episodes)),
         "median_steps_of_successes": float(np.median(lengths)) if lengths else None,
         "episodes": [{"seed": e.seed, "success": e.success, "steps": e.steps, "reward": e.reward} for e in episodes],
     }
