@@ -107,7 +107,7 @@ from processors.features import window_deltas
 from processors.pipelines import resize_of
 from reports.figures import contact_sheet
 from reports.pages import closed_loop_page, open_loop_page
-from sim.rollout import Episode, rates, summary
+from sim.rollout import Episode, summary, summary_of_tasks
 from training.closed_loop import Runner, Setup, TaskResult, count_workers, run_tasks
 from training.open_loop import (
     EpisodeComparison,
@@ -260,11 +260,11 @@ def evaluate_simulated(args: argparse.Namespace, name: str) -> None:
     finally:
         pool.close()
     if len(tasks) > 1:
-        summary_of_tasks = summarise([numbers[task] for task in tasks], difficulty_groups(args.env))
-        print_table(summary_of_tasks)
+        together = summary_of_tasks([numbers[task] for task in tasks], difficulty_groups(args.env))
+        print_table(together)
         suite = args.task if "," not in args.task else f"{len(tasks)}_tasks"
         path = folders[tasks[0]].with_name(f"{args.env}_{suite}.json")
-        write_json(path, {"env": args.env, "checkpoint": args.checkpoint, **summary_of_tasks})
+        write_json(path, {"env": args.env, "checkpoint": args.checkpoint, **together})
         print(f"seeds {seeds[0]} to {seeds[-1]} of each task; summary: {path}")
 
 
@@ -304,38 +304,8 @@ def task_lines(numbers: dict, seeds: range, folder: Path, is_one: bool) -> list[
     ]
 
 
-def summarise(numbers: list[dict], groups: dict[str, list[str]]) -> dict:
-    """Success of several tasks, of groups of them, and of all.
-
-    Args:
-        numbers: content of each task's numbers.json.
-        groups: {group: its tasks}; groups without any of these tasks are left out.
-    """
-    tasks = {}
-    for task in numbers:
-        kept = ("successes", "num_episodes", "success_rate", "success_low", "success_high", "max_steps", "episodes")
-        tasks[task["task"]] = {key: task[key] for key in kept}
-
-    def together(names: list[str]) -> dict:
-        counted = {key: sum(tasks[name][key] for name in names) for key in ("successes", "num_episodes")}
-        return {"num_tasks": len(names), **rates(**counted)}
-
-    by_group = {}
-    for group, names in groups.items():
-        present = [name for name in names if name in tasks]
-        if present:
-            by_group[group] = together(present)
-    means = [group["success_rate"] for group in by_group.values()]
-    return {
-        "all": together(list(tasks)),
-        "mean_of_groups": float(np.mean(means)) if means else None,
-        "groups": by_group,
-        "tasks": tasks,
-    }
-
-
 def print_table(result: dict) -> None:
-    """The success of tasks, groups and all of them, as `summarise` returns it."""
+    """The success of tasks, groups and all of them, as `summary_of_tasks` returns it."""
     rows = dict(result["tasks"])
     rows |= {f"{name} ({group['num_tasks']} tasks)": group for name, group in result["groups"].items()}
     rows |= {f"all ({result['all']['num_tasks']} tasks)": result["all"]}

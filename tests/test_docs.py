@@ -84,7 +84,7 @@ def test_flags_in_the_text_exist(capsys):
     for script in ("infer", "evaluate", "serve", "export"):
         known += help_of(f"src/{script}.py", [], capsys)
     known += help_of("src/runs.py", ["cache", "prune"], capsys)
-    for script in ("train", "data", "policies"):
+    for script in ("train", "data", "policies", "tasks"):
         known += help_of(f"bench/{script}.py", [], capsys)
     known += help_of("examples/record.py", [], capsys)
     for page in PAGES:

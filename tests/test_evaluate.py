@@ -26,7 +26,7 @@ from policy.loaded import load_policy
 from processors.statistics import is_still
 from runs import main
 from sim.environments import check_batch, open_simulation
-from sim.rollout import Episode, run_episode, summary, wilson_interval
+from sim.rollout import Episode, run_episode, summary, summary_of_tasks, wilson_interval
 from sim.suites import difficulty_groups, tasks_of
 from sim.workers import InProcess, Job, Workers
 from train import train
@@ -601,14 +601,14 @@ def test_summary_of_tasks():
         {"task": task, "max_steps": 5, **summary([Episode(seed, seed < wins, 5, 1.0, []) for seed in range(10)])}
         for task, wins in (("reach-v3", 10), ("door-open-v3", 6), ("push-v3", 2))
     ]
-    result = evaluate.summarise(numbers, difficulty_groups("metaworld"))
+    result = summary_of_tasks(numbers, difficulty_groups("metaworld"))
     assert list(result["tasks"]) == ["reach-v3", "door-open-v3", "push-v3"]
     assert list(result["groups"]) == ["easy", "hard"]
     assert (result["groups"]["easy"]["successes"], result["groups"]["easy"]["num_episodes"]) == (16, 20)
     assert result["all"]["success_rate"] == pytest.approx(18 / 30)
     assert (result["all"]["success_low"], result["all"]["success_high"]) == wilson_interval(18, 30)
     assert result["mean_of_groups"] == pytest.approx((0.8 + 0.2) / 2)
-    assert evaluate.summarise(numbers, {})["mean_of_groups"] is None
+    assert summary_of_tasks(numbers, {})["mean_of_groups"] is None
 
 
 def test_several_tasks_in_any_number_of_processes(trained, tmp_path, renderer, capsys):

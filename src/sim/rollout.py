@@ -170,3 +170,33 @@ def summary(episodes: list[Episode]) -> dict:
         "median_steps_of_successes": float(np.median(lengths)) if lengths else None,
         "episodes": [{"seed": e.seed, "success": e.success, "steps": e.steps, "reward": e.reward} for e in episodes],
     }
+
+
+def summary_of_tasks(numbers: list[dict], groups: dict[str, list[str]]) -> dict:
+    """Success of several tasks, of groups of them, and of all.
+
+    Args:
+        numbers: content of each task's numbers.json.
+        groups: {group: its tasks}; groups without any of these tasks are left out.
+    """
+    tasks = {}
+    for task in numbers:
+        kept = ("successes", "num_episodes", "success_rate", "success_low", "success_high", "max_steps", "episodes")
+        tasks[task["task"]] = {key: task[key] for key in kept}
+
+    def together(names: list[str]) -> dict:
+        counted = {key: sum(tasks[name][key] for name in names) for key in ("successes", "num_episodes")}
+        return {"num_tasks": len(names), **rates(**counted)}
+
+    by_group = {}
+    for group, names in groups.items():
+        present = [name for name in names if name in tasks]
+        if present:
+            by_group[group] = together(present)
+    means = [group["success_rate"] for group in by_group.values()]
+    return {
+        "all": together(list(tasks)),
+        "mean_of_groups": float(np.mean(means)) if means else None,
+        "groups": by_group,
+        "tasks": tasks,
+    }
