@@ -390,6 +390,7 @@ class PyramidEncoder(nn.Module):
     """Encodes the pictures of one camera: (B, 3, H, W) to (B, 2 K + channels), keypoints and pooled features.
 
     Maps at a quarter of the picture's size, to which maps at an eighth add what they see further around, give the keypoints.
+    So do the colours themselves, from which a keypoint finds a thing of one colour before the convolutions have learned any.
     """
 
     def __init__(self, config: FlowConfig):
@@ -400,7 +401,7 @@ class PyramidEncoder(nn.Module):
         self.coarse = nn.Sequential(convolution(channels, 2 * channels, stride=2), Residual(2 * channels))
         self.up = nn.Conv2d(2 * channels, channels, 1)
         self.join = convolution(channels, channels)
-        self.keypoints = Keypoints(channels, config.num_keypoints)
+        self.keypoints = Keypoints(channels + 9, config.num_keypoints, config.reads_words)
         self.films = (
             nn.ModuleList(FiLM(maps) for maps in (channels, 2 * channels, channels)) if config.reads_words else None
         )
@@ -417,7 +418,7 @@ class PyramidEncoder(nn.Module):
         joined = self.join(fine + around)
         if words is not None:
             joined = self.films[2](joined, words)
-        keypoints = self.keypoints(joined)
+        keypoints = self.keypoints(torch.cat([joined, *colours(pictures)], dim=1), words)
         return torch.cat([KEYPOINT_SCALE * keypoints, coarse.mean((2, 3))], dim=1)
 
 
@@ -437,16 +438,31 @@ class CameraEncoder(nn.Module):
         return torch.cat([keypoints, seen.mean((2, 3))], dim=1)
 
 
-class Keypoints(nn.Module):
-    """The keypoints (B, 2 K) of feature maps (B, C, h, w)."""
+def colours(pictures: Tensor) -> list[Tensor]:
+    """The mean, the brightest and the darkest of each 4x4 pixels of pictures (B, 3, H, W), (B, 3, h, w) each."""
+    mean = F.avg_pool2d(pictures, 4, ceil_mode=True)
+    return [mean, F.max_pool2d(pictures, 4, ceil_mode=True), -F.max_pool2d(-pictures, 4, ceil_mode=True)]
 
-    def __init__(self, channels: int, num_keypoints: int):
+
+class Keypoints(nn.Module):
+    """Keypoints (B, 2 K) of feature maps (B, C, h, w). What each looks for depends on the task's embedding (B, E)."""
+
+    def __init__(self, channels: int, num_keypoints: int, reads_words: bool):
         super().__init__()
         self.maps = nn.Conv2d(channels, num_keypoints, 1)
         self.sharpness = nn.Parameter(torch.tensor(SHARPNESS))
+        self.queries = None
+        if reads_words:
+            # From the start, tasks look for different things: each learns from its own samples what to look for.
+            self.queries = nn.Linear(WORD_WIDTH, num_keypoints * channels, bias=False)
+            nn.init.normal_(self.queries.weight, std=1 / math.sqrt(WORD_WIDTH * channels))
 
-    def forward(self, seen: Tensor) -> Tensor:
-        return spatial_softmax(self.maps(seen), self.sharpness)
+    def forward(self, seen: Tensor, words: Tensor | None = None) -> Tensor:
+        maps = self.maps(seen)
+        if words is not None:
+            queries = self.queries(words).reshape(len(seen), -1, seen.shape[1])  # (B, K, C)
+            maps = maps + (queries @ seen.flatten(2)).reshape(maps.shape)
+        return spatial_softmax(maps, self.sharpness)
 
 
 def spatial_softmax(maps: Tensor, sharpness: Tensor) -> Tensor:

@@ -18,6 +18,6 @@ def tiny_flow(*overrides: str, cameras: int = 1, state: int = 3, actions: int = 
     }
     config.input_features["observation.state"] = PolicyFeature(FeatureType.STATE, (state,))
     config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (actions,))}
-    config.tasks = list(tasks)
+    config.tasks = list(tasks) or config.tasks
     torch.manual_seed(0)
     return build_policy(config, None)
