@@ -146,7 +146,9 @@ def check_batch(batch: dict, expected: dict) -> None:
         remedy = "Evaluate in the task that the policy was trained for"
         if kind == "uint8":
             got = (*got[1:], got[0])  # (C, H, W) to (H, W, C)
-            remedy = "Set the environment's size, with image_size=... (aloha: and image_width), or train with --image_size"
+            remedy = (
+                "Set the environment's size, with image_size=... (aloha: and image_width), or train with --image_size"
+            )
         fits = len(got) == len(shape) and all(want in (None, size) for want, size in zip(shape, got, strict=True))
         if not fits:
             raise UserError(f"{key} of the simulation does not fit the policy: expected {shape}, got {got}. {remedy}")
