@@ -13,20 +13,23 @@ Goes on where it stopped: training at its last checkpoint, evaluation at the fir
 and all, and of each episode its seed, outcome and steps. Intervals are Wilson's, of 95 %. Those over several seeds pool the
 episodes as if they were independent, though each seed's run is tried from the same beginnings.
 
-Published results of Meta-World MT50 (SmolVLA, arXiv 2506.01844; Evo-1, arXiv 2511.04555) are the plain mean of the success of
-LeRobot's four groups, which have 28, 11, 6 and 5 tasks; "all" is the mean over tasks. Both are printed. As they do, this takes one
-policy for all tasks, 50 demonstrations and 10 trials a task, one camera (corner2), and counts an episode whose success shows at any
-step. What differs:
+Published results of Meta-World MT50 (SmolVLA, arXiv 2506.01844; Evo-1, github.com/MINT-SJTU/Evo-1) are the plain mean of the
+success of LeRobot's four groups, which have 28, 11, 6 and 5 tasks; "all" is the mean over tasks. Both are printed. As theirs, this
+takes one policy for all tasks, 50 demonstrations and 10 trials a task, one camera (corner2), and an episode ends at its first
+success. What differs:
 
-* Demonstrations are recorded here, by the same scripted experts, with noise on the executed actions and a few frames after the
-  success: lerobot/metaworld_mt50, on which SmolVLA was trained, has neither. Evo-1 was trained on a dataset of its own.
-* Pictures have 128x128 pixels, without shadows and antialiasing, in place of 480x480 (LeRobot) or 448x448 (Evo-1, cropped).
+* Demonstrations are recorded here, by Meta-World's scripted experts, with noise on the executed actions and a few frames after the
+  success. LeRobot's, in lerobot/metaworld_mt50, end at the success; we do not know whether theirs had noise. Evo-1 has its own.
+* Pictures have 128x128 pixels, without shadows and antialiasing, in place of 480x480 (LeRobot) or 448x448 (Evo-1, cropped, and
+  from the camera's original place, which LeRobot changes).
 * The state is LeRobot's: the hand's position and the gripper. Evo-1's evaluation also gives its policy the first object's position.
-* An episode fails after 500 steps, as in LeRobot's environment; after 400 in Evo-1's. Trials have the seeds 1000 to 1009.
+* An episode fails after 500 steps, as in LeRobot's environment; after 400 in Evo-1's. We do not know SmolVLA's limit. Trials have
+  the seeds 1000 to 1009, Evo-1's count up from 4042.
 * ACT and Diffusion, here and by lerobot-train, do not read the task: they know it only by what they see.
 """
 
 import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -66,6 +69,7 @@ def merged(datasets: list[Path], output: Path) -> Path:
         from lerobot.datasets.dataset_tools import merge_datasets
 
         unfinished = output.with_name(f".{output.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
         opened = [LeRobotDataset(f"bench/{path.name}", root=path) for path in datasets]
         merge_datasets(opened, "bench/demonstrations", unfinished)
         unfinished.rename(output)
