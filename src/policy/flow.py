@@ -396,8 +396,10 @@ class PyramidEncoder(nn.Module):
     def __init__(self, config: FlowConfig):
         super().__init__()
         channels = SIZES[config.size].maps
-        self.stem = convolution(3, channels // 2, kernel=5, stride=2)
-        self.fine = nn.Sequential(convolution(channels // 2, channels, stride=2), Residual(channels))
+        # The largest maps have no norm, which would take longer than their convolutions.
+        self.stem = nn.Sequential(nn.Conv2d(3, channels // 2, 5, stride=2, padding=2), nn.ReLU(inplace=True))
+        narrow = nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1)
+        self.fine = nn.Sequential(narrow, nn.ReLU(inplace=True), Residual(channels))
         self.coarse = nn.Sequential(convolution(channels, 2 * channels, stride=2), Residual(2 * channels))
         self.up = nn.Conv2d(2 * channels, channels, 1)
         self.join = convolution(channels, channels)
@@ -517,8 +519,8 @@ class FiLM(nn.Module):
         return maps * (1 + scale) + shift
 
 
-def convolution(before: int, after: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(before, after, kernel, stride=stride, padding=kernel // 2)
+def convolution(before: int, after: int, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(before, after, 3, stride=stride, padding=1)
     return nn.Sequential(conv, nn.GroupNorm(8, after), nn.SiLU())
 
 
