@@ -9,7 +9,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 
 from errors import UserError
 
@@ -39,6 +39,7 @@ def start_server(module: str) -> None:
         return
     multiprocessing.set_forkserver_preload([module])
     # Ctrl-C reaches all processes of a terminal. The workers inherit that they do not hear it: this process stops them.
+    resource_tracker.ensure_running()  # starting it ends with SIGINT heard
     heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
