@@ -41,7 +41,12 @@ def main(argv: list[str]) -> int:
         "--merge", action="store_true", help="write a policy folder with the adapters merged into the weights"
     )
     parser.add_argument("--int8", action="store_true", help="for onnx: store the weights in 8 bits")
+    parser.add_argument(
+        "--task", default="", help="for onnx and torch-export of a policy that does several tasks: which"
+    )
     args = parser.parse_args(argv)
+    if args.task and args.format not in ("onnx", "torch-export"):
+        raise UserError("--task needs --format onnx or torch-export. Leave --task out")
     if args.int8 and args.format != "onnx":
         given = "--merge" if args.merge else f"--format {args.format}"
         raise UserError(f"--int8 needs --format onnx, got {given}. Leave --int8 out")
@@ -53,7 +58,7 @@ def main(argv: list[str]) -> int:
             checkpoint = find_path(args.checkpoint, "checkpoint") or Path(args.checkpoint)
             export_run(checkpoint, args.output)
         else:
-            export_network(args.checkpoint, args.output, args.format, args.int8)
+            export_network(args.checkpoint, args.output, args.format, args.int8, args.task)
     except OSError as error:
         raise UserError(f"{args.output} cannot be written: {one_line(error)}") from error
     return 0
@@ -79,11 +84,11 @@ def export_merged(checkpoint: str, output: Path) -> None:
     print(f"{output}: a policy without adapters, for train.py --policy_path, infer.py, or LeRobot's --policy.path")
 
 
-def export_network(checkpoint: str, output: Path, file_format: str, int8: bool) -> None:
+def export_network(checkpoint: str, output: Path, file_format: str, int8: bool, task: str) -> None:
     from exchange.portable import write_network  # slow: imports torch
     from policy.loaded import load_policy  # slow: imports torch and LeRobot
 
-    comparison = write_network(load_policy(checkpoint, device="cpu"), output, file_format, int8)
+    comparison = write_network(load_policy(checkpoint, device="cpu", task=task), output, file_format, int8)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB; {output.name}.json describes its inputs and normalisation")
     print(
         f"largest difference from the policy: {comparison.difference:.1g}; "

@@ -286,13 +286,19 @@ def test_export(ours, made, tmp_path, policy, kind, capsys):
             **small("flow", dataset_id=[str(made("video"))], steps=1), output_dir=str(tmp_path / "run")
         ).checkpoint
     path = tmp_path / ("net.onnx" if kind == "onnx" else "net.pt")
-    assert export.main([str(ours), str(path), "--format", kind]) == 0, capsys.readouterr().err
+    command = [str(ours), str(path), "--format", kind]
+    if policy == "flow":
+        assert export.main(command) == 2
+        assert "the policy does several tasks, and an exported network does one. Add --task" in capsys.readouterr().err
+        command += ["--task", "push"]
+    assert export.main(command) == 0, capsys.readouterr().err
     about = read_json(path.with_name(f"{path.name}.json"))
+    assert about["task"] == ("push" if policy == "flow" else "")
     assert about["largest_difference"] < 1e-4
     assert about["unnormalise"]["action"]["mode"] == "MEAN_STD"
     assert path.stat().st_size > 10_000
     path.unlink()
-    assert export.main([str(ours), str(path), "--format", kind]) == 2
+    assert export.main(command) == 2
     assert f"{path.name}.json exists already. Choose another name" in capsys.readouterr().err
 
 
@@ -301,7 +307,7 @@ def test_export(ours, made, tmp_path, policy, kind, capsys):
 def test_int8_is_written_if_it_is_close(ours, made, tmp_path, capsys, monkeypatch, policy):
     if policy == "flow":  # which chunk it draws may change with the last bit: the plain one
         settings = small("flow", dataset_id=[str(made("video"))], steps=1)
-        settings["policy_args"] = [*settings["policy_args"], "head=regression"]
+        settings["policy_args"] = [*settings["policy_args"], "head=regression", "task_words=false"]
         ours = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
     sizes = {}
     for name, flags in (("whole", []), ("small", ["--int8"])):

@@ -299,8 +299,8 @@ def test_accumulated_parts_are_the_batch(made, tmp_path, policy):
     for parts in (1, 2, 4):
         result = train(**settings, grad_accumulation_steps=parts, output_dir=str(tmp_path / str(parts)))
         courses.append([line["loss"] for line in result.history])
-    assert courses[1] == pytest.approx(courses[0], rel=1e-5)
-    assert courses[2] == pytest.approx(courses[0], rel=1e-5)
+    assert courses[1] == pytest.approx(courses[0], rel=1e-4)
+    assert courses[2] == pytest.approx(courses[0], rel=1e-4)
 
 
 def test_sub_losses_are_means_over_micro_batches_and_steps(made, tmp_path):
@@ -360,7 +360,7 @@ def test_a_policy_says_what_its_loss_averages_over(made, tmp_path, monkeypatch, 
         train(**settings, grad_accumulation_steps=parts, output_dir=str(tmp_path / str(parts))).history
         for parts in (1, 2)
     )
-    is_whole = [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+    is_whole = [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
     assert is_whole == (declared is True)
     warning = (
         "warning: each step adds up 2 parts of its batch, and policy flow does not say what its loss averages over"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, first_of
 from policy.quiet import quiet_lerobot
 from processors.pipelines import resize_of
 
@@ -25,14 +25,19 @@ SMOOTHING = ("blend_steps", "temporal_ensemble_coeff")
 
 
 class Core(nn.Module):
-    """The network of act, or of flow with one observation, as a function of tensors."""
+    """The network of act, or of flow with one observation, as a function of tensors. Of several tasks it does one."""
 
-    def __init__(self, policy):
+    def __init__(self, policy, task: str):
         super().__init__()
         self.policy = policy
         self.names = list(policy.config.input_features)
+        words = None
         if policy.config.type == "flow":
             self.names.append("noise")
+            if policy.config.reads_words:
+                with torch.no_grad():
+                    words = policy.encoder.words(task)
+        self.register_buffer("words", words)  # (1, E)
 
     def example(self) -> tuple[Tensor, ...]:
         """A random tensor for each input."""
@@ -47,7 +52,7 @@ class Core(nn.Module):
         config = self.policy.config
         batch = dict(zip(self.names, inputs, strict=True))
         if config.type == "flow":
-            return self.policy.denoise(self.policy.encoder(batch), batch["noise"])
+            return self.policy.denoise(self.policy.encoder.encode(batch, self.words), batch["noise"])
         if config.image_features:
             batch["observation.images"] = [batch[key] for key in config.image_features]
         chunk, _ = self.policy.model(batch)
@@ -100,7 +105,7 @@ def write_network(loaded, output: Path, file_format: str, int8: bool = False) ->
     unfinished = output.with_name(f".{output.name}.tmp")
     try:
         with quiet_lerobot():  # the exporters print too
-            exported = export(loaded.policy, unfinished, file_format)
+            exported = export(loaded, unfinished, file_format)
         comparison = compare(exported, TOLERANCE, f"--format {file_format}")
         if int8:
             with quiet_lerobot():
@@ -113,24 +118,27 @@ def write_network(loaded, output: Path, file_format: str, int8: bool = False) ->
     return comparison
 
 
-def export(policy, path: Path, file_format: str) -> Exported:
-    """Write the network of a policy to `path`.
+def export(loaded, path: Path, file_format: str) -> Exported:
+    """Write the network of a LoadedPolicy to `path`.
 
     Raises:
-        UserError: the policy does not export, or a package is missing.
+        UserError: the policy does not export, its task is not given, or a package is missing.
     """
-    config = policy.config
+    config = loaded.policy.config
     if (
         config.type not in ("act", "flow")
         or getattr(config, "n_obs_steps", 1) != 1
         or getattr(config, "task_embedding", False)
-        or getattr(config, "reads_words", False)
     ):
         raise UserError(
-            f"policy {config.type} does not export with these settings: expected act, or flow of one task with "
-            "n_obs_steps=1. Run it with src/serve.py instead"
+            f"policy {config.type} does not export with these settings: expected act, or flow with n_obs_steps=1 and "
+            "without task_embedding. Run it with src/serve.py instead"
         )
-    core = Core(policy).eval()
+    if getattr(config, "reads_words", False) and not loaded.task:
+        raise UserError(
+            f"the policy does several tasks, and an exported network does one. Add --task TEXT, one of {first_of(config.tasks)}"
+        )
+    core = Core(loaded.policy, loaded.task).eval()
     example = core.example()
     with torch.no_grad():
         if file_format == "onnx":
@@ -219,6 +227,7 @@ def describe(loaded, exported: Exported, comparison: Comparison) -> dict:
     shapes = [list(tensor.shape) for tensor in exported.example]
     return {
         "policy": config.type,
+        "task": loaded.task,
         "inputs": dict(zip(exported.names, shapes, strict=True)),
         "output": {"chunk": [1, config.chunk_size, config.action_feature.shape[0]]},
         "n_action_steps": config.n_action_steps,

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from errors import UserError, first_of
 from policy.recompute import recomputed
 from policy.settings import check_backbone_weights
+from runtime import to_device
 
 
 @dataclass(frozen=True)
@@ -355,9 +356,13 @@ class Encoder(nn.Module):
         self.task = nn.Embedding(len(config.tasks), size.width) if config.task_embedding and config.tasks else None
 
     def forward(self, batch: dict) -> Tensor:
-        words = None
-        if self.words is not None:
-            words = self.words(batch["task"]).repeat_interleave(self.config.n_obs_steps, dim=0)  # (B * S, E)
+        words = None if self.words is None else self.words(batch["task"])
+        return self.encode(batch, words)
+
+    def encode(self, batch: dict, words: Tensor | None) -> Tensor:
+        """(B, D) from observations and the embedding of each sample's task (B, E), if there are several tasks."""
+        if words is not None:
+            words = words.repeat_interleave(self.config.n_obs_steps, dim=0)  # (B * S, E)
         features = []  # (B, S * F) each
         for key, eye in zip(self.cameras, self.eyes, strict=True):
             pictures = batch[key]  # (B, [S,] C, H, W)
@@ -489,12 +494,12 @@ class TaskWords(nn.Module):
             tasks = [tasks]
         known = {task: hashed_words(task) for task in dict.fromkeys(tasks)}
         hashes = [known[task] for task in tasks]
-        device = self.buckets.weight.device
         counts = torch.tensor([len(row) for row in hashes])
         flat = torch.tensor([bucket for row in hashes for bucket in row], dtype=torch.long)
-        weights = counts.float().rsqrt().repeat_interleave(counts)  # sums of any number of hashes have the same scale
-        offsets = counts.cumsum(0) - counts
-        return self.buckets(flat.to(device), offsets.to(device), per_sample_weights=weights.to(device))
+        weights = counts.rsqrt().repeat_interleave(counts)  # sums of any number of hashes have the same scale
+        table = self.buckets.weight
+        flat, offsets, weights = (to_device(x, table.device) for x in (flat, counts.cumsum(0) - counts, weights))
+        return self.buckets(flat, offsets, per_sample_weights=weights.to(table.dtype))
 
 
 def hashed_words(task: str) -> list[int]:

@@ -3,6 +3,7 @@
 B observations, T steps of a chunk, A joints, D numbers, C channels, H and W pixels.
 """
 
+import logging
 import math
 import time
 from collections import deque
@@ -14,7 +15,7 @@ from lerobot.configs import FeatureType
 
 from checkpoints.folder import verify_policy
 from checkpoints.tensors import is_finite
-from errors import UserError, nearest, one_line, read_json
+from errors import UserError, first_of, nearest, one_line, read_json
 from policy.async_policy import AsyncPolicy
 from policy.chunk import count_planned, predict_chunk, rtc_off, supports_rtc
 from policy.factory import build_policy, load_policy_config
@@ -28,6 +29,7 @@ from processors.statistics import EMPTY_CAMERA, rename_map_of, require_statistic
 from runtime import pick_device
 from trust import OTHER_COPY
 
+LOG = logging.getLogger(__name__)
 PIXELS = 480  # height and width of pictures to try a policy on that takes any
 
 
@@ -53,6 +55,7 @@ class LoadedPolicy:
         self.preprocess = preprocess
         self.postprocess = postprocess
         self.task = task
+        self.told_of_task = False
         self.joint_names = joint_names or {}
         self.trained_rename = list(trained_rename)
         self.device = next(policy.parameters()).device
@@ -100,6 +103,10 @@ class LoadedPolicy:
         task = observation.get("task", self.task)
         if not isinstance(task, str):
             raise UserError(f"task: expected text, got {type(task).__name__}")
+        if not (task.strip() or self.told_of_task) and getattr(self.policy.config, "reads_words", False):
+            self.told_of_task = True
+            tasks = first_of(self.policy.config.tasks)
+            LOG.warning("the policy does several tasks, and none is given: expected one like %s", tasks)
         return {**batch, "task": task}
 
     def needed(self, names) -> dict[str, tuple[str, tuple]]:

@@ -35,6 +35,8 @@ def augment(batch: dict, meta, config) -> dict:
         meta: the dataset's metadata, with its statistics.
         config: the run's TrainConfig.
     """
+    if not (config.augment or config.state_noise or config.state_dropout or config.camera_dropout):
+        return batch
     samples = batch["sample"].numpy()
     cameras = meta.camera_keys
     batch = dict(batch)
