@@ -88,12 +88,15 @@ def test_fast_augmentation_moves_and_colours_as_the_full_one():
     still = {name: torch.zeros(32) for name in ("rotation", "shift_x", "shift_y", "hue")}
     plain = {name: torch.ones(32) for name in ("brightness", "contrast", "saturation", "sharpness")}
     inside = (..., slice(8, 56), slice(8, 56))
-    for name in (*still, "contrast", "saturation"):
+    for name in ("shift_x", "shift_y", "hue", "contrast", "saturation"):
         only = {**still, **plain, name: drawn[name]}
         fast = vary_fast(pictures, only)[inside]
         full = vary(pictures, only)[inside]
         allowed = 0.04 if name in ("hue", "saturation") else 0.01
         assert (fast - full).abs().max() < allowed, name
+    fine = torch.rand(32, 3, 64, 64)  # stays as sharp as it is
+    shifted = vary_fast(fine, {**still, **plain, "shift_y": torch.full((32,), 0.04)})
+    torch.testing.assert_close(shifted[..., 3:, :], fine[..., :61, :], rtol=0, atol=1e-6)
     moved = vary_fast(pictures, {**still, **plain, "shift_x": torch.full((32,), 0.25)})
     torch.testing.assert_close(moved[..., 16:], pictures[..., :48], rtol=0, atol=1e-5)
     torch.testing.assert_close(moved[..., :16], pictures[..., :1].expand(32, 3, 64, 16), rtol=0, atol=1e-2)

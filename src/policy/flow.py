@@ -108,7 +108,7 @@ class FlowConfig(PreTrainedConfig):
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: dict.fromkeys(("VISUAL", "STATE", "ENV", "ACTION"), NormalizationMode.MEAN_STD)
     )
-    optimizer_lr: float = 1e-3
+    optimizer_lr: float = 2e-3
     optimizer_lr_backbone: float | None = None
     optimizer_weight_decay: float = 1e-2
 

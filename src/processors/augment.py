@@ -112,20 +112,21 @@ def together(drawn: dict[str, Tensor], pixels: Tensor) -> tuple[dict[str, Tensor
 
 
 def vary_fast(pixels: Tensor, drawn: dict[str, Tensor]) -> Tensor:
-    """Pictures (B, [T,] 3, H, W) turned, shifted and changed in colour by each sample's draw, with the edge's colour beyond it.
+    """Pictures (B, [T,] 3, H, W) shifted and changed in colour by each sample's draw, with the edge's colour beyond it.
 
-    All changes of colour are one matrix for each picture. In `vary`, brightness adds, hue turns in HSV, sharpness is a seventh
+    Shifts are of whole pixels, which keeps small things as sharp as they are when the policy acts. All changes of colour are
+    one matrix for each picture. In `vary`, pictures also turn, brightness adds, hue turns in HSV, sharpness is another
     transform, and black is beyond the edge.
     """
     drawn, pictures = together(drawn, pixels)
     height, width = pictures.shape[-2:]
-    angle = torch.deg2rad(drawn["rotation"])
-    cos, sin = angle.cos(), angle.sin()
+    right, down = (drawn["shift_x"] * width).round(), (drawn["shift_y"] * height).round()
     # Where each pixel comes from, in units of half the picture.
-    across = torch.stack([cos, sin * height / width, -2 * drawn["shift_x"]], dim=1)
-    down = torch.stack([-sin * width / height, cos, -2 * drawn["shift_y"]], dim=1)
-    grid = functional.affine_grid(torch.stack([across, down], dim=1), list(pictures.shape), align_corners=False)
-    pictures = functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    zero, one = torch.zeros_like(right), torch.ones_like(right)
+    across = torch.stack([one, zero, -2 * right / width], dim=1)
+    along = torch.stack([zero, one, -2 * down / height], dim=1)
+    grid = functional.affine_grid(torch.stack([across, along], dim=1), list(pictures.shape), align_corners=False)
+    pictures = functional.grid_sample(pictures, grid, "nearest", padding_mode="border", align_corners=False)
 
     # Hue turns colours around grey, saturation moves them away from it, contrast from the mean.
     grey = torch.full((3, 3), 1 / 3, device=pixels.device)
