@@ -141,7 +141,7 @@ def test_a_base_renames_as_it_was_trained(made, tmp_path):
         assert plan.config.rename == renamed
 
 
-def test_a_policy_is_served_under_the_names_of_its_clients(made, tmp_path):
+def test_a_policy_is_served_under_the_names_of_its_clients(made, tmp_path, caplog):
     settings = small("flow", dataset_id=[str(made("video"))], steps=1, rename=[f"{TOP}=observation.images.cam"])
     checkpoint = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
     names = [f"{FRONT}={TOP}", f"observation.arm={STATE}"]
@@ -154,6 +154,11 @@ def test_a_policy_is_served_under_the_names_of_its_clients(made, tmp_path):
     torch.manual_seed(0)
     same = plain.act({TOP: values["picture"], STATE: values["arm"]})
     assert np.array_equal(action, same)
+    without_task = load_policy(checkpoint, device="cpu")
+    for _ in range(2):
+        without_task.act({TOP: values["picture"], STATE: values["arm"]})
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["the policy does several tasks, and none is given: expected one like ['lift', 'push']"]
     with pytest.raises(
         UserError, match=rf"^--rename {FRONT}={WRIST}: the policy takes no {WRIST}.*It takes {TOP}, {STATE}$"
     ):

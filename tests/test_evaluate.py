@@ -473,8 +473,7 @@ def test_pictures_that_nobody_sees_change_nothing(tmp_path, renderer, name):
     simulation.close()
     assert seldom.outcome == always.outcome == filmed.outcome
     history = policy.policy.config.n_obs_steps
-    # the first picture, those before each prediction after 3, 6, ... 21 steps, the last one of which would come too late;
-    # and the next episode's first
+    # One picture at the start, those before the predictions at steps 3, 6, ... 21, and the first of the next episode.
     assert rendered <= 1 + 7 * history + 1
     assert len(shown) - rendered >= 2 * 22
     assert seldom.steps == 21

@@ -289,7 +289,8 @@ def test_fsdp_of_layers_that_the_policy_has_not_is_told(team, made, tmp_path):
 @pytest.mark.parametrize("policy", ["act", "flow"])
 def test_accumulated_parts_are_the_batch(made, tmp_path, policy):
     """8 samples in one part, two or four: the same course up to rounding, padded actions and all."""
-    settings = small(policy, steps=4, save_freq=0) | DETERMINISTIC_ACT
+    # A small step: Adam's is as large for a gradient that is nothing but rounding.
+    settings = small(policy, steps=4, save_freq=0, lr=1e-4) | DETERMINISTIC_ACT
     if policy == "act":
         settings["dataset_id"] = str(made("no_camera"))
     else:
@@ -299,8 +300,8 @@ def test_accumulated_parts_are_the_batch(made, tmp_path, policy):
     for parts in (1, 2, 4):
         result = train(**settings, grad_accumulation_steps=parts, output_dir=str(tmp_path / str(parts)))
         courses.append([line["loss"] for line in result.history])
-    assert courses[1] == pytest.approx(courses[0], rel=1e-4)
-    assert courses[2] == pytest.approx(courses[0], rel=1e-4)
+    assert courses[1] == pytest.approx(courses[0], rel=1e-5)
+    assert courses[2] == pytest.approx(courses[0], rel=1e-5)
 
 
 def test_sub_losses_are_means_over_micro_batches_and_steps(made, tmp_path):
@@ -354,13 +355,13 @@ def test_means_of_numbers_that_not_all_report():
 def test_a_policy_says_what_its_loss_averages_over(made, tmp_path, monkeypatch, capsys, declared):
     """Two micro-batches follow the whole batch if the loss is what the config declares; where it says nothing, that is told."""
     monkeypatch.setattr(FlowConfig, "loss_averages_over_actions", declared)
-    settings = small("flow", dataset_id=str(made("no_camera")), steps=3, log_freq=1, save_freq=0, batch_size=8)
+    settings = small("flow", dataset_id=str(made("no_camera")), steps=3, log_freq=1, save_freq=0, batch_size=8, lr=1e-4)
     settings["policy_args"] = ["size=tiny", "head=regression", "chunk_size=6", "n_action_steps=3"]
     one, two = (
         train(**settings, grad_accumulation_steps=parts, output_dir=str(tmp_path / str(parts))).history
         for parts in (1, 2)
     )
-    is_whole = [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
+    is_whole = [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
     assert is_whole == (declared is True)
     warning = (
         "warning: each step adds up 2 parts of its batch, and policy flow does not say what its loss averages over"
@@ -410,7 +411,7 @@ def test_compiled_loss_is_the_loss(made, tmp_path, policy):
     settings |= DETERMINISTIC_ACT if policy == "act" else {"policy_args": ["size=tiny"]}
     plain, compiled = (train(**settings, compile=c, output_dir=str(tmp_path / str(c))) for c in (False, True))
     assert [line["loss"] for line in compiled.history] == pytest.approx(
-        [line["loss"] for line in plain.history], rel=1e-4
+        [line["loss"] for line in plain.history], rel=1e-5
     )
 
 

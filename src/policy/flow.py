@@ -3,9 +3,9 @@
 Each camera goes through a convolutional encoder, which looks coarsely and then finely again. A spatial softmax turns its
 feature maps into keypoints: where in the picture each map is active. Keypoints, pooled features and the robot's state, over
 all steps of history, make one condition vector. Where the dataset has several tasks, the words of the task change what the
-encoders look for, and the condition. From the condition, the head predicts a chunk of actions in two ways. In one step, it regresses the
-chunk. In a few steps, flow matching moves noise to actions along straight lines, and so can represent several ways to
-do a task. To act, the policy draws several chunks and takes the medoid of these and the regressed one: the regressed
+encoders look for, and the condition. From the condition, the head predicts a chunk of actions in two ways. In one step, it
+regresses the chunk. In a few steps, flow matching moves noise to actions along straight lines, and so can represent several
+ways to do a task. To act, the policy draws several chunks and takes the medoid of these and the regressed one: the regressed
 chunk where there is one way, a draw of the most common way where there are several (their mean may be none of them).
 
 Sources:
@@ -361,20 +361,21 @@ class Encoder(nn.Module):
 
     def encode(self, batch: dict, words: Tensor | None) -> Tensor:
         """(B, D) from observations and the embedding of each sample's task (B, E), if there are several tasks."""
-        if words is not None:
-            words = words.repeat_interleave(self.config.n_obs_steps, dim=0)  # (B * S, E)
+        words_of_pictures = (
+            None if words is None else words.repeat_interleave(self.config.n_obs_steps, dim=0)
+        )  # (B * S, E)
         features = []  # (B, S * F) each
         for key, eye in zip(self.cameras, self.eyes, strict=True):
             pictures = batch[key]  # (B, [S,] C, H, W)
             flat = pictures.flatten(0, -4)  # (B * S, C, H, W)
             recompute = self.config.gradient_checkpointing and self.training
-            encoded = recomputed(eye, flat, words) if recompute else eye(flat, words)
+            encoded = recomputed(eye, flat, words_of_pictures) if recompute else eye(flat, words_of_pictures)
             features.append(encoded.reshape(pictures.shape[0], -1))
         for key in self.vectors:
             vector = batch[key]  # (B, [S,] F), or (B,) for a single number
             features.append(vector.reshape(vector.shape[0], -1))
         if words is not None:
-            features.append(words[:: self.config.n_obs_steps])
+            features.append(words)
         condition = self.mix(torch.cat(features, dim=1))  # (B, D)
         if self.task is None:
             return condition

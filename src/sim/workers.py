@@ -123,7 +123,7 @@ class Workers:
             at = Counter(other.task for other in self.busy)
             worker.job = self.waiting.pop(_choose(self.waiting, worker.task, at))
             self.busy.append(worker)
-            with contextlib.suppress(BrokenPipeError):  # it has died: reading tells why
+            with contextlib.suppress(BrokenPipeError):  # it has died, and the read below reports why
                 worker.pipe.send(worker.job)
         ready = connection.wait([worker.pipe for worker in self.busy])
         worker = next(worker for worker in self.busy if worker.pipe is ready[0])
