@@ -405,8 +405,8 @@ def test_precision_resumes_to_the_bit(made, tmp_path, precision):
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["act", "flow"])
 def test_compiled_loss_is_the_loss(made, tmp_path, policy):
-    """torch.compile on the CPU: the loss of each of 3 steps to 1e-4."""
-    settings = small(policy, dataset_id=[str(made("video"))], steps=3, save_freq=0, log_freq=1)
+    """torch.compile on the CPU: the loss of each of 3 steps to 1e-5."""
+    settings = small(policy, dataset_id=[str(made("video"))], steps=3, save_freq=0, log_freq=1, lr=1e-4)
     # 32 keypoints, not 4: torch 2.11's generated kernel for such a small softmax writes past its memory on the CPU
     settings |= DETERMINISTIC_ACT if policy == "act" else {"policy_args": ["size=tiny"]}
     plain, compiled = (train(**settings, compile=c, output_dir=str(tmp_path / str(c))) for c in (False, True))
