@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import wandb
+from matplotlib.figure import Figure
 
 from command_line import parse_command_line
 from errors import UserError
@@ -43,6 +44,21 @@ def test_tensorboard_continues_and_replaces_repeated_steps(settings, tmp_path):
     assert names == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
 
 
+def test_tensorboard_writes_nothing_into_another_folder_of_its_name(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    tracker = trackers.TensorBoard(run, "id", {"batch_size": 4}, start_step=0)
+    tracker.start()
+    run.rename(tmp_path / "moved")
+    (run / "tensorboard").mkdir(parents=True)  # another run has begun there
+    tracker.log({"loss": 1.5}, step=3)
+    tracker.note("checkpoint", "checkpoint-3", step=3)
+    tracker.close()
+    assert not list((run / "tensorboard").iterdir())
+    (events,) = (tmp_path / "moved" / "tensorboard").iterdir()
+    assert b"checkpoint-3" in events.read_bytes()
+
+
 def test_trackers_get_the_steps_that_minutes_have_fixed(settings, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -73,6 +89,7 @@ def test_trackio_gets_numbers_under_one_name(monkeypatch, tmp_path):
     fake = SimpleNamespace(
         init=lambda **kwargs: message.append(kwargs),
         log=lambda values, step: message.append((values, step)),
+        Image=lambda pixels: pixels.shape,
         finish=lambda: None,
     )
     monkeypatch.setitem(sys.modules, "trackio", fake)
@@ -80,9 +97,11 @@ def test_trackio_gets_numbers_under_one_name(monkeypatch, tmp_path):
         tracker = Trackers("trackio", tmp_path / "run", "abc", {"lr": 1}, start, print)
         tracker.start()
         tracker.log({"step": start + 1, "loss": 2.0, "val_error_by_joint": {"elbow": 0.5}, "val_error_by_step": [1.0]})
+        tracker.picture("curves", Figure(figsize=(3, 2), dpi=10), start + 1)
         tracker.close()
     assert [call["name"] for call in message if isinstance(call, dict)] == ["run-abc", "run-abc"]
     assert message[1] == ({"loss": 2.0, "val_error_by_joint/elbow": 0.5}, 1)
+    assert message[2] == ({"curves": (20, 30, 3)}, 1)
 
 
 def test_unknown_and_missing_trackers_are_refused_before_the_run_has_a_folder(settings, tmp_path, monkeypatch):
@@ -124,8 +143,9 @@ def test_a_tracker_that_does_not_start_ends_the_others(settings, monkeypatch):
         raise wandb.errors.CommError("the server\nrefuses")
 
     closed = []
+    close = trackers.TensorBoard.close
     monkeypatch.setattr(wandb, "init", refuse)
-    monkeypatch.setattr(trackers.TensorBoard, "close", lambda self: closed.append("tensorboard"))
+    monkeypatch.setattr(trackers.TensorBoard, "close", lambda self: closed.append("tensorboard") or close(self))
     with pytest.raises(UserError, match=r"--tracker wandb does not start: the server refuses. Set WANDB_MODE=offline"):
         train(**settings, tracker="tensorboard,wandb")
     assert closed == ["tensorboard"]
@@ -147,7 +167,7 @@ def test_a_tracker_that_fails_is_closed_and_the_run_continues(settings, monkeypa
     assert train(**settings, tracker="tensorboard").steps == 4
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert warnings == ["warning: --tracker tensorboard failed, the run continues without it: the network is gone"]
-    assert len(closed) == 1  # its writer's thread has ended
+    assert len(closed) == 1  # its file is not left open
 
 
 def test_pages_of_runs(settings, tmp_path, capsys):

@@ -6,6 +6,9 @@ creating one picks a device. They also write no notes and no figures, and start 
 
 import contextlib
 import importlib.util
+import os
+import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -33,30 +36,55 @@ class Tracker:
 
 
 class TensorBoard(Tracker):
-    """Event files in output_dir/tensorboard. Steps that a resumed run repeats replace the earlier ones."""
+    """An event file in output_dir/tensorboard. Steps that a resumed run repeats replace the earlier ones.
+
+    Torch's SummaryWriter opens its file by name for every event, from a thread, and so writes into whatever folder has that
+    name by then. Here it is opened once: a run whose folder was moved follows it, and touches nothing of another run.
+    """
 
     def start(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        repeated_from = self.start_step + 1 if self.start_step else None
-        self.writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=repeated_from)
+        folder = self.output_dir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # The form of name that TensorBoard looks for; it reads files in the order of their names.
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self.file = RecordWriter((folder / name).open("xb", buffering=0))
+        self._write(Event(file_version="brain.Event:2"))
+        if self.start_step:
+            self._write(Event(session_log=SessionLog(status=SessionLog.START), step=self.start_step + 1))
         # Indented by four spaces, TensorBoard's Markdown shows the settings as they are.
         lines = [f"    {name}: {value}" for name, value in self.config.items()]
-        self.writer.add_text("config", "\n".join(lines), self.start_step)
+        self.note("config", "\n".join(lines), self.start_step)
 
     def log(self, values: dict, step: int) -> None:
+        from torch.utils.tensorboard.summary import scalar
+
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()  # to be seen at once, and not lost with a killed run
+            self._add(scalar(name, value), step)
 
     def note(self, name: str, text: str, step: int) -> None:
-        self.writer.add_text(name, text, step)
+        from torch.utils.tensorboard.summary import text as text_summary
+
+        self._add(text_summary(name, text), step)
 
     def picture(self, name: str, figure, step: int) -> None:
-        self.writer.add_figure(name, figure, step)
+        from torch.utils.tensorboard.summary import image
+
+        self._add(image(name, pixels_of(figure), dataformats="HWC"), step)
 
     def close(self) -> None:
-        self.writer.close()
+        self.file.close()
+
+    def _add(self, summary, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._write(Event(summary=summary, step=step))
+
+    def _write(self, event) -> None:
+        event.wall_time = time.time()
+        self.file.write(event.SerializeToString())
 
 
 class Wandb(Tracker):
@@ -114,15 +142,20 @@ class Trackio(Tracker):
         self.log({name: text}, step)
 
     def picture(self, name: str, figure, step: int) -> None:
-        import numpy as np
-
-        # Trackio takes pixels: draw the figure and drop the alpha channel.
-        figure.canvas.draw()
-        pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]  # (H, W, 4) -> (H, W, 3) uint8
-        self.log({name: self.module.Image(pixels)}, step)
+        self.log({name: self.module.Image(pixels_of(figure))}, step)
 
     def close(self) -> None:
         self.module.finish()
+
+
+def pixels_of(figure):
+    """A matplotlib figure as (H, W, 3) uint8."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]  # without the alpha channel
 
 
 KINDS = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
