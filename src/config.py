@@ -158,6 +158,11 @@ class TrainConfig:
         "(unset: policy's preset, flow fast)",
         choices=("full", "fast"),
     )
+    augment_versions: int = setting(
+        4,
+        "versions of each frame that are stored where what a frozen backbone sees is stored, one of them not augmented",
+        at_least=1,
+    )
     state_noise: float = setting(0.0, "noise on the state, in standard deviations of the dataset", at_least=0)
     state_dropout: float = setting(
         0.0,

@@ -97,6 +97,7 @@ TRAINER_STATE = {
     "scaler": Kind("the state of torch's GradScaler, or {}", is_scaler),
     "folder": TEXT,
     "tracker_run_id": TEXT.or_null(),
+    "stored_features": COUNT,
     "data": MAPPING.or_null(),
 }
 DATA = {

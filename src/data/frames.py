@@ -42,11 +42,17 @@ SPARE = 2 * 2**30  # bytes that `auto` leaves free on the disk, or a tenth of th
 class Frames:
     """Frames of every camera of a source, decoded when asked for, or from stores if made by `open_or_build`.
 
+    A Loader takes any object with `keys`, `dtype`, `shape`, `read`, `on_device`, `versions_of` and `close`.
+
     Args:
         source: the open dataset.
         image_size: (h, w) that pictures are resized to, None for as recorded.
         num_threads: threads that decode and copy.
     """
+
+    dtype = torch.uint8
+    versions = 1  # of each frame
+    stored_features = 0
 
     def __init__(self, source: Source, image_size: list[int] | None = None, num_threads: int = 1):
         self.source = source
@@ -84,7 +90,7 @@ class Frames:
             UserError: a frame cannot be decoded, or the disk or the device has no room for what `on` or `device` need.
         """
         frames = cls(source, image_size, num_threads)
-        folder = Path(os.path.expanduser(cache_dir)) if cache_dir else user_cache_dir() / "frames"
+        folder = store_folder(cache_dir)
         stores = []
         if mode != "off":
             stores = [FrameStore.find(frames.decoder, key, folder) for key in frames.keys]
@@ -126,14 +132,19 @@ class Frames:
             stored = self.stored[key]
             return stored.index_select(0, to_device(rows, stored.device))
         if out is None:
-            out = torch.empty(len(rows), *self.decoder.shape(key), dtype=torch.uint8)
+            out = torch.empty(len(rows), *self.shape(key), dtype=self.dtype)
         if key in self.stored:
-            self._gather(self.stored[key], rows, out)
+            self.gather(self.stored[key], rows, out)
         else:
             self._decode(key, rows, out)
         return out
 
-    def _gather(self, stored: Tensor, rows: Tensor, out: Tensor) -> None:
+    def shape(self, key: str) -> tuple[int, ...]:
+        """(C, h, w) of a camera's frames."""
+        return self.decoder.shape(key)
+
+    def gather(self, stored: Tensor, rows: Tensor, out: Tensor) -> None:
+        """Copy rows of `stored` into `out`."""
         # In threads of our own: torch's do not take part in a call from the loader's thread, which halves the bandwidth
         # on two cores. list() waits for them and raises their first error.
         list(
@@ -263,7 +274,7 @@ class FrameStore:
 
         lengths = (source.ends - source.starts).tolist()
         bar = tqdm(
-            desc=f"decoding {self.key}",
+            desc=f"{'encoding' if self.key == 'features' else 'decoding'} {self.key}",
             total=source.rows,
             unit="frame",
             disable=quiet,
@@ -341,7 +352,12 @@ def store_name(decoder: Decoder, key: str, library: str) -> str:
     return f"{readable}-{digest[:16]}"
 
 
-def has_room(stores: list[FrameStore], folder: Path, mode: str, say) -> bool:
+def store_folder(cache_dir: str | Path | None) -> Path:
+    """Where stores are kept: `cache_dir`, or the user's cache."""
+    return Path(os.path.expanduser(cache_dir)) if cache_dir else user_cache_dir() / "frames"
+
+
+def has_room(stores: list[FrameStore], folder: Path, mode: str, say, what: str = "decoded frames") -> bool:
     """Whether the disk of `folder` has room to build `stores`. Without room, mode `auto` only says so.
 
     Raises:
@@ -353,17 +369,17 @@ def has_room(stores: list[FrameStore], folder: Path, mode: str, say) -> bool:
         tempfile.TemporaryFile(dir=folder).close()  # an existing folder may be another user's, or read-only
         disk = shutil.disk_usage(folder)
         room = disk.free - (max(SPARE, disk.total // 10) if mode == "auto" else 0)
-        needed = f"{size / 1e9:.1f} GB of decoded frames in {folder}, {disk.free / 1e9:.1f} GB free"
+        needed = f"{size / 1e9:.1f} GB of {what} in {folder}, {disk.free / 1e9:.1f} GB free"
     except OSError as error:
         room = 0
-        needed = f"decoded frames in {folder} ({error.strerror})"
+        needed = f"{what} in {folder} ({error.strerror})"
     if size <= room:
         say(f"frame cache: {needed}")
         return True
     if mode != "auto":
         remedy = "Pass --frame_cache off, --image_size or another --cache_dir"
         raise UserError(f"--frame_cache {mode}: no room for {needed}. {remedy}")
-    say(f"frame cache off, no room for {needed}: frames are decoded as they are needed (--cache_dir, --image_size)")
+    say(f"frame cache off, no room for {needed}: they are computed as they are needed (--cache_dir, --image_size)")
     return False
 
 

@@ -27,7 +27,7 @@ class Loader:
 
     Args:
         source: the open dataset.
-        frames: its pixels; closed with the loader.
+        frames: its pixels, or what a frozen backbone sees in them (training/feature_store.py); closed with the loader.
         deltas: frames that each key's window reads, such as {"action": [0, 1, 2]}.
         batch_size: B, samples a batch.
         seed: of the order.
@@ -158,8 +158,9 @@ class Loader:
     def batch_at(self, samples_seen: int, buffers: dict[str, Tensor] | None = None) -> dict:
         """This process' samples of the batch that starts at `samples_seen`, with cameras in `buffers` if given."""
         rows = self.rows_at(samples_seen)  # (B,) of all processes
-        batch = self.batch_of(rows[self._local], buffers)
-        batch["sample"] = torch.arange(samples_seen, samples_seen + self.batch_size)[self._local]
+        samples = torch.arange(samples_seen, samples_seen + self.batch_size)[self._local]
+        batch = self.batch_of(rows[self._local], buffers, samples)
+        batch["sample"] = samples
         batch["weight"] = self._weights(rows)[self._local]
         return batch
 
@@ -174,8 +175,12 @@ class Loader:
         valid = (~padded).sum(1).float()
         return valid / valid.mean()
 
-    def batch_of(self, rows: Tensor, buffers: dict[str, Tensor] | None = None) -> dict:
-        """The batch of any (B,) rows: `default_collate` of `LeRobotDataset[row]`, with cameras as uint8."""
+    def batch_of(self, rows: Tensor, buffers: dict[str, Tensor] | None = None, samples: Tensor | None = None) -> dict:
+        """The batch of any (B,) rows: `default_collate` of `LeRobotDataset[row]`, with cameras as uint8.
+
+        Args:
+            samples: (B,) positions in the run, by which frames of several versions are chosen; None for the first version.
+        """
         episode = self.source.episode_of(rows)
         starts = self.source.starts[episode]
         ends = self.source.ends[episode]
@@ -186,6 +191,10 @@ class Loader:
                 wanted, padded = window_rows(rows, self.deltas[key], starts, ends)  # (B, T)
                 batch[f"{key}_is_pad"] = padded
             if key in self.frames.keys:
+                if self.frames.versions > 1:
+                    wanted = wanted * self.frames.versions
+                    if samples is not None:
+                        wanted += self.frames.versions_of(samples).reshape(-1, *[1] * (wanted.ndim - 1))
                 batch[key] = self._read_frames(key, wanted, (buffers or {}).get(key))
             else:
                 batch[key] = self._read_column(key, wanted)
@@ -211,8 +220,8 @@ class Loader:
         if not self.frames.on_device:
             for key in self.frames.keys:
                 count = self.local_batch_size * len(self.deltas.get(key, [0]))
-                shape = (count, *self.frames.decoder.shape(key))
-                buffers[key] = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+                shape = (count, *self.frames.shape(key))
+                buffers[key] = torch.empty(shape, dtype=self.frames.dtype, pin_memory=self.device.type == "cuda")
         return buffers
 
     def _fill(self, samples_seen: int) -> None:

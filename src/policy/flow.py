@@ -1,12 +1,13 @@
 """flow: a small policy that learns in minutes, and an example of how to write a policy of your own.
 
-Each camera goes through a convolutional encoder, which looks coarsely and then finely again. A spatial softmax turns its
-feature maps into keypoints: where in the picture each map is active. Keypoints, pooled features and the robot's state, over
-all steps of history, make one condition vector. Where the dataset has several tasks, the words of the task change what the
-encoders look for, and the condition. From the condition, the head predicts a chunk of actions in two ways. In one step, it
-regresses the chunk. In a few steps, flow matching moves noise to actions along straight lines, and so can represent several
-ways to do a task. To act, the policy draws several chunks and takes the medoid of these and the regressed one: the regressed
-chunk where there is one way, a draw of the most common way where there are several (their mean may be none of them).
+Each camera goes through a small network that was trained on photographs and stays as it is, or through a convolutional encoder
+that is trained with the rest. A spatial softmax turns feature maps into keypoints: where in the picture each map is active.
+Keypoints, pooled features and the robot's state, over all steps of history, make one condition vector. Where the dataset has
+several tasks, the words of the task change what the encoders look for, and the condition. From the condition, the head
+predicts a chunk of actions in two ways. In one step, it regresses the chunk. In a few steps, flow matching moves noise to
+actions along straight lines, and so can represent several ways to do a task. To act, the policy draws several chunks and takes
+the medoid of these and the regressed one: the regressed chunk where there is one way, a draw of the most common way where
+there are several (their mean may be none of them).
 
 Sources:
     Spatial softmax: Finn et al. "Deep Spatial Autoencoders for Visuomotor Learning" (2016).
@@ -15,6 +16,7 @@ Sources:
     Hashed n-grams: Weinberger et al. "Feature Hashing for Large Scale Multitask Learning" (2009).
     Flow matching: Lipman et al. "Flow Matching for Generative Modeling" (2023); for actions, as in Black et al. "pi0" (2024).
     The network predicts actions, not the velocity to them: Li and He "Back to Basics: Let Denoising Models Denoise" (2025).
+    The network that stays as it is: Tan and Le "EfficientNet" (2019).
     Adaptive layer norm: Peebles and Xie "Scalable Diffusion Models with Transformers" (2023).
     Blending a chunk into the next: Black et al. "Real-Time Execution of Action Chunking Flow Policies" (2025).
 
@@ -42,8 +44,10 @@ from lerobot.processor import make_default_pre_post_processors
 from torch import Tensor, nn
 
 from errors import UserError, first_of
+from policy.efficientnet import EfficientNetLite0, package_is_installed
 from policy.recompute import recomputed
 from policy.settings import check_backbone_weights
+from processors.features import FEATURES
 from runtime import to_device
 
 
@@ -60,9 +64,12 @@ SIZES = {
     "small": Size(channels=(48, 96, 160), maps=32, width=384, blocks=3),
     "base": Size(channels=(64, 128, 256, 512), maps=64, width=768, blocks=4),
 }
+FROZEN = "efficientnet_lite0"
+LEAST_PIXELS = 128  # of the shorter side of a picture for the frozen backbone: smaller ones are enlarged
 LONGER_THAN_ANY_RUN = 10**9  # LeRobot's cosine schedule shrinks to the steps of the run
 # Keypoints move by some tenths where a normalised state moves by 1. Without this factor the head goes by the state.
 KEYPOINT_SCALE = 4.0
+FROZEN_SHARPNESS = 2.0  # of maps that are standardised
 SHARPNESS = 8.0  # starting from 1, the softmax stays flat and keypoints stay in the middle for too long
 WORD_BUCKETS = 1024
 WORD_WIDTH = 64  # E, of a task's embedding
@@ -82,7 +89,8 @@ class FlowConfig(PreTrainedConfig):
         num_inference_steps: Euler steps of the flow head.
         num_draws: N, chunks that the flow head draws.
         blend_steps: actions at the start of a chunk that blend from the previous chunk; 0 for none.
-        backbone: pyramid (trained from scratch), conv (the same of older checkpoints), or a torchvision or timm model.
+        backbone: efficientnet_lite0 (trained on ImageNet, frozen: what it sees can be stored), pyramid (trained from scratch),
+            conv (the same of older checkpoints), or a torchvision or timm model.
         pretrained_backbone_weights: a name of torchvision's weights such as DEFAULT, or timm; None to start from scratch.
         num_keypoints: K, of each camera.
         gradient_checkpointing: recompute the encoders' activations in the backward pass instead of keeping them.
@@ -210,6 +218,8 @@ class FlowPolicy(PreTrainedPolicy):
             config.tasks = list(dict.fromkeys(dataset_meta.tasks.sort_values("task_index").index))  # each text once
         self.config = config
         self.encoder = Encoder(config)
+        if self.encoder.backbone is not None and (dataset_meta is not None or package_is_installed()):
+            self.encoder.backbone.load_package()  # saved weights replace these, where there are any
         self.head = Head(config)
         self.reset()
 
@@ -227,6 +237,15 @@ class FlowPolicy(PreTrainedPolicy):
     def _get_default_peft_targets(self) -> dict:
         """The layers that `--peft lora` adapts."""
         return {"target_modules": r".*\.(mix|mlp)\.[02]|.*\.modulate"}
+
+    @torch.no_grad()
+    def frozen_features(self, batch: dict) -> dict[str, Tensor]:
+        """For Armature: what the frozen backbone sees in a batch's pictures, which may stand in a batch in place of them.
+
+        Returns:
+            float16 tensors (B, [S,] C, h, w); none if the backbone is trained, or if there is no camera.
+        """
+        return self.encoder.frozen_features(batch) if self.encoder.backbone is not None else {}
 
     def reset(self) -> None:
         """Start an episode: forget past observations and planned actions."""
@@ -341,7 +360,10 @@ class Encoder(nn.Module):
         self.cameras = list(config.image_features)
         self.vectors = [key for key in config.input_features if key not in self.cameras]
         size = SIZES[config.size]
-        make_eye = PyramidEncoder if config.backbone == "pyramid" else CameraEncoder
+        self.backbone = None  # that all cameras share
+        if config.backbone == FROZEN and self.cameras:
+            self.backbone = EfficientNetLite0().requires_grad_(False)
+        make_eye = {"pyramid": PyramidEncoder, FROZEN: FrozenEncoder}.get(config.backbone, CameraEncoder)
         self.eyes = nn.ModuleList(make_eye(config) for _ in self.cameras)
         features = sum(eye.features for eye in self.eyes)
         features += sum(math.prod(config.input_features[key].shape) for key in self.vectors)
@@ -364,13 +386,15 @@ class Encoder(nn.Module):
         words_of_pictures = (
             None if words is None else words.repeat_interleave(self.config.n_obs_steps, dim=0)
         )  # (B * S, E)
+        if self.backbone is not None and not any(key.startswith(FEATURES) for key in batch):
+            batch = batch | self.frozen_features(batch)
         features = []  # (B, S * F) each
-        for key, eye in zip(self.cameras, self.eyes, strict=True):
-            pictures = batch[key]  # (B, [S,] C, H, W)
-            flat = pictures.flatten(0, -4)  # (B * S, C, H, W)
+        for number, (key, eye) in enumerate(zip(self.cameras, self.eyes, strict=True)):
+            names = [key] if self.backbone is None else feature_names(number)
+            seen = [batch[name].flatten(0, -4) for name in names]  # (B * S, C, H, W) each
             recompute = self.config.gradient_checkpointing and self.training
-            encoded = recomputed(eye, flat, words_of_pictures) if recompute else eye(flat, words_of_pictures)
-            features.append(encoded.reshape(pictures.shape[0], -1))
+            encoded = recomputed(eye, *seen, words_of_pictures) if recompute else eye(*seen, words_of_pictures)
+            features.append(encoded.reshape(len(batch[names[0]]), -1))
         for key in self.vectors:
             vector = batch[key]  # (B, [S,] F), or (B,) for a single number
             features.append(vector.reshape(vector.shape[0], -1))
@@ -380,6 +404,22 @@ class Encoder(nn.Module):
         if self.task is None:
             return condition
         return condition + self.task(self._task_indices(batch["task"], condition.device))
+
+    def frozen_features(self, batch: dict) -> dict[str, Tensor]:
+        """{name: (B, [S,] C, h, w) float16 maps of the frozen backbone} for all cameras."""
+        features = {}
+        for number, key in enumerate(self.cameras):
+            pictures = batch[key]  # (B, [S,] 3, H, W)
+            flat = enlarged(pictures.flatten(0, -4))
+            # A few at a time: their largest maps stay in the processor's cache.
+            few = flat.split(8) if flat.device.type == "cpu" else [flat]
+            maps = []
+            for some in few:
+                seen = self.backbone(some.to(memory_format=torch.channels_last))
+                maps.append([*seen, torch.cat(colours(some, 8), dim=1)])
+            for name, parts in zip(feature_names(number), zip(*maps, strict=True), strict=True):
+                features[name] = torch.cat(parts).half().reshape(*pictures.shape[:-3], *parts[0].shape[1:])
+        return features
 
     def _task_indices(self, tasks: str | list[str], device) -> Tensor:
         """(B,) positions of the batch's tasks among those that were trained on."""
@@ -426,7 +466,42 @@ class PyramidEncoder(nn.Module):
         joined = self.join(fine + around)
         if words is not None:
             joined = self.films[2](joined, words)
-        keypoints = self.keypoints(torch.cat([joined, *colours(pictures)], dim=1), words)
+        keypoints = self.keypoints(torch.cat([joined, *colours(pictures, 4)], dim=1), words)
+        return torch.cat([KEYPOINT_SCALE * keypoints, coarse.mean((2, 3))], dim=1)
+
+
+def feature_names(camera: int) -> list[str]:
+    """Names in a batch of the maps that the frozen backbone sees by a camera, given its number."""
+    return [f"{FEATURES}{camera}.{depth}" for depth in range(1 + len(EfficientNetLite0.channels))]
+
+
+def enlarged(pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) with a shorter side of LEAST_PIXELS or more."""
+    scale = LEAST_PIXELS / min(pictures.shape[-2:])
+    if scale <= 1:
+        return pictures
+    return F.interpolate(pictures, size=[round(side * scale) for side in pictures.shape[-2:]], mode="bilinear")
+
+
+class FrozenEncoder(nn.Module):
+    """Encodes what the frozen backbone sees by one camera: maps of an eighth and a sixteenth of the picture's size, and its
+    colours, (B, C, h, w) to (B, 2 K + channels), keypoints and pooled features."""
+
+    def __init__(self, config: FlowConfig):
+        super().__init__()
+        fine, coarse = EfficientNetLite0.channels
+        self.fine = Scores(fine, config.num_keypoints, config.reads_words)
+        self.coarse = Scores(coarse, config.num_keypoints, config.reads_words)
+        self.colours = Scores(9, config.num_keypoints, config.reads_words)
+        self.sharpness = nn.Parameter(torch.tensor(FROZEN_SHARPNESS))
+        self.features = 2 * config.num_keypoints + coarse
+
+    def forward(self, fine: Tensor, coarse: Tensor, colours: Tensor, words: Tensor | None = None) -> Tensor:
+        fine, coarse, colours = (maps.to(self.sharpness.dtype) for maps in (fine, coarse, colours))
+        # Scoring and then enlarging gives the same as enlarging and then scoring, sooner.
+        around = F.interpolate(self.coarse(coarse, words), size=fine.shape[-2:], mode="bilinear")
+        scores = self.fine(fine, words) + around + self.colours(colours, words)
+        keypoints = spatial_softmax(scores, self.sharpness)
         return torch.cat([KEYPOINT_SCALE * keypoints, coarse.mean((2, 3))], dim=1)
 
 
@@ -446,19 +521,19 @@ class CameraEncoder(nn.Module):
         return torch.cat([keypoints, seen.mean((2, 3))], dim=1)
 
 
-def colours(pictures: Tensor) -> list[Tensor]:
-    """The mean, the brightest and the darkest of each 4x4 pixels of pictures (B, 3, H, W), (B, 3, h, w) each."""
-    mean = F.avg_pool2d(pictures, 4, ceil_mode=True)
-    return [mean, F.max_pool2d(pictures, 4, ceil_mode=True), -F.max_pool2d(-pictures, 4, ceil_mode=True)]
+def colours(pictures: Tensor, side: int) -> list[Tensor]:
+    """The mean, the brightest and the darkest of each square of `side` pixels of pictures (B, 3, H, W), (B, 3, h, w) each."""
+    mean = F.avg_pool2d(pictures, side, ceil_mode=True)
+    return [mean, F.max_pool2d(pictures, side, ceil_mode=True), -F.max_pool2d(-pictures, side, ceil_mode=True)]
 
 
-class Keypoints(nn.Module):
-    """Keypoints (B, 2 K) of feature maps (B, C, h, w). What each looks for depends on the task's embedding (B, E)."""
+class Scores(nn.Module):
+    """How much each place of feature maps (B, C, h, w) is what each keypoint looks for, which depends on the task's embedding
+    (B, E): (B, K, h, w)."""
 
     def __init__(self, channels: int, num_keypoints: int, reads_words: bool):
         super().__init__()
         self.maps = nn.Conv2d(channels, num_keypoints, 1)
-        self.sharpness = nn.Parameter(torch.tensor(SHARPNESS))
         self.queries = None
         if reads_words:
             # From the start, tasks look for different things: each learns from its own samples what to look for.
@@ -470,7 +545,18 @@ class Keypoints(nn.Module):
         if words is not None:
             queries = self.queries(words).reshape(len(seen), -1, seen.shape[1])  # (B, K, C)
             maps = maps + (queries @ seen.flatten(2)).reshape(maps.shape)
-        return spatial_softmax(maps, self.sharpness)
+        return maps
+
+
+class Keypoints(Scores):
+    """Keypoints (B, 2 K) of feature maps (B, C, h, w)."""
+
+    def __init__(self, channels: int, num_keypoints: int, reads_words: bool):
+        super().__init__(channels, num_keypoints, reads_words)
+        self.sharpness = nn.Parameter(torch.tensor(SHARPNESS))
+
+    def forward(self, seen: Tensor, words: Tensor | None = None) -> Tensor:
+        return spatial_softmax(super().forward(seen, words), self.sharpness)
 
 
 def spatial_softmax(maps: Tensor, sharpness: Tensor) -> Tensor:

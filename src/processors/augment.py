@@ -41,9 +41,7 @@ def augment(batch: dict, meta, config) -> dict:
     cameras = meta.camera_keys
     batch = dict(batch)
     if config.augment:
-        change = {"full": vary, "fast": vary_fast}[config.augment_style]
-        for camera, key in enumerate(cameras):
-            batch[key] = change(batch[key], draws(config.seed, samples, camera))
+        batch = vary_pictures(batch, meta, config.augment_style, config.seed, samples)
     if config.camera_dropout and len(cameras) > 1:
         chance, which = uniform((config.seed, 0xCA3), samples, 2).T  # (B,) each
         dropped = torch.where(chance < config.camera_dropout, (which * len(cameras)).long(), -1)  # at most one camera
@@ -53,6 +51,16 @@ def augment(batch: dict, meta, config) -> dict:
     if STATE in batch and (config.state_noise or config.state_dropout):
         batch[STATE] = vary_state(batch[STATE], meta, config, samples)
     return batch
+
+
+def vary_pictures(batch: dict, meta, style: str, seed: int, samples: np.ndarray) -> dict:
+    """The batch with its cameras' pictures changed, each sample's and camera's by its own draw."""
+    change = {"full": vary, "fast": vary_fast}[style]
+    pictures = {}
+    for camera, key in enumerate(meta.camera_keys):
+        if key in batch:  # else features that were encoded before stand in its place
+            pictures[key] = change(batch[key], draws(seed, samples, camera))
+    return batch | pictures
 
 
 def vary_state(state: Tensor, meta, config, samples: np.ndarray) -> Tensor:

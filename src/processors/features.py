@@ -14,6 +14,7 @@ from processors.bases import AUTO, camera_problems, pads, width_problems
 
 NEED_STATE = ("act", "diffusion", "vqbet", "multi_task_dit")
 ENVIRONMENT_STATE = "observation.environment_state"
+FEATURES = "observation.features."  # in a batch, before the names of what a frozen backbone sees
 
 
 def policy_features(meta, image_size: list[int] | None) -> tuple[dict, dict]:

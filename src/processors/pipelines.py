@@ -11,7 +11,7 @@ from lerobot.processor import ImageCropResizeProcessorStep, NormalizerProcessorS
 from safetensors import SafetensorError
 
 from errors import UserError, as_user_error, read_json
-from processors.features import ENVIRONMENT_STATE
+from processors.features import ENVIRONMENT_STATE, FEATURES
 from processors.saved_steps import check_step_settings
 from processors.state_only import StateToEnvironmentState
 from runtime import to_device
@@ -189,14 +189,15 @@ def to_float_batch(batch: dict, meta, device) -> dict:
         device: where cameras go; the processors move the rest.
 
     Returns:
-        Cameras in [0, 1], others (B, [T,] D). Cameras' `_is_pad` and texts except the task are left out, because LeRobot
-        takes keys that begin with observation.images for pictures.
+        Cameras in [0, 1] (unless a frozen backbone's features stand in their place), others (B, [T,] D). Cameras' `_is_pad`
+        and texts except the task are left out, because LeRobot takes keys that begin with observation.images for pictures.
     """
     unwanted = {f"{key}_is_pad" for key in meta.camera_keys}
+    unwanted |= {key for key in batch if key.startswith(FEATURES) and key.endswith("_is_pad")}
     unwanted |= {key for key, feature in meta.features.items() if feature["dtype"] == "string" and key != "task"}
     ready = {key: value for key, value in batch.items() if key not in unwanted}
     for key, feature in meta.features.items():
-        if key in meta.camera_keys:
+        if key in meta.camera_keys and key in batch:
             ready[key] = to_float_pictures(batch[key], device)
         elif key.startswith(("observation.", "action")) and isinstance(batch.get(key), torch.Tensor):
             value = batch[key].float()

@@ -52,6 +52,7 @@ from processors.pipelines import (
 from processors.statistics import IMAGENET, needed_statistics, stats_problems, usable_stats
 from runtime import thread_count
 from training.distributed import Distributed
+from training.feature_store import has_frozen_features, open_features
 from training.memory import Memory, estimate_memory
 from trust import read_adapter_config
 
@@ -502,10 +503,17 @@ def open_loader(
         quiet=config.quiet,
         say=say,
     )
+    deltas = window_deltas(policy.config, source.meta)
+    features = None
+    if has_frozen_features(policy, config) and not distributed.is_sharded:
+        features = open_features(policy, preprocess, source, frames, config, distributed.device, num_threads, say)
+    if features is not None:
+        windows = [deltas[key] for key in frames.keys if key in deltas]
+        deltas |= {name: windows[0] for name in features.keys if windows}
     loader = Loader(
         source,
-        frames,
-        window_deltas(policy.config, source.meta),
+        features or frames,
+        deltas,
         config.batch_size,
         config.seed,
         drop_n_last_frames=getattr(policy.config, "drop_n_last_frames", 0),

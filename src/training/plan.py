@@ -60,6 +60,7 @@ from training.changes import (
 )
 from training.distributed import Distributed
 from training.evaluation import open_simulation
+from training.feature_store import encode, has_frozen_features
 from training.launch import make_distributed
 from training.learner import build_learner
 from training.memory import Memory, check_memory, estimate_memory, memory_remedies
@@ -573,6 +574,10 @@ def seconds_of_step(
     loader = open_loader(one_batch, source, episodes, model, preprocess, 0, distributed, say=lambda line: None)
     with contextlib.closing(loader):
         batch = loader.batch_at(0)
+    if has_frozen_features(model, config):
+        features = encode(model, preprocess, batch, source.meta, distributed.device)
+        if features:  # the run reads them from its store
+            batch = {key: value for key, value in batch.items() if key not in source.meta.camera_keys} | features
     limit = min(20.0, 1.8 * config.minutes)
     return seconds_of(lambda: learner.step(batch, 0), distributed, at_most=limit)
 

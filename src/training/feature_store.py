@@ -1,0 +1,196 @@
+"""What a policy's frozen backbone sees, encoded once for each frame and stored, so that a training step begins behind it.
+
+A policy has such features if it has a method `frozen_features`, from a batch to {name: float16 tensor}, which may then stand in
+its batches in place of the pictures. Where pictures are augmented, several versions of each frame are stored: the frame itself,
+and others that are drawn once. Each sample takes one of them, a function of (seed, sample).
+
+The store is one of frames (data/frames.py) whose rows are the bytes of all versions of all features of a frame.
+
+N rows, K versions, F numbers of all features of a frame, n rows to read.
+"""
+
+import hashlib
+import json
+import math
+import threading
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import TrainConfig
+from data.frames import Frames, FrameStore, has_room, store_folder
+from data.loader import Loader
+from data.source import Source
+from processors.augment import RANGES, uniform, vary_pictures
+from processors.pipelines import to_float_batch
+from runtime import to_device
+
+LAYOUT = 1  # part of the hash
+ONE_AT_A_TIME = threading.Lock()  # LeRobot's processing steps keep the batch that they work on in themselves
+
+
+def has_frozen_features(policy, config: TrainConfig) -> bool:
+    """Whether features can be stored for this run: pictures do not change with each sample."""
+    can_be_stored = config.frame_cache != "off" and config.camera_dropout == 0
+    return can_be_stored and hasattr(policy, "frozen_features") and bool(policy.config.image_features)
+
+
+def encode(policy, preprocess, batch: dict, meta, device, change=None) -> dict[str, Tensor]:
+    """{name: feature} of a loader's batch, whose pictures are uint8; none if the policy's backbone is trained.
+
+    Args:
+        change: from a batch with pictures in [0, 1] to the one that the policy's preprocessor gets.
+    """
+    observations = {key: value for key, value in batch.items() if key.startswith("observation.") or key == "task"}
+    observations = to_float_batch(observations, meta, device)
+    if change is not None:
+        observations = change(observations)
+    with ONE_AT_A_TIME:
+        ready = preprocess(observations)
+    return policy.frozen_features(ready)
+
+
+class FrameEncoder:
+    """Encodes frames by row. It stands where a FrameStore expects a decoder of frames.
+
+    Args:
+        frames: the pictures.
+        versions: K.
+    """
+
+    def __init__(self, policy, preprocess, source: Source, frames: Frames, config: TrainConfig, device, versions: int):
+        self.policy = policy
+        self.preprocess = preprocess
+        self.source = source
+        self.rows = Loader(source, frames, deltas={}, batch_size=1, seed=0)
+        self.augment_style = config.augment_style
+        self.device = device
+        self.versions = versions
+        first = self.encode(torch.tensor([0]), version=0)
+        self.shapes = {name: tuple(feature.shape[1:]) for name, feature in first.items()}
+
+    def shape(self, key: str) -> tuple[int]:
+        """Bytes of a row."""
+        return (2 * self.versions * sum(map(math.prod, self.shapes.values())),)
+
+    def read(self, key: str, rows: Tensor) -> Tensor:
+        """(n, bytes) uint8."""
+        versions = []
+        for version in range(self.versions):
+            features = self.encode(rows, version)
+            versions.append(torch.cat([feature.flatten(1) for feature in features.values()], dim=1).cpu())  # (n, F)
+        return torch.stack(versions, dim=1).flatten(1).view(torch.uint8)
+
+    def encode(self, rows: Tensor, version: int) -> dict[str, Tensor]:
+        """{name: (n, C, h, w) float16}; version 0 is of the pictures as they are."""
+        change = None
+        if version > 0:
+            draws_of_rows = (rows * self.versions + version).numpy()
+            change = lambda batch: vary_pictures(batch, self.source.meta, self.augment_style, 0, draws_of_rows)  # noqa: E731
+        return encode(self.policy, self.preprocess, self.rows.batch_of(rows), self.source.meta, self.device, change)
+
+    def store_name(self, names_of_frames: list[str]) -> str:
+        """A name with a hash of all that decides the features, given the names of the stores of the pictures."""
+        # What becomes of a picture of noise tells of the weights, and of all that is done to a picture.
+        probe = self.rows.batch_of(torch.tensor([0]))
+        for camera in self.source.meta.camera_keys:
+            noise = np.random.default_rng(0).integers(0, 256, probe[camera].shape, np.uint8)
+            probe[camera] = torch.from_numpy(noise)
+        features = encode(self.policy, self.preprocess, probe, self.source.meta, self.device)
+        digest = hashlib.sha256(b"".join(feature.cpu().numpy().tobytes() for feature in features.values()))
+        versions = [self.versions, self.augment_style, RANGES] if self.versions > 1 else []
+        digest.update(json.dumps([LAYOUT, names_of_frames, versions]).encode())
+        return f"{self.source.meta.repo_id[:50]}-features-{digest.hexdigest()[:16]}".replace("/", "--")
+
+
+class Features:
+    """The features of every frame by row, for a Loader in place of the pictures.
+
+    Args:
+        stored: (N, K * F) float16.
+        shapes: {name: shape} of a frame's features, one after the other in a row.
+        versions: K, which a checkpoint records as `stored_features`, as 0 if pictures are read.
+        frames: closed with this.
+    """
+
+    dtype = torch.float16
+
+    def __init__(self, stored: Tensor, shapes: dict[str, tuple], versions: int, frames: Frames, seed: int):
+        self.stored = stored.reshape(len(stored) * versions, -1)  # (N * K, F)
+        self.shapes = shapes
+        self.versions = versions
+        self.stored_features = versions
+        self.frames = frames
+        self.seed = seed
+        self.keys = list(shapes)
+        self.on_device = stored.device.type != "cpu"
+        ends = np.cumsum([math.prod(shape) for shape in shapes.values()]).tolist()
+        starts = [0, *ends[:-1]]
+        self.columns = {name: slice(start, end) for name, start, end in zip(shapes, starts, ends, strict=True)}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def versions_of(self, samples: Tensor) -> Tensor:
+        """(n,) the version that each sample takes, a function of (seed, sample)."""
+        return (uniform((self.seed, 0xFEA), samples.numpy(), 1)[:, 0] * self.versions).long()
+
+    def read(self, name: str, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """(n, C, h, w) float16 at (n,) rows of the store, which are row * K + version, written into `out` if it is given."""
+        columns = self.stored[:, self.columns[name]]
+        if self.on_device:
+            found = columns.index_select(0, to_device(rows, columns.device))
+            return found.reshape(len(rows), *self.shapes[name])
+        if out is None:
+            out = torch.empty(len(rows), *self.shapes[name], dtype=self.dtype)
+        self.frames.gather(columns, rows, out.flatten(1))
+        return out
+
+    def close(self) -> None:
+        self.frames.close()
+
+
+def features_change(position: dict, now: int) -> list[str]:
+    """A line if a resumed run reads other features than before: `position` is its checkpoint's, `now` the versions of a frame."""
+    before = position.get("stored_features", now)  # older checkpoints have none
+    if before == now:
+        return []
+    name = {0: "features computed in each step"}
+    was, becomes = (name.get(count, f"{count} stored versions of each frame") for count in (before, now))
+    return [
+        f"features of the frozen backbone: {was} -> {becomes}; from here on this is another run. --frame_cache, "
+        "--augment_versions and the room on the disk decide"
+    ]
+
+
+def open_features(
+    policy, preprocess, source: Source, frames: Frames, config: TrainConfig, device, num_threads: int, say
+) -> Features | None:
+    """The stored features of every frame, encoded now if they are not there; None if the disk has no room for them.
+
+    Raises:
+        UserError: there is no room, and --frame_cache is not auto; or the cache cannot be written to.
+    """
+    versions = config.augment_versions if config.augment else 1
+    encoder = FrameEncoder(policy, preprocess, source, frames, config, device, versions)
+    if not encoder.shapes:
+        return None
+    folder = store_folder(config.cache_dir)
+    names = [FrameStore.find(frames.decoder, key, folder).folder.name for key in frames.keys]
+    store = FrameStore(encoder, "features", folder / encoder.store_name(names))
+    if not store.is_finished:
+        if not has_room([store], folder, config.frame_cache, say, what="features"):
+            return None
+        torch_threads = torch.get_num_threads()
+        torch.set_num_threads(
+            1
+        )  # each of the store's threads encodes by itself, to the same bits for any number of them
+        try:
+            store.build(1 if device.type != "cpu" else num_threads, config.quiet)
+        finally:
+            torch.set_num_threads(torch_threads)
+    stored = store.open().view(torch.float16)
+    if config.frame_cache == "device":
+        stored = stored.to(device)
+    return Features(stored, encoder.shapes, versions, frames, config.seed)
