@@ -144,7 +144,7 @@ def main():
         metavar="NAME=VALUE",
         help="settings of the simulation, as evaluate.py takes them: look=lerobot, cameras=front,wrist",
     )
-    flag("--crf", type=int, default=23, help="video quality, lower is better and bigger (default: %(default)s)")
+    flag("--crf", type=int, default=8, help="video quality, lower is better and bigger (default: %(default)s)")
     args = parser.parse_args()
 
     output = Path(args.output)

@@ -95,10 +95,18 @@ def test_the_backbone_is_the_published_one():
         assert std.min() > 0.01
 
 
-@pytest.mark.parametrize("augment", [True, False])
-@pytest.mark.parametrize("more", [[], ["n_obs_steps=2"]])
-def test_a_resumed_run_is_the_same_run(settings, tmp_path, augment, more):
-    settings |= {"augment": augment, "policy_args": [*FROZEN, *more]}
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"augment": False},
+        {"policy_args": [*FROZEN, "n_obs_steps=2"]},
+        {"weights_dtype": "bf16"},
+        {"gradient_checkpointing": True},
+    ],
+)
+def test_a_resumed_run_is_the_same_run(settings, tmp_path, more):
+    settings |= more
     train(**{**settings, "steps": 6, "save_freq": 3}, output_dir=str(tmp_path / "whole"))
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "part" / "checkpoint-3")
     (store,) = stores_of(tmp_path / "cache")

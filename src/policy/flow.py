@@ -410,7 +410,7 @@ class Encoder(nn.Module):
         features = {}
         for number, key in enumerate(self.cameras):
             pictures = batch[key]  # (B, [S,] 3, H, W)
-            flat = enlarged(pictures.flatten(0, -4))
+            flat = smoothed(enlarged(pictures.flatten(0, -4)))
             # A few at a time: their largest maps stay in the processor's cache.
             few = flat.split(8) if flat.device.type == "cpu" else [flat]
             maps = []
@@ -481,6 +481,18 @@ def enlarged(pictures: Tensor) -> Tensor:
     if scale <= 1:
         return pictures
     return F.interpolate(pictures, size=[round(side * scale) for side in pictures.shape[-2:]], mode="bilinear")
+
+
+def smoothed(pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) without the detail that compression takes from a video: colours more than brightness.
+
+    A policy learns from decoded videos and acts on pictures that were never encoded; a frozen network sees the difference.
+    """
+    grey = pictures.mean(1, keepdim=True)  # (B, 1, H, W)
+    colour = F.avg_pool2d(F.pad(pictures - grey, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+    kernel = torch.tensor([1.0, 2.0, 1.0], device=pictures.device, dtype=pictures.dtype) / 4
+    kernel = (kernel[:, None] * kernel)[None, None]
+    return colour + F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), kernel)
 
 
 class FrozenEncoder(nn.Module):

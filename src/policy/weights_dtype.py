@@ -50,8 +50,10 @@ def is_cast(parameter, name: str, with_adapters: bool) -> bool:
 
 def compute_in_bf16(policy, device: torch.device) -> None:
     """Run the policy under autocast, also when it acts, because its inputs and norms are fp32. Its actions are fp32 too."""
-    for name in ("forward", "select_action", "predict_action_chunk"):
-        method = getattr(policy, name)
+    for name in ("forward", "select_action", "predict_action_chunk", "frozen_features"):
+        method = getattr(policy, name, None)
+        if method is None:
+            continue
 
         @functools.wraps(method)
         def under_autocast(*args, method=method, **kwargs):
