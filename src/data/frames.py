@@ -106,22 +106,9 @@ class Frames:
             store.build(num_threads, quiet)
         frames.stored = {store.key: store.open() for store in stores}
         if mode == "device":
-            frames.move_to(torch.device(device))
+            frames.stored = move_to(torch.device(device), frames.stored)
+            frames.on_device = True
         return frames
-
-    def move_to(self, device: torch.device) -> None:
-        """Copy the stores into the memory of `device`."""
-        size = sum(frames.numel() for frames in self.stored.values())
-        try:
-            self.stored = {key: frames.to(device) for key, frames in self.stored.items()}
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"--frame_cache device: {size / 1e9:.1f} GB of frames do not fit the memory of {device}. "
-                "Pass --frame_cache on, or a smaller --image_size"
-            ) from error
-        self.on_device = True
 
     def read(self, key: str, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """(n, C, h, w) uint8 frames at (n,) rows, written into `out` if it is given.
@@ -355,6 +342,24 @@ def store_name(decoder: Decoder, key: str, library: str) -> str:
 def store_folder(cache_dir: str | Path | None) -> Path:
     """Where stores are kept: `cache_dir`, or the user's cache."""
     return Path(os.path.expanduser(cache_dir)) if cache_dir else user_cache_dir() / "frames"
+
+
+def move_to(device: torch.device, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The stores in the memory of `device`.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    size = sum(frames.nbytes for frames in stored.values())
+    try:
+        return {key: frames.to(device) for key, frames in stored.items()}
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"--frame_cache device: {size / 1e9:.1f} GB of frames do not fit the memory of {device}. "
+            "Pass --frame_cache on, or a smaller --image_size"
+        ) from error
 
 
 def has_room(stores: list[FrameStore], folder: Path, mode: str, say, what: str = "decoded frames") -> bool:

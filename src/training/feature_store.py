@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from config import TrainConfig
-from data.frames import Frames, FrameStore, has_room, store_folder
+from data.frames import Frames, FrameStore, has_room, move_to, store_folder
 from data.loader import Loader
 from data.source import Source
 from processors.augment import RANGES, uniform, vary_pictures
@@ -42,13 +42,17 @@ def encode(policy, preprocess, batch: dict, meta, device, change=None) -> dict[s
     Args:
         change: from a batch with pictures in [0, 1] to the one that the policy's preprocessor gets.
     """
+    return policy.frozen_features(prepared(preprocess, batch, meta, device, change))
+
+
+def prepared(preprocess, batch: dict, meta, device, change=None) -> dict:
+    """The observations of a loader's batch as the policy gets them."""
     observations = {key: value for key, value in batch.items() if key.startswith("observation.") or key == "task"}
     observations = to_float_batch(observations, meta, device)
     if change is not None:
         observations = change(observations)
     with ONE_AT_A_TIME:
-        ready = preprocess(observations)
-    return policy.frozen_features(ready)
+        return preprocess(observations)
 
 
 class FrameEncoder:
@@ -92,15 +96,20 @@ class FrameEncoder:
 
     def store_name(self, names_of_frames: list[str]) -> str:
         """A name with a hash of all that decides the features, given the names of the stores of the pictures."""
-        # What becomes of a picture of noise tells of the weights, and of all that is done to a picture.
+        versions = [self.versions, self.augment_style, RANGES] if self.versions > 1 else []
+        digest = hashlib.sha256(json.dumps([LAYOUT, names_of_frames, versions]).encode())
+        # What the preprocessor makes of a picture of noise tells how it normalises.
         probe = self.rows.batch_of(torch.tensor([0]))
         for camera in self.source.meta.camera_keys:
             noise = np.random.default_rng(0).integers(0, 256, probe[camera].shape, np.uint8)
             probe[camera] = torch.from_numpy(noise)
-        features = encode(self.policy, self.preprocess, probe, self.source.meta, self.device)
-        digest = hashlib.sha256(b"".join(feature.cpu().numpy().tobytes() for feature in features.values()))
-        versions = [self.versions, self.augment_style, RANGES] if self.versions > 1 else []
-        digest.update(json.dumps([LAYOUT, names_of_frames, versions]).encode())
+        seen = prepared(self.preprocess, probe, self.source.meta, self.device)
+        pictures = {camera: seen[camera] for camera in self.policy.config.image_features}
+        trained = {name for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
+        frozen = {name: tensor for name, tensor in self.policy.state_dict().items() if name not in trained}
+        for name, tensor in (pictures | frozen).items():
+            digest.update(f"{name} {tensor.dtype}".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return f"{self.source.meta.repo_id[:50]}-features-{digest.hexdigest()[:16]}".replace("/", "--")
 
 
@@ -192,5 +201,7 @@ def open_features(
             torch.set_num_threads(torch_threads)
     stored = store.open().view(torch.float16)
     if config.frame_cache == "device":
-        stored = stored.to(device)
+        frames.stored = {}  # their room is for the features
+        frames.on_device = False
+        stored = move_to(device, {"features": stored})["features"]
     return Features(stored, encoder.shapes, versions, frames, config.seed)
