@@ -362,8 +362,19 @@ def move_to(device: torch.device, stored: dict[str, Tensor]) -> dict[str, Tensor
         ) from error
 
 
-def has_room(stores: list[FrameStore], folder: Path, mode: str, say, what: str = "decoded frames") -> bool:
+def has_room(
+    stores: list[FrameStore],
+    folder: Path,
+    mode: str,
+    say,
+    what: str = "decoded frames",
+    otherwise: str = "frames are decoded",
+) -> bool:
     """Whether the disk of `folder` has room to build `stores`. Without room, mode `auto` only says so.
+
+    Args:
+        what: the stores hold.
+        otherwise: what happens without the stores.
 
     Raises:
         UserError: there is no room, and the mode is not auto.
@@ -384,7 +395,7 @@ def has_room(stores: list[FrameStore], folder: Path, mode: str, say, what: str =
     if mode != "auto":
         remedy = "Pass --frame_cache off, --image_size or another --cache_dir"
         raise UserError(f"--frame_cache {mode}: no room for {needed}. {remedy}")
-    say(f"frame cache off, no room for {needed}: they are computed as they are needed (--cache_dir, --image_size)")
+    say(f"frame cache off, no room for {needed}: {otherwise} as they are needed (--cache_dir, --image_size)")
     return False
 
 

@@ -189,7 +189,7 @@ def open_features(
     names = [FrameStore.find(frames.decoder, key, folder).folder.name for key in frames.keys]
     store = FrameStore(encoder, "features", folder / encoder.store_name(names))
     if not store.is_finished:
-        if not has_room([store], folder, config.frame_cache, say, what="features"):
+        if not has_room([store], folder, config.frame_cache, say, "features", "features are computed"):
             return None
         torch_threads = torch.get_num_threads()
         torch.set_num_threads(
