@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import threading
+from functools import partial
 
 import numpy as np
 import torch
@@ -88,11 +89,12 @@ class FrameEncoder:
 
     def encode(self, rows: Tensor, version: int) -> dict[str, Tensor]:
         """{name: (n, C, h, w) float16}; version 0 is of the pictures as they are."""
+        meta = self.source.meta
         change = None
         if version > 0:
-            draws_of_rows = (rows * self.versions + version).numpy()
-            change = lambda batch: vary_pictures(batch, self.source.meta, self.augment_style, 0, draws_of_rows)  # noqa: E731
-        return encode(self.policy, self.preprocess, self.rows.batch_of(rows), self.source.meta, self.device, change)
+            addresses = (rows * self.versions + version).numpy()
+            change = partial(vary_pictures, meta=meta, style=self.augment_style, seed=0, samples=addresses)
+        return encode(self.policy, self.preprocess, self.rows.batch_of(rows), meta, self.device, change)
 
     def store_name(self, names_of_frames: list[str]) -> str:
         """A name with a hash of all that decides the features, given the names of the stores of the pictures."""
