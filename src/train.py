@@ -34,7 +34,7 @@ from policy.losses import unknown_average
 from reports.pages import last
 from training.distributed import LostPeerError
 from training.evaluation import Evaluator
-from training.feature_store import features_change
+from training.feature_store import features_change, stored_versions
 from training.learner import Learner, build_learner, num_micro_batches
 from training.means import LossMeans
 from training.optimizers import rounding_warning
@@ -312,7 +312,7 @@ class Run:
             "evaluation_is_missing": self.evaluation_is_missing,
             "scaler": self.learner.scaler.state_dict(),
             "tracker_run_id": self.report.trackers.run_id,
-            "stored_features": self.loader.frames.stored_features,
+            "stored_features": stored_versions(self.loader.frames),
             "data": self.plan.data,
         }
         device = self.distributed.device
@@ -431,7 +431,7 @@ def build_run(plan: RunPlan) -> Run:
                 report.say,
             )
         cleanup.callback(loader.close)
-        report.warn(*features_change(position, loader.frames.stored_features))
+        report.warn(*features_change(position, stored_versions(loader.frames)))
 
         writer = cleanup.enter_context(Writer(plan.output_dir, config, report.warn, plan.checkpoint, plan.check_folder))
         signals = cleanup.enter_context(runtime.StopSignals())

@@ -148,6 +148,8 @@ class Decoder:
         image_size: (h, w) that pictures are resized to, None for as recorded.
     """
 
+    action = "decoding"  # beside a progress bar
+
     def __init__(self, source: Source, image_size: list[int] | None):
         self.source = source
         self.image_size = image_size

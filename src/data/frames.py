@@ -42,7 +42,7 @@ SPARE = 2 * 2**30  # bytes that `auto` leaves free on the disk, or a tenth of th
 class Frames:
     """Frames of every camera of a source, decoded when asked for, or from stores if made by `open_or_build`.
 
-    A Loader takes any object with `keys`, `dtype`, `shape`, `read`, `on_device`, `versions_of` and `close`.
+    A Loader takes any object with `keys`, `dtype`, `shape`, `places`, `read`, `on_device` and `close`.
 
     Args:
         source: the open dataset.
@@ -51,8 +51,6 @@ class Frames:
     """
 
     dtype = torch.uint8
-    versions = 1  # of each frame
-    stored_features = 0
 
     def __init__(self, source: Source, image_size: list[int] | None = None, num_threads: int = 1):
         self.source = source
@@ -129,6 +127,15 @@ class Frames:
     def shape(self, key: str) -> tuple[int, ...]:
         """(C, h, w) of a camera's frames."""
         return self.decoder.shape(key)
+
+    def places(self, rows: Tensor, samples: Tensor | None) -> Tensor:
+        """Where `read` finds rows (B, ...): each row of the table has one frame, whichever samples take it."""
+        return rows
+
+    def forget_stores(self) -> None:
+        """Free the stores' memory: from now on frames are decoded when asked for."""
+        self.stored = {}
+        self.on_device = False
 
     def gather(self, stored: Tensor, rows: Tensor, out: Tensor) -> None:
         """Copy rows of `stored` into `out`."""
@@ -261,7 +268,7 @@ class FrameStore:
 
         lengths = (source.ends - source.starts).tolist()
         bar = tqdm(
-            desc=f"{'encoding' if self.key == 'features' else 'decoding'} {self.key}",
+            desc=f"{self.decoder.action} {self.key}",
             total=source.rows,
             unit="frame",
             disable=quiet,

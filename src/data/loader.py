@@ -179,7 +179,7 @@ class Loader:
         """The batch of any (B,) rows: `default_collate` of `LeRobotDataset[row]`, with cameras as uint8.
 
         Args:
-            samples: (B,) positions in the run, by which frames of several versions are chosen; None for the first version.
+            samples: (B,) positions in the run, which choose among a frame's versions; None for the first version.
         """
         episode = self.source.episode_of(rows)
         starts = self.source.starts[episode]
@@ -191,11 +191,8 @@ class Loader:
                 wanted, padded = window_rows(rows, self.deltas[key], starts, ends)  # (B, T)
                 batch[f"{key}_is_pad"] = padded
             if key in self.frames.keys:
-                if self.frames.versions > 1:
-                    wanted = wanted * self.frames.versions
-                    if samples is not None:
-                        wanted += self.frames.versions_of(samples).reshape(-1, *[1] * (wanted.ndim - 1))
-                batch[key] = self._read_frames(key, wanted, (buffers or {}).get(key))
+                places = self.frames.places(wanted, samples)
+                batch[key] = self._read_frames(key, places, (buffers or {}).get(key))
             else:
                 batch[key] = self._read_column(key, wanted)
         batch["task"] = [self.tasks[index] for index in batch["task_index"].tolist()]

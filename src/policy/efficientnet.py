@@ -72,7 +72,7 @@ class EfficientNetLite0(nn.Module):
         self.stem.load_folded(weights, "_conv_stem", "_bn0")
         number = 0  # of the block, over all stages
         for index, stage in enumerate(self.stages):
-            # A stage's output is a sum of its blocks', each of which a batch norm gave this mean and variance.
+            # A stage adds up its blocks. Each block ends with a batch norm, which sets its mean and variance.
             mean, variance = 0, 0
             for block in stage:
                 name = f"_blocks.{number}."

@@ -54,11 +54,11 @@ def augment(batch: dict, meta, config) -> dict:
 
 
 def vary_pictures(batch: dict, meta, style: str, seed: int, samples: np.ndarray) -> dict:
-    """The batch with its cameras' pictures changed, each sample's and camera's by its own draw."""
+    """The batch with augmented pictures: each sample and each camera gets its own draw."""
     change = {"full": vary, "fast": vary_fast}[style]
     pictures = {}
     for camera, key in enumerate(meta.camera_keys):
-        if key in batch:  # else features that were encoded before stand in its place
+        if key in batch:  # else the batch holds features of its pictures
             pictures[key] = change(batch[key], draws(seed, samples, camera))
     return batch | pictures
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import threading
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -26,15 +26,17 @@ from data.source import Source
 from processors.augment import RANGES, uniform, vary_pictures
 from processors.pipelines import to_float_batch
 from runtime import to_device
+from training.distributed import Distributed
 
 LAYOUT = 1  # part of the hash
 ONE_AT_A_TIME = threading.Lock()  # LeRobot's processing steps keep the batch that they work on in themselves
 
 
-def has_frozen_features(policy, config: TrainConfig) -> bool:
-    """Whether features can be stored for this run: pictures do not change with each sample."""
-    can_be_stored = config.frame_cache != "off" and config.camera_dropout == 0
-    return can_be_stored and hasattr(policy, "frozen_features") and bool(policy.config.image_features)
+def can_store_features(policy, config: TrainConfig, distributed: Distributed) -> bool:
+    """Whether this run can read features from a store, if its policy's backbone is frozen."""
+    if config.frame_cache == "off" or config.camera_dropout > 0 or distributed.is_sharded:
+        return False
+    return hasattr(policy, "frozen_features") and bool(policy.config.image_features)
 
 
 def encode(policy, preprocess, batch: dict, meta, device, change=None) -> dict[str, Tensor]:
@@ -64,6 +66,8 @@ class FrameEncoder:
         versions: K.
     """
 
+    action = "encoding"  # beside a progress bar
+
     def __init__(self, policy, preprocess, source: Source, frames: Frames, config: TrainConfig, device, versions: int):
         self.policy = policy
         self.preprocess = preprocess
@@ -72,8 +76,12 @@ class FrameEncoder:
         self.augment_style = config.augment_style
         self.device = device
         self.versions = versions
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple]:
+        """{name: (C, h, w)} of a frame's features; none if the policy's backbone is trained."""
         first = self.encode(torch.tensor([0]), version=0)
-        self.shapes = {name: tuple(feature.shape[1:]) for name, feature in first.items()}
+        return {name: tuple(feature.shape[1:]) for name, feature in first.items()}
 
     def shape(self, key: str) -> tuple[int]:
         """Bytes of a row."""
@@ -100,7 +108,7 @@ class FrameEncoder:
         """A name with a hash of all that decides the features, given the names of the stores of the pictures."""
         versions = [self.versions, self.augment_style, RANGES] if self.versions > 1 else []
         digest = hashlib.sha256(json.dumps([LAYOUT, names_of_frames, versions]).encode())
-        # What the preprocessor makes of a picture of noise tells how it normalises.
+        # The preprocessor's settings, by its output for a random picture.
         probe = self.rows.batch_of(torch.tensor([0]))
         for camera in self.source.meta.camera_keys:
             noise = np.random.default_rng(0).integers(0, 256, probe[camera].shape, np.uint8)
@@ -121,7 +129,7 @@ class Features:
     Args:
         stored: (N, K * F) float16.
         shapes: {name: shape} of a frame's features, one after the other in a row.
-        versions: K, which a checkpoint records as `stored_features`, as 0 if pictures are read.
+        versions: K.
         frames: closed with this.
     """
 
@@ -131,7 +139,6 @@ class Features:
         self.stored = stored.reshape(len(stored) * versions, -1)  # (N * K, F)
         self.shapes = shapes
         self.versions = versions
-        self.stored_features = versions
         self.frames = frames
         self.seed = seed
         self.keys = list(shapes)
@@ -143,12 +150,16 @@ class Features:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.shapes[name]
 
-    def versions_of(self, samples: Tensor) -> Tensor:
-        """(n,) the version that each sample takes, a function of (seed, sample)."""
-        return (uniform((self.seed, 0xFEA), samples.numpy(), 1)[:, 0] * self.versions).long()
+    def places(self, rows: Tensor, samples: Tensor | None) -> Tensor:
+        """Where `read` finds rows (B, ...): at row * K + version, which is a function of (seed, sample); 0 without samples."""
+        first = rows * self.versions
+        if samples is None:
+            return first
+        version = (uniform((self.seed, 0xFEA), samples.numpy(), 1)[:, 0] * self.versions).long()  # (B,)
+        return first + version.reshape(-1, *[1] * (rows.ndim - 1))
 
     def read(self, name: str, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """(n, C, h, w) float16 at (n,) rows of the store, which are row * K + version, written into `out` if it is given."""
+        """(n, C, h, w) float16 at (n,) `places`, written into `out` if it is given."""
         columns = self.stored[:, self.columns[name]]
         if self.on_device:
             found = columns.index_select(0, to_device(rows, columns.device))
@@ -162,16 +173,22 @@ class Features:
         self.frames.close()
 
 
+def stored_versions(frames: Frames | Features) -> int:
+    """Versions of each frame whose features a run reads; 0 if it reads pictures."""
+    return frames.versions if isinstance(frames, Features) else 0
+
+
 def features_change(position: dict, now: int) -> list[str]:
     """A line if a resumed run reads other features than before: `position` is its checkpoint's, `now` the versions of a frame."""
     before = position.get("stored_features", now)  # older checkpoints have none
     if before == now:
         return []
-    name = {0: "features computed in each step"}
-    was, becomes = (name.get(count, f"{count} stored versions of each frame") for count in (before, now))
+    names = {0: "features computed in each step"}
+    was = names.get(before, f"{before} stored versions of each frame")
+    becomes = names.get(now, f"{now} stored versions of each frame")
     return [
-        f"features of the frozen backbone: {was} -> {becomes}; from here on this is another run. --frame_cache, "
-        "--augment_versions and the room on the disk decide"
+        f"features of the frozen backbone: {was} -> {becomes}; from here on this is another run. This depends on "
+        "--frame_cache, --augment_versions and the room on the disk"
     ]
 
 
@@ -194,16 +211,14 @@ def open_features(
         if not has_room([store], folder, config.frame_cache, say, "features", "features are computed"):
             return None
         torch_threads = torch.get_num_threads()
-        torch.set_num_threads(
-            1
-        )  # each of the store's threads encodes by itself, to the same bits for any number of them
+        # Each of the store's threads encodes by itself: the bits do not depend on how many there are.
+        torch.set_num_threads(1)
         try:
             store.build(1 if device.type != "cpu" else num_threads, config.quiet)
         finally:
             torch.set_num_threads(torch_threads)
     stored = store.open().view(torch.float16)
     if config.frame_cache == "device":
-        frames.stored = {}  # their room is for the features
-        frames.on_device = False
+        frames.forget_stores()  # to make room for the features
         stored = move_to(device, {"features": stored})["features"]
     return Features(stored, encoder.shapes, versions, frames, config.seed)

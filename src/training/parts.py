@@ -52,7 +52,7 @@ from processors.pipelines import (
 from processors.statistics import IMAGENET, needed_statistics, stats_problems, usable_stats
 from runtime import thread_count
 from training.distributed import Distributed
-from training.feature_store import has_frozen_features, open_features
+from training.feature_store import can_store_features, open_features
 from training.memory import Memory, estimate_memory
 from trust import read_adapter_config
 
@@ -505,11 +505,12 @@ def open_loader(
     )
     deltas = window_deltas(policy.config, source.meta)
     features = None
-    if has_frozen_features(policy, config) and not distributed.is_sharded:
+    if can_store_features(policy, config, distributed):
         features = open_features(policy, preprocess, source, frames, config, distributed.device, num_threads, say)
     if features is not None:
-        windows = [deltas[key] for key in frames.keys if key in deltas]
-        deltas |= {name: windows[0] for name in features.keys if windows}
+        window = next((deltas[key] for key in frames.keys if key in deltas), None)  # the same for every camera
+        if window is not None:
+            deltas |= dict.fromkeys(features.keys, window)
     loader = Loader(
         source,
         features or frames,

@@ -60,7 +60,7 @@ from training.changes import (
 )
 from training.distributed import Distributed
 from training.evaluation import open_simulation
-from training.feature_store import encode, has_frozen_features
+from training.feature_store import can_store_features, encode
 from training.launch import make_distributed
 from training.learner import build_learner
 from training.memory import Memory, check_memory, estimate_memory, memory_remedies
@@ -574,7 +574,7 @@ def seconds_of_step(
     loader = open_loader(one_batch, source, episodes, model, preprocess, 0, distributed, say=lambda line: None)
     with contextlib.closing(loader):
         batch = loader.batch_at(0)
-    if has_frozen_features(model, config):
+    if can_store_features(model, config, distributed):
         features = encode(model, preprocess, batch, source.meta, distributed.device)
         if features:  # the run reads them from its store
             batch = {key: value for key, value in batch.items() if key not in source.meta.camera_keys} | features
