@@ -14,7 +14,7 @@ from helpers.runs import assert_same_run, small
 from infer import recorded_observations
 from policy.async_policy import AsyncPolicy
 from policy.factory import build_policy, policy_config
-from policy.flow import CameraEncoder, FlowConfig, TaskWords, make_flow_pre_post_processors, medoid
+from policy.flow import CameraEncoder, FlowConfig, TaskWords, make_flow_pre_post_processors, medoid, spatial_softmax
 from policy.loaded import LoadedPolicy, expected_observation, load_policy
 from train import train
 
@@ -166,6 +166,14 @@ def test_keypoints_find_a_spot():
     pictures[0, 0, 2, 12] = 100.0
     x, y, _ = eye(pictures)[0].tolist()
     assert (x, y) == pytest.approx((12 / 16 * 2 - 1, 2 / 8 * 2 - 1), abs=1e-5)
+
+
+def test_keypoints_of_sharp_maps_have_no_subnormal_gradients():
+    maps = (20 * torch.randn(8, 4, 16, 16)).requires_grad_()
+    keypoints = spatial_softmax(maps, torch.tensor(8.0))
+    (1e-3 * keypoints).square().sum().backward()
+    assert maps.grad.abs().max() > 1e-9
+    assert not ((maps.grad != 0) & (maps.grad.abs() < torch.finfo(torch.float32).tiny)).any()
 
 
 @pytest.mark.parametrize("head", ["flow", "regression"])

@@ -70,6 +70,7 @@ LONGER_THAN_ANY_RUN = 10**9  # LeRobot's cosine schedule shrinks to the steps of
 # Keypoints move by some tenths where a normalised state moves by 1. Without this factor the head goes by the state.
 KEYPOINT_SCALE = 4.0
 FROZEN_SHARPNESS = 2.0  # of maps that are standardised
+LEAST_SCORE = -20.0  # of a place, below the highest: e^-20 is a weight of 2e-9
 SHARPNESS = 8.0  # starting from 1, the softmax stays flat and keypoints stay in the middle for too long
 WORD_BUCKETS = 1024
 WORD_WIDTH = 64  # E, of a task's embedding
@@ -259,16 +260,16 @@ class FlowPolicy(PreTrainedPolicy):
         condition = self.encoder(batch)  # (B, D)
         valid = ~batch["action_is_pad"].unsqueeze(-1)  # (B, T, 1)
 
-        # In one step: regress the chunk.
-        error = (self.head.regress(condition) - actions).abs()  # (B, T, A)
-
-        # Flow matching: predict the actions from a point on the straight line between noise and actions.
-        if self.config.head == "flow":
+        if self.config.head == "regression":
+            error = (self.head.regress(condition) - actions).abs()  # (B, T, A)
+        else:
+            # Flow matching: predict the actions from a point on the straight line between noise and actions.
             # (B,), more often near the noise, where the prediction is harder
             time = torch.rand(len(actions), device=actions.device) ** 1.5
             noise = torch.randn_like(actions)
             noisy_actions = torch.lerp(noise, actions, time[:, None, None])  # (B, T, A)
-            error = error + (self.head(noisy_actions, time, condition) - actions).abs()
+            regressed, denoised = self.head.regress_and_denoise(noisy_actions, time, condition)
+            error = (regressed - actions).abs() + (denoised - actions).abs()
 
         num_valid = valid.sum() * actions.shape[-1]
         loss = (error * valid).sum() / num_valid.clamp_min(1)
@@ -553,11 +554,11 @@ class Scores(nn.Module):
             nn.init.normal_(self.queries.weight, std=1 / math.sqrt(WORD_WIDTH * channels))
 
     def forward(self, seen: Tensor, words: Tensor | None = None) -> Tensor:
-        maps = self.maps(seen)
-        if words is not None:
-            queries = self.queries(words).reshape(len(seen), -1, seen.shape[1])  # (B, K, C)
-            maps = maps + (queries @ seen.flatten(2)).reshape(maps.shape)
-        return maps
+        if words is None:
+            return self.maps(seen)
+        weight = self.maps.weight.flatten(1) + self.queries(words).reshape(len(seen), -1, seen.shape[1])  # (B, K, C)
+        scores = torch.baddbmm(self.maps.bias[:, None], weight, seen.flatten(2))
+        return scores.reshape(len(seen), -1, *seen.shape[-2:])
 
 
 class Keypoints(Scores):
@@ -574,7 +575,10 @@ class Keypoints(Scores):
 def spatial_softmax(maps: Tensor, sharpness: Tensor) -> Tensor:
     """(B, 2 K): the mean position in [-1, 1] under each of the maps (B, K, h, w), all x before all y."""
     height, width = maps.shape[-2:]
-    weight = F.softmax(maps.flatten(2) * sharpness, dim=-1).reshape(maps.shape)  # (B, K, h, w)
+    scores = maps.flatten(2) * sharpness
+    # Weights and their gradients that are nearly 0 would be subnormal numbers, with which a processor takes twice as long.
+    scores = (scores - scores.amax(-1, keepdim=True).detach()).clamp_min(LEAST_SCORE)
+    weight = F.softmax(scores, dim=-1).reshape(maps.shape)  # (B, K, h, w)
     x = weight.sum(2) @ torch.linspace(-1, 1, width, device=maps.device)  # (B, K)
     y = weight.sum(3) @ torch.linspace(-1, 1, height, device=maps.device)  # (B, K)
     return torch.cat([x, y], dim=1)
@@ -735,6 +739,12 @@ class Head(nn.Module):
         """(B, T, A) in one step: from zeros in place of noise, at time 0."""
         zeros = condition.new_zeros(condition.shape[0], *self.shape)
         return self(zeros, condition.new_zeros(condition.shape[0]), condition)
+
+    def regress_and_denoise(self, noisy_actions: Tensor, time: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """`regress` and `forward` at once: a batch twice as large takes less than twice as long."""
+        x = torch.cat([torch.zeros_like(noisy_actions), noisy_actions])
+        times = torch.cat([torch.zeros_like(time), time])
+        return self(x, times, condition.repeat(2, 1)).chunk(2)
 
 
 class AdaLNBlock(nn.Module):
