@@ -13,7 +13,7 @@ from helpers.flow_policies import TINY
 from helpers.runs import assert_same_run, small
 from policy import efficientnet
 from policy.efficientnet import STAGES, EfficientNetLite0
-from policy.flow import Encoder
+from policy.flow_encoder import Encoder
 from policy.loaded import load_policy
 from processors.features import FEATURES
 from train import train

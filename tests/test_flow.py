@@ -14,7 +14,8 @@ from helpers.runs import assert_same_run, small
 from infer import recorded_observations
 from policy.async_policy import AsyncPolicy
 from policy.factory import build_policy, policy_config
-from policy.flow import CameraEncoder, FlowConfig, TaskWords, make_flow_pre_post_processors, medoid, spatial_softmax
+from policy.flow import FlowConfig, make_flow_pre_post_processors, medoid
+from policy.flow_encoder import CameraEncoder, TaskWords, spatial_softmax
 from policy.loaded import LoadedPolicy, expected_observation, load_policy
 from train import train
 
