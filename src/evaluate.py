@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from command_line import OneLineParser, command, print_warnings
@@ -244,6 +244,7 @@ def evaluate_simulated(args: argparse.Namespace, name: str) -> None:
     make_runner = functools.partial(Runner, setup)
     pool = InProcess(make_runner) if count == 1 else Workers(make_runner, count)
     numbers = {}
+    first_episodes = {}
     try:
         with tqdm(total=len(tasks) * len(seeds), unit="episode", disable=not sys.stderr.isatty()) as bar:
             outcomes = []
@@ -255,6 +256,8 @@ def evaluate_simulated(args: argparse.Namespace, name: str) -> None:
 
             for result in run_tasks(pool, tasks, seeds, args.num_videos, on_episode):
                 numbers[result.task] = report_task(folders[result.task], result, args, name)
+                first = result.episodes[0]
+                first_episodes[result.task] = replace(first, frames=first.frames[-1:])
                 lines = task_lines(numbers[result.task], seeds, folders[result.task], is_one=len(tasks) == 1)
                 tqdm.write("\n".join(lines))
     finally:
@@ -265,7 +268,9 @@ def evaluate_simulated(args: argparse.Namespace, name: str) -> None:
         suite = args.task if "," not in args.task else f"{len(tasks)}_tasks"
         path = folders[tasks[0]].with_name(f"{args.env}_{suite}.json")
         write_json(path, {"env": args.env, "checkpoint": args.checkpoint, **together})
-        print(f"seeds {seeds[0]} to {seeds[-1]} of each task; summary: {path}")
+        sheet = tasks_sheet([first_episodes[task] for task in tasks], together, name)
+        sheet.savefig(path.with_suffix(".png"), dpi=110)
+        print(f"seeds {seeds[0]} to {seeds[-1]} of each task; summary: {path}, {path.with_suffix('.png')}")
 
 
 def report_task(folder: Path, result: TaskResult, args: argparse.Namespace, name: str) -> dict:
@@ -279,7 +284,12 @@ def report_task(folder: Path, result: TaskResult, args: argparse.Namespace, name
         )
         print_warnings([warning])
     successes = f"{numbers['successes']} of {numbers['num_episodes']}"
-    sheet = contact_sheet(result.episodes, f"{name}, {result.name}: {successes} (seed: steps)")
+    sheet = contact_sheet(
+        images=[episode.frames[-1] for episode in result.episodes],
+        labels=[f"{episode.seed}: {episode.steps}" for episode in result.episodes],
+        successes=[episode.success for episode in result.episodes],
+        title=f"{name}, {result.name}: {successes} (seed: steps)",
+    )
     sheet.savefig(folder / "episodes.png", dpi=110)
     videos = {}
     for success, kind in ((True, "success"), (False, "failure")):
@@ -290,6 +300,22 @@ def report_task(folder: Path, result: TaskResult, args: argparse.Namespace, name
             videos[f"{kind}, seed {episode.seed}"] = path
     write_report(folder, numbers, closed_loop_page(name, numbers, sheet, videos))
     return numbers
+
+
+def tasks_sheet(first_episodes: list[Episode], result: dict, name: str):
+    """A figure with the last image of each task's first episode, under how many of its episodes succeeded.
+
+    Args:
+        result: what `summary_of_tasks` returns.
+    """
+    counts = [f"{task}\n{row['successes']} of {row['num_episodes']}" for task, row in result["tasks"].items()]
+    everything = result["all"]
+    return contact_sheet(
+        images=[episode.frames[-1] for episode in first_episodes],
+        labels=counts,
+        successes=[episode.success for episode in first_episodes],
+        title=f"{name}: {everything['successes']} of {everything['num_episodes']} (pictures: seed {first_episodes[0].seed})",
+    )
 
 
 def task_lines(numbers: dict, seeds: range, folder: Path, is_one: bool) -> list[str]:

@@ -621,6 +621,7 @@ def test_several_tasks_in_any_number_of_processes(trained, tmp_path, renderer, c
         assert evaluate.main([*command, "--num_workers", str(count), "--output_dir", str(folder)]) == 0
     alone, together = ((tmp_path / count / "metaworld_2_tasks.json").read_text() for count in "12")
     assert alone == together
+    assert (tmp_path / "1" / "metaworld_2_tasks.png").stat().st_size > 10_000
     tasks = json.loads(alone)["tasks"]
     assert [episode["seed"] for episode in tasks["reach-v3"]["episodes"]] == [1000, 1001]
     assert (tmp_path / "2" / "metaworld_reach-v3" / "failure_1000.mp4").exists()

@@ -166,22 +166,19 @@ def moments_figure(moments: list, names: list[str]):
     return figure
 
 
-def contact_sheet(episodes: list, title: str):
-    """The last image of every simulated episode, framed green where it succeeded and red where it failed.
-
-    Args:
-        episodes: objects with seed, success, steps and frames ((H, W, 3) uint8 each).
-    """
-    columns = min(10, len(episodes))
+def contact_sheet(images: list, labels: list[str], successes: list[bool], title: str):
+    """Images (H, W, 3) uint8, each under its label, framed green for a success and red for a failure."""
+    columns = min(10, len(images))
+    lines = 1 + max(label.count("\n") for label in labels)
     figure, panels = figure_of_panels(
-        len(episodes), columns, width=1.25 * columns + 0.2, row_height=1.45, extra_height=0.5
+        len(images), columns, width=1.25 * columns + 0.2, row_height=1.35 + 0.1 * lines, extra_height=0.5
     )
-    for axes, episode in zip(panels, episodes, strict=True):
-        colour = GREEN if episode.success else RED
-        axes.imshow(episode.frames[-1])
+    for axes, image, label, success in zip(panels, images, labels, successes, strict=True):
+        colour = GREEN if success else RED
+        axes.imshow(image)
         axes.set(xticks=[], yticks=[])
         for side in axes.spines.values():
             side.set(color=colour, linewidth=2.5)
-        axes.set_title(f"{episode.seed}: {episode.steps}", fontsize=7, color=colour, pad=3)
+        axes.set_title(label, fontsize=7, color=colour, pad=3)
     figure.suptitle(title, fontsize=10)
     return figure
