@@ -105,7 +105,8 @@ def test_auto_falls_back_with_one_line_and_on_refuses(made, tmp_path, monkeypatc
     said = []
     auto = open_or_build(source, tmp_path, "auto", say=said.append)
     assert auto.stored == {}
-    assert [line for line in said if line.startswith("frame cache off, no room for 0.0 GB of decoded frames in")]
+    (line,) = (line for line in said if line.startswith("frame cache off, no room for 0.0 GB of decoded frames in"))
+    assert " GB stay free unless --frame_cache is on: frames are decoded" in line
     assert torch.equal(all_frames(auto), all_frames(Frames(source)))
     with pytest.raises(
         UserError,

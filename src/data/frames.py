@@ -391,12 +391,15 @@ def has_room(
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # an existing folder may be another user's, or read-only
         disk = shutil.disk_usage(folder)
-        room = disk.free - (max(SPARE, disk.total // 10) if mode == "auto" else 0)
+        spare = max(SPARE, disk.total // 10) if mode == "auto" else 0
         needed = f"{size / 1e9:.1f} GB of {what} in {folder}, {disk.free / 1e9:.1f} GB free"
+        is_enough = size <= disk.free - spare
+        if spare and not is_enough:
+            needed += f" of which {spare / 1e9:.1f} GB stay free unless --frame_cache is on"
     except OSError as error:
-        room = 0
+        is_enough = False
         needed = f"{what} in {folder} ({error.strerror})"
-    if size <= room:
+    if is_enough:
         say(f"frame cache: {needed}")
         return True
     if mode != "auto":
