@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -256,7 +257,7 @@ def evaluate_simulated(args: argparse.Namespace, name: str) -> None:
 
             for result in run_tasks(pool, tasks, seeds, args.num_videos, on_episode):
                 numbers[result.task] = report_task(folders[result.task], result, args, name)
-                first = result.episodes[0]
+                first = result.episodes[0]  # one picture of it is enough
                 first_episodes[result.task] = replace(first, frames=first.frames[-1:])
                 lines = task_lines(numbers[result.task], seeds, folders[result.task], is_one=len(tasks) == 1)
                 tqdm.write("\n".join(lines))
@@ -308,13 +309,17 @@ def tasks_sheet(first_episodes: list[Episode], result: dict, name: str):
     Args:
         result: what `summary_of_tasks` returns.
     """
-    counts = [f"{task}\n{row['successes']} of {row['num_episodes']}" for task, row in result["tasks"].items()]
-    everything = result["all"]
+    labels = []
+    for task, row in result["tasks"].items():
+        short = textwrap.fill(task, 18)
+        labels.append(f"{short}\n{row['successes']} of {row['num_episodes']}")
+    overall = result["all"]
+    title = f"{name}: {overall['successes']} of {overall['num_episodes']} (pictures: seed {first_episodes[0].seed})"
     return contact_sheet(
         images=[episode.frames[-1] for episode in first_episodes],
-        labels=counts,
+        labels=labels,
         successes=[episode.success for episode in first_episodes],
-        title=f"{name}: {everything['successes']} of {everything['num_episodes']} (pictures: seed {first_episodes[0].seed})",
+        title=title,
     )
 
 

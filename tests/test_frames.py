@@ -106,13 +106,23 @@ def test_auto_falls_back_with_one_line_and_on_refuses(made, tmp_path, monkeypatc
     auto = open_or_build(source, tmp_path, "auto", say=said.append)
     assert auto.stored == {}
     (line,) = (line for line in said if line.startswith("frame cache off, no room for 0.0 GB of decoded frames in"))
-    assert " GB stay free unless --frame_cache is on: frames are decoded" in line
+    assert "--frame_cache on" not in line
     assert torch.equal(all_frames(auto), all_frames(Frames(source)))
     with pytest.raises(
         UserError,
         match=r"--frame_cache on: no room for .*\. Pass --frame_cache off, --image_size or another --cache_dir",
     ):
         open_or_build(source, tmp_path)
+
+
+def test_auto_keeps_room_that_on_takes(made, tmp_path, monkeypatch):
+    source = open_source(str(made("video")))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=usage.total // 10))
+    said = []
+    assert open_or_build(source, tmp_path, "auto", say=said.append).stored == {}
+    assert [line for line in said if "GB free, --frame_cache on does not): frames are decoded" in line]
+    assert open_or_build(source, tmp_path).stored
 
 
 BUILD = """

@@ -393,13 +393,13 @@ def has_room(
         disk = shutil.disk_usage(folder)
         spare = max(SPARE, disk.total // 10) if mode == "auto" else 0
         needed = f"{size / 1e9:.1f} GB of {what} in {folder}, {disk.free / 1e9:.1f} GB free"
-        is_enough = size <= disk.free - spare
-        if spare and not is_enough:
-            needed += f" of which {spare / 1e9:.1f} GB stay free unless --frame_cache is on"
+        fits = size <= disk.free - spare
+        if not fits and size <= disk.free:
+            needed += f" (auto keeps {spare / 1e9:.1f} GB free, --frame_cache on does not)"
     except OSError as error:
-        is_enough = False
+        fits = False
         needed = f"{what} in {folder} ({error.strerror})"
-    if is_enough:
+    if fits:
         say(f"frame cache: {needed}")
         return True
     if mode != "auto":

@@ -14,8 +14,8 @@ Sources:
 How LeRobot finds a policy: a module has a <Name>Config that is registered under a name, a <Name>Policy, and a function
 make_<name>_pre_post_processors. Nothing else is needed to add one.
 
-Shapes: B samples, S steps of history, T steps of a chunk, R planned steps, A joints, D width, K keypoints, N draws, C channels,
-H and W pixels, h and w pixels of a feature map. An axis in brackets may be absent.
+Shapes: B samples, S steps of history, T steps of a chunk, R planned steps, A joints, D width, N draws, C channels, H and W pixels,
+h and w pixels of a feature map. An axis in brackets may be absent.
 """
 
 import math

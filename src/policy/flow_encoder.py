@@ -14,7 +14,7 @@ Sources:
 
 Each `config` is a FlowConfig (flow.py).
 
-B samples, S steps of history, D width, K keypoints, E numbers of a task's embedding, C channels, H and W pixels, h and w pixels
+Shapes: B samples, S steps of history, D width, K keypoints, E numbers of a task's embedding, C channels, H and W pixels, h and w pixels
 of a feature map, F features. An axis in brackets may be absent.
 """
 
@@ -265,8 +265,13 @@ class Scores(nn.Module):
     def forward(self, seen: Tensor, words: Tensor | None = None) -> Tensor:
         if words is None:
             return self.maps(seen)
-        weight = self.maps.weight.flatten(1) + self.queries(words).reshape(len(seen), -1, seen.shape[1])  # (B, K, C)
-        scores = torch.baddbmm(self.maps.bias[:, None], weight, seen.flatten(2))
+        queries = self.queries(words).reshape(len(seen), -1, seen.shape[1])  # (B, K, C)
+        pixels = seen.flatten(2)  # (B, C, h * w)
+        if type(self.maps) is nn.Conv2d:
+            # Both are linear in what is seen: one product does for both.
+            scores = torch.baddbmm(self.maps.bias[:, None], self.maps.weight.flatten(1) + queries, pixels)
+        else:  # with a PEFT adapter around it
+            scores = self.maps(seen).flatten(2) + queries @ pixels
         return scores.reshape(len(seen), -1, *seen.shape[-2:])
 
 
@@ -285,7 +290,7 @@ def spatial_softmax(maps: Tensor, sharpness: Tensor) -> Tensor:
     """(B, 2 K): the mean position in [-1, 1] under each of the maps (B, K, h, w), all x before all y."""
     height, width = maps.shape[-2:]
     scores = maps.flatten(2) * sharpness
-    # Weights and their gradients that are nearly 0 would be subnormal numbers, with which a processor takes twice as long.
+    # Weights that are nearly 0 have gradients that are subnormal numbers, with which a CPU takes twice as long for a step.
     scores = (scores - scores.amax(-1, keepdim=True).detach()).clamp_min(LEAST_SCORE)
     weight = F.softmax(scores, dim=-1).reshape(maps.shape)  # (B, K, h, w)
     x = weight.sum(2) @ torch.linspace(-1, 1, width, device=maps.device)  # (B, K)

@@ -171,7 +171,7 @@ def contact_sheet(images: list, labels: list[str], successes: list[bool], title:
     columns = min(10, len(images))
     lines = 1 + max(label.count("\n") for label in labels)
     figure, panels = figure_of_panels(
-        len(images), columns, width=1.25 * columns + 0.2, row_height=1.35 + 0.1 * lines, extra_height=0.5
+        len(images), columns, width=max(1.25 * columns + 0.2, 4.5), row_height=1.35 + 0.1 * lines, extra_height=0.5
     )
     for axes, image, label, success in zip(panels, images, labels, successes, strict=True):
         colour = GREEN if success else RED
