@@ -54,7 +54,7 @@ def augment(batch: dict, meta, config) -> dict:
 
 
 def vary_pictures(batch: dict, meta, style: str, seed: int, samples: np.ndarray) -> dict:
-    """The batch with augmented pictures: each sample and each camera gets its own draw."""
+    """Augment the batch's pictures, with one draw for each sample and camera."""
     change = {"full": vary, "fast": vary_fast}[style]
     pictures = {}
     for camera, key in enumerate(meta.camera_keys):
