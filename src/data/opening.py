@@ -52,7 +52,7 @@ def open_source(
         revision: branch, tag or commit of a Hub dataset.
         episodes: which episodes, such as "0:40,45"; None for all.
         observations: names or patterns of the cameras and states to read; None for all.
-        cache_dir: where the times of the videos' frames are remembered; None for the user's cache.
+        cache_dir: where the times of the videos' frames are remembered, and copies of large tables; None for the user's cache.
         flag: the flag that `episodes` comes from, for messages.
         quiet: no progress bar.
         val_episodes: more episodes to open, by the flag --val_episodes.
@@ -86,7 +86,7 @@ def open_source(
 
     # The table of the episodes that are whole, one row a frame.
     problems = set_tasks(meta)
-    table = read_tables(meta, selected, lengths)
+    table = read_tables(meta, selected, lengths, cache_dir, quiet)
     source = Source(
         name=dataset_id,
         meta=meta,

@@ -4,6 +4,7 @@ N rows, E episodes.
 """
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from data.files import (
     without_numbers,
 )
 from data.source import episode_spans
+from data.table_copies import LARGE, TableCopies
 from errors import UserError, one_line, plural
 
 
@@ -51,13 +53,17 @@ class EpisodeTable:
     warnings: list[str]
 
 
-def read_tables(meta, selected: list[int], lengths: dict[int, int]) -> EpisodeTable:
+def read_tables(
+    meta, selected: list[int], lengths: dict[int, int], cache_dir: str | None = None, quiet: bool = True
+) -> EpisodeTable:
     """Read the files that hold the selected episodes.
 
     Args:
         meta: LeRobot's metadata.
         selected: episode indices, ascending.
         lengths: number of rows of every described episode.
+        cache_dir: where large tables with pictures are copied to; None for the user's cache.
+        quiet: no progress bar.
 
     Raises:
         UserError: there are no episodes, no file can be read, or the rows do not say which episode they belong to.
@@ -73,7 +79,10 @@ def read_tables(meta, selected: list[int], lengths: dict[int, int]) -> EpisodeTa
         if any(path.is_file() for path in paths.values()):  # a folder of another kind may hold older copies
             places = {without_numbers(path) for path in paths.values()}
             present = [path for path in present if without_numbers(path) in places]
-    tables, faults = read_files(files, None if len(selected) == len(lengths) else selected)
+    copies = None
+    if meta.image_keys and sum(path.stat().st_size for path in files if path.is_file()) >= LARGE:
+        copies = TableCopies(meta, cache_dir, quiet)
+    tables, faults = read_files(files, None if len(selected) == len(lengths) else selected, copies)
     counts = {path: count_rows(path, table) for path, table in tables.items()}
 
     # An episode is read from its own file; if its rows are not all in there, from every file that has some.
@@ -82,7 +91,7 @@ def read_tables(meta, selected: list[int], lengths: dict[int, int]) -> EpisodeTa
         spread = [episode for episode in selected if counts.get(paths[episode], {}).get(episode, 0) != lengths[episode]]
     others = sorted(set(present) - set(files))
     if spread and others:
-        more, _ = read_files(others, spread)
+        more, _ = read_files(others, spread, copies)
         tables |= more
         counts |= {path: count_rows(path, table) for path, table in more.items()}
     totals = Counter()
@@ -94,14 +103,14 @@ def read_tables(meta, selected: list[int], lengths: dict[int, int]) -> EpisodeTa
     for path in list(tables):
         wanted = {e for e in counts[path] if e in spread or (e in chosen and paths is not None and paths[e] == path)}
         if len(wanted) < len(counts[path]):  # rows of other episodes
-            tables[path] = tables[path].filter(pa.dataset.field("episode_index").isin(list(wanted)))
+            tables[path] = rows_of(tables[path], wanted)
     tables = {path: table for path, table in tables.items() if table.num_rows}
 
     # What is wrong with the others, and what was left out.
     if not counts and not faults:
         raise UserError(f"dataset {meta.root} has no readable table: data/*/*.parquet is missing")
     problems = table_lines(meta, lacking, totals, lengths, faults, paths)
-    warnings = []
+    warnings = [] if copies is None else copies.warnings
     undescribed = set(totals).difference(lengths)
     if undescribed:
         warnings.append(
@@ -126,8 +135,13 @@ def read_tables(meta, selected: list[int], lengths: dict[int, int]) -> EpisodeTa
     )
 
 
-def read_files(files: list[Path], episodes: list[int] | None) -> tuple[dict[Path, pa.Table], dict[Path, str]]:
+def read_files(
+    files: list[Path], episodes: list[int] | None, copies: TableCopies | None
+) -> tuple[dict[Path, pa.Table], dict[Path, str]]:
     """The rows of `episodes` (None for all) in each file, and why files cannot be read.
+
+    Args:
+        copies: where the rows are read from, if they are not to be held in memory.
 
     Raises:
         UserError: a file does not say which episode its rows belong to.
@@ -144,10 +158,22 @@ def read_files(files: list[Path], episodes: list[int] | None) -> tuple[dict[Path
             try:
                 dataset = pa.dataset.dataset(file, format="parquet")
                 check_episode_index(file, dataset.schema)
-                tables[file] = dataset.to_table(filter=selected)
+                copy = copies and copies.open(file)
+                if copy is None:
+                    tables[file] = dataset.to_table(filter=selected)
+                else:
+                    tables[file] = copy if episodes is None else rows_of(copy, episodes)
             except (pa.ArrowInvalid, OSError) as error:
                 faults[file] = f"cannot be read: {arrow_reason(error)}"
     return tables, faults
+
+
+def rows_of(table: pa.Table, episodes: Collection[int]) -> pa.Table:
+    """The rows of `episodes`, as slices of the table: a filter would copy all pictures."""
+    wanted = np.isin(table["episode_index"].to_numpy(), list(episodes))
+    edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False))  # where a slice begins, and ends
+    slices = [table.slice(first, end - first) for first, end in edges.reshape(-1, 2).tolist()]
+    return pa.concat_tables(slices) if slices else table.slice(0, 0)
 
 
 def check_episode_index(file: Path, schema: pa.Schema) -> None:
