@@ -213,6 +213,57 @@ def test_plain_renderer_draws_the_same_scene_with_fewer_faces(renderer):
     whole.close()
 
 
+def test_plain_renderer_shows_moves_of_less_than_a_pixel(renderer):
+    mujoco = pytest.importorskip("mujoco", reason="mujoco is not installed")
+    from sim.rendering import Mount, Renderer
+
+    spec = mujoco.MjSpec()
+    spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=[0.1, 0.1, 0.1], rgba=[1, 0, 0, 1])
+    spec.worldbody.add_light(pos=[0, 0, 3])
+    model = spec.compile()
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    plain = Renderer(model, 32, "plain")
+    pixel = 2 * np.tan(np.radians(15)) / 32  # in metres, at the top of the box
+
+    def reds(shift: float) -> np.ndarray:
+        """The middle row of the box, seen from a metre above its top, `shift` pixels beside it."""
+        above = Mount("world", position=(0, shift * pixel, 1.1), forward=(0, 0, -1), up=(1, 0, 0), fovy=30)
+        return plain.picture(data, above)[16, :, 0].astype(int)
+
+    def edge(row: np.ndarray) -> int:
+        """Pixels between those of the box and those around it."""
+        return int(((row > 0.25 * row.max()) & (row < 0.75 * row.max())).sum())
+
+    counts = [edge(reds(shift)) for shift in (0, 0.25, 0.5, 0.75)]
+    assert max(counts) > 0  # a pixel that the box half covers
+    assert (reds(0.5) != reds(0)).any()
+    plain.close()
+
+
+def test_metaworld_in_lerobots_look_is_what_metaworld_renders(renderer):
+    need("metaworld")
+    import metaworld
+
+    from sim.metaworld import start_episode
+
+    simulation = open_simulation("metaworld", "push-v3", ["image_size=64", "look=lerobot"])
+    task = simulation.env.envs[0]
+    task.reset(seed=3)
+    task.step(np.array([0.5, 0.2, -0.3, 1], np.float32))
+    benchmark = metaworld.MT1("push-v3", seed=42)
+    theirs = benchmark.train_classes["push-v3"](render_mode="rgb_array", camera_name="corner2", width=64, height=64)
+    theirs.set_task(benchmark.train_tasks[0])
+    theirs._freeze_rand_vec = False
+    theirs.seeded_rand_vec = True
+    theirs.model.cam_pos[2] = [0.75, 0.075, 0.7]
+    start_episode(theirs, 3)
+    theirs.step(np.array([0.5, 0.2, -0.3, 1]))
+    assert (task.picture("corner2") == np.flip(theirs.render(), (0, 1))).all()
+    theirs.close()
+    simulation.close()
+
+
 def make_sphere(rings: int) -> np.ndarray:
     """(N, 3) points on a sphere of 10 cm."""
     polar, around = np.meshgrid(np.linspace(0, np.pi, rings), np.linspace(0, 2 * np.pi, rings, endpoint=False))

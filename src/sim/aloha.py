@@ -2,7 +2,7 @@
 
 Scenes, physics, start positions, state, actions (14 joint positions) and success are those of the package gym-aloha, which
 LeRobot's type `aloha` runs, to the bit; task texts are those of LeRobot's datasets of these tasks. What differs: only the
-cameras that are asked for are rendered, at any size, and without shadows, antialiasing and the finest details of the arms'
+cameras that are asked for are rendered, at any size, and without shadows, reflections and the finest details of the arms'
 meshes (look=lerobot image_size=480 image_width=640 renders what LeRobot's type shows): 3 ms of a CPU for a step with one picture of
 128x128, where gym-aloha takes 230. There is a scripted expert.
 """
@@ -195,7 +195,7 @@ class ArmatureAloha(ScriptedConfig):
             separated by commas.
         image_size: height of their images.
         image_width: 0 for square ones, which show the middle of what wider ones show.
-        look: plain, or lerobot (shadows, antialiasing, whole meshes: what LeRobot's own type shows).
+        look: plain, or lerobot (shadows, whole meshes: what LeRobot's own type shows).
     """
 
     task_class: ClassVar = AlohaTask

@@ -2,7 +2,7 @@
 
 Scene, viewpoint, image orientation, state (gripper x, y, z, opening), actions and task texts are those of LeRobot's own type
 (lerobot/envs/metaworld.py). What differs: the camera keeps its name (observation.images.corner2), images have any size
-and no shadows, reflections or antialiasing (look="lerobot" renders them), the first observation of an episode shows that
+and no shadows or reflections (look="lerobot" renders LeRobot's pictures), the first observation of an episode shows that
 episode, and episodes end after a number of steps.
 """
 
@@ -15,28 +15,26 @@ from lerobot.configs import PolicyFeature
 from lerobot.envs import EnvConfig
 
 from errors import UserError, nearest
+from sim.rendering import Renderer
 from sim.scripted import ScriptedConfig, ScriptedTask
 
 LONGEST = 500  # steps after which Meta-World itself ends an episode
 
 
-def make_task(task: str, camera: str, image_size: int, look: str):
-    """Meta-World's environment of a task, set up to render.
-
-    Use one per process: with EGL, closing one blacks out the others.
+def make_task(task: str, camera: str):
+    """Meta-World's environment of a task.
 
     Raises:
         UserError: there is no such task or camera.
     """
     import metaworld
-    import mujoco
 
     tasks = metaworld.ALL_V3_ENVIRONMENTS
     if task not in tasks:
         raise UserError(f"Meta-World has no task {task!r}{nearest(task, tasks) or '.'} Pass one like drawer-open-v3")
     benchmark = metaworld.MT1(task, seed=42)
     make = benchmark.train_classes[task]
-    env = make(render_mode="rgb_array", camera_name=camera, width=image_size, height=image_size)
+    env = make()
     cameras = [env.model.camera(i).name for i in range(env.model.ncam)]
     if camera not in cameras:
         close = nearest(camera, cameras) or "."
@@ -47,15 +45,6 @@ def make_task(task: str, camera: str, image_size: int, look: str):
     env.seeded_rand_vec = True
     if camera == "corner2":
         env.model.cam_pos[2] = [0.75, 0.075, 0.7]  # LeRobot's viewpoint, closer than Meta-World's
-    if look == "plain":
-        # The first render allocates the buffers by these settings; the scene, with its flags, exists only after it.
-        env.model.vis.quality.offsamples = 0
-        env.model.vis.quality.shadowsize = 0
-        env.model.mat_reflectance[:] = 0
-        env.render()
-        flags = env.mujoco_renderer.viewer.scn.flags
-        flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-        flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
     return env
 
 
@@ -69,20 +58,6 @@ def start_episode(env, seed: int) -> np.ndarray:
     return env._get_obs()
 
 
-def render_upright(env, camera: str) -> np.ndarray:
-    """(H, W, 3) uint8.
-
-    Raises:
-        UserError: the renderer gives black images.
-    """
-    image = env.render()
-    if image.mean() < 1:
-        raise UserError("the renderer gives black images. Set MUJOCO_GL=osmesa and try again")
-    if camera == "corner2":  # this camera is mounted upside down
-        image = np.flip(image, (0, 1))
-    return image.copy()
-
-
 class MetaworldTask(ScriptedTask):
     """One task of Meta-World, (4,) actions in [-1, 1]."""
 
@@ -93,7 +68,9 @@ class MetaworldTask(ScriptedTask):
     def __init__(self, task: str, camera: str, image_size: int, look: str, max_steps: int):
         from lerobot.envs.metaworld import TASK_DESCRIPTIONS, TASK_POLICY_MAPPING
 
-        self.env = make_task(task, camera, image_size, look)
+        self.env = make_task(task, camera)
+        half_a_pixel = 0.5 / image_size  # the scene is about a metre high
+        self.renderer = Renderer(self.env.model, image_size, look, detail=half_a_pixel)
         self.make_expert = TASK_POLICY_MAPPING[task]
         super().__init__(
             task=task,
@@ -119,12 +96,16 @@ class MetaworldTask(ScriptedTask):
         return self.raw[:4].copy()
 
     def picture(self, camera: str) -> np.ndarray:
-        return render_upright(self.env, camera)
+        image = self.renderer.picture(self.env.data, camera)
+        if camera == "corner2":  # this camera is mounted upside down
+            image = np.flip(image, (0, 1))
+        return image.copy()
 
     def expert_action(self) -> np.ndarray:
         return np.clip(self.expert.get_action(self.raw), -1, 1).astype(np.float32)
 
     def close(self):
+        self.renderer.close()
         self.env.close()
 
 

@@ -46,8 +46,9 @@ class Mount:
 class Renderer:
     """Pictures of a model. Keep one per process: with EGL, closing one blacks out the others.
 
-    The plain look leaves out what costs a CPU most: shadows, reflections, antialiasing, and the details of meshes that
-    are smaller than `detail`. Physics does not change: only a copy of the model is drawn.
+    The plain look leaves out what costs a CPU most: shadows, reflections, and details of meshes that are smaller than
+    `detail`. It draws at twice the size and averages, which a CPU does sooner than the graphics library's antialiasing.
+    Physics does not change: only a copy of the model is drawn.
 
     Args:
         model: a mujoco.MjModel.
@@ -61,19 +62,22 @@ class Renderer:
         import mujoco
 
         model = copy.copy(model)
+        self.is_plain = look == "plain"
         width = width or size
-        model.vis.global_.offwidth = max(width, model.vis.global_.offwidth)
-        model.vis.global_.offheight = max(size, model.vis.global_.offheight)
-        if look == "plain":
+        if self.is_plain:
+            size = 2 * size
+            width = 2 * width
             # The renderer allocates its buffers and uploads the meshes by these.
             model.vis.quality.offsamples = 0
             model.vis.quality.shadowsize = 0
             model.mat_reflectance[:] = 0
             if detail:
                 coarsen_meshes(model, detail)
+        model.vis.global_.offwidth = max(width, model.vis.global_.offwidth)
+        model.vis.global_.offheight = max(size, model.vis.global_.offheight)
         self.model = model
         self.renderer = mujoco.Renderer(model, size, width)
-        if look == "plain":
+        if self.is_plain:
             self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
 
@@ -93,7 +97,7 @@ class Renderer:
         image = self.renderer.render()
         if image.mean() < 1:
             raise UserError("the renderer gives black images. Set MUJOCO_GL=osmesa and try again")
-        return image
+        return halved(image) if self.is_plain else image
 
     def _look_from(self, data, mount: Mount) -> None:
         body = data.body(mount.body)
@@ -109,6 +113,12 @@ class Renderer:
 
     def close(self) -> None:
         self.renderer.close()
+
+
+def halved(image: np.ndarray) -> np.ndarray:
+    """An image (2 H, 2 W, 3) uint8 at half the size: each pixel is the mean of four."""
+    rows = image[0::2].astype(np.uint16) + image[1::2]  # (H, 2 W, 3)
+    return ((rows[:, 0::2] + rows[:, 1::2] + 2) // 4).astype(np.uint8)
 
 
 def coarsen_meshes(model, cell: float) -> None:
