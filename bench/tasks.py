@@ -20,7 +20,7 @@ success. What differs:
 
 * Demonstrations are recorded here, by Meta-World's scripted experts, with noise on the executed actions and a few frames after the
   success. LeRobot's, in lerobot/metaworld_mt50, end at the success; we do not know whether theirs had noise. Evo-1 has its own.
-* Pictures have 128x128 pixels, without shadows, in place of 480x480 (LeRobot) or 448x448 (Evo-1, cropped, and
+* Pictures have 128x128 pixels, without shadows and reflections, in place of 480x480 (LeRobot) or 448x448 (Evo-1, cropped, and
   from the camera's original place, which LeRobot changes).
 * The state is LeRobot's: the hand's position and the gripper. Evo-1's evaluation also gives its policy the first object's position.
 * An episode fails after 500 steps, as in LeRobot's environment; after 400 in Evo-1's. We do not know SmolVLA's limit. Trials have

@@ -241,18 +241,19 @@ def test_plain_renderer_shows_moves_of_less_than_a_pixel(renderer):
     plain.close()
 
 
-def test_metaworld_in_lerobots_look_is_what_metaworld_renders(renderer):
+@pytest.mark.parametrize("name", ["push-v3", "door-open-v3"])  # a reset moves a thing, or a body of the scene
+def test_metaworld_in_lerobots_look_is_what_metaworld_renders(name, renderer):
     need("metaworld")
     import metaworld
 
     from sim.metaworld import start_episode
 
-    simulation = open_simulation("metaworld", "push-v3", ["image_size=64", "look=lerobot"])
+    simulation = open_simulation("metaworld", name, ["image_size=64", "look=lerobot"])
     task = simulation.env.envs[0]
     task.reset(seed=3)
     task.step(np.array([0.5, 0.2, -0.3, 1], np.float32))
-    benchmark = metaworld.MT1("push-v3", seed=42)
-    theirs = benchmark.train_classes["push-v3"](render_mode="rgb_array", camera_name="corner2", width=64, height=64)
+    benchmark = metaworld.MT1(name, seed=42)
+    theirs = benchmark.train_classes[name](render_mode="rgb_array", camera_name="corner2", width=64, height=64)
     theirs.set_task(benchmark.train_tasks[0])
     theirs._freeze_rand_vec = False
     theirs.seeded_rand_vec = True

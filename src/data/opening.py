@@ -43,6 +43,7 @@ def open_source(
     quiet: bool = False,
     val_episodes: str | None = None,
     action: str = "action",
+    copy_tables: bool = False,
 ) -> Source:
     """Open a folder or a Hub dataset (downloaded first) and check it.
 
@@ -52,11 +53,12 @@ def open_source(
         revision: branch, tag or commit of a Hub dataset.
         episodes: which episodes, such as "0:40,45"; None for all.
         observations: names or patterns of the cameras and states to read; None for all.
-        cache_dir: where the times of the videos' frames are remembered, and copies of large tables; None for the user's cache.
+        cache_dir: where the times of the videos' frames are remembered, and copies of tables; None for the user's cache.
         flag: the flag that `episodes` comes from, for messages.
         quiet: no progress bar.
         val_episodes: more episodes to open, by the flag --val_episodes.
         action: name of the feature that is read as `action`, if the dataset has it.
+        copy_tables: copy large tables with pictures to the cache, so that they are not held in memory.
 
     Returns:
         The open dataset. `Source.problems` lists what is wrong with it, and `Source.require` raises if anything is.
@@ -86,7 +88,7 @@ def open_source(
 
     # The table of the episodes that are whole, one row a frame.
     problems = set_tasks(meta)
-    table = read_tables(meta, selected, lengths, cache_dir, quiet)
+    table = read_tables(meta, selected, lengths, copy_tables=copy_tables, cache_dir=cache_dir, quiet=quiet)
     source = Source(
         name=dataset_id,
         meta=meta,

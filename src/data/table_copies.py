@@ -1,13 +1,14 @@
-"""Tables with pictures, copied once to the cache in a format that is read where it is touched.
+"""Tables with pictures, copied once to the cache in Arrow's IPC format, so that rows are read from the disk on access.
 
-A row of a Parquet file is read by unpacking a large part of the file, so that pictures in it would have to be held in memory for
-the whole run, in each process. A copy in Arrow's own format is mapped into memory instead: the system reads what is touched,
-drops it when it needs the room, and shares it between processes.
+Reading one row of a Parquet file decodes a whole row group. Without a copy, each process of a run would hold all pictures in
+memory. A copy is mapped into memory instead: the system reads what is used, shares it between processes, and drops it when it
+needs the room.
 
 The copies of a dataset are a folder of the cache:
 
-    <hash of a file's name>.arrow   all rows of that file; its schema says of which file, by size and date
-    about.json                      what it holds, for people
+    about.json                             what it holds, for people
+    <hash of a Parquet file's name>.arrow  all rows of that file; the schema's metadata record the file's path, size and
+                                           modification time, and the number of rows
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,109 +27,136 @@ from data.frame_times import file_identity
 from data.frames import SPARE, store_folder
 from runtime import progress_interval
 
-LARGE = 64 * 2**20  # bytes of Parquet from which a dataset's tables are copied
-BATCH = 16 * 2**20  # bytes that are in memory at once while a file is copied
-IDENTITY = b"armature.source"  # in the schema of a copy
+LARGE = 64 * 2**20  # datasets with at least this many bytes of Parquet are copied
+MOST_FILES = 10_000  # each is a mapping, of which a process may have some ten thousands
+BATCH = 16 * 2**20  # bytes of rows that are copied at once
+SOURCE = b"armature.source"  # in the metadata of a copy's schema
+ROWS = b"armature.rows"
 
 
-class TableCopies:
-    """The copies of a dataset's table files.
+@dataclass
+class MappedTables:
+    """The tables of Parquet files, mapped from their copies.
+
+    Attributes:
+        tables: {file: all its rows}, without files that could not be copied.
+        reason: why pictures are held in memory, if the cache cannot take them.
+    """
+
+    tables: dict[Path, pa.Table]
+    reason: str | None = None
+
+
+def open_or_copy(meta, files: list[Path], cache_dir: str | Path | None, quiet: bool) -> MappedTables:
+    """Map the copies of Parquet files, and write those that are missing.
+
+    A file that cannot be read is left out: whoever reads it next reports it.
 
     Args:
         meta: LeRobot's metadata.
         cache_dir: where stores are kept; None for the user's cache.
         quiet: no progress bar.
-
-    Attributes:
-        warnings: why files are held in memory, a line.
     """
+    digest = hashlib.sha256(str(meta.root.resolve()).encode()).hexdigest()
+    readable = f"{meta.repo_id[:50]}-tables".replace("/", "--")
+    folder = store_folder(cache_dir) / f"{readable}-{digest[:16]}"
+    mapped = MappedTables(read_copies(meta, files, folder))
+    missing = [file for file in files if file not in mapped.tables]
+    if not missing:
+        return mapped
+    size = sum(file.stat().st_size for file in missing)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        # The rest is for the decoded frames, of which there are more bytes.
+        if size > (free - SPARE) / 4:
+            needed = f"{size / 1e9:.1f} GB of pictures are more than a quarter of the {free / 1e9:.1f} GB that are free"
+            return MappedTables(mapped.tables, f"{needed} in {folder}")
+        write_copies(meta, missing, folder, quiet)
+    except OSError as error:
+        return MappedTables(mapped.tables, f"{folder}: {arrow_reason(error)}")
+    return MappedTables(mapped.tables | read_copies(meta, missing, folder))
 
-    def __init__(self, meta, cache_dir: str | Path | None, quiet: bool):
-        digest = hashlib.sha256(str(meta.root.resolve()).encode()).hexdigest()
-        readable = f"{meta.repo_id[:50]}-tables".replace("/", "--")
-        self.meta = meta
-        self.folder = store_folder(cache_dir) / f"{readable}-{digest[:16]}"
-        self.quiet = quiet
-        self.warnings: list[str] = []
 
-    def open(self, file: Path) -> pa.Table | None:
-        """All rows of a Parquet file, mapped from its copy, which is written if it is not there.
+def write_copies(meta, files: list[Path], folder: Path, quiet: bool) -> None:
+    """Copy Parquet files, or wait for another process that does.
 
-        Returns None if the disk has no room for it.
+    Raises:
+        OSError: the disk refuses.
+    """
+    from filelock import FileLock
+    from tqdm.auto import tqdm
 
-        Raises:
-            pa.ArrowInvalid: the file is damaged.
-        """
-        from filelock import FileLock
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        folder.mkdir(exist_ok=True)
+        about = {"dataset": meta.repo_id, "camera": ", ".join(meta.image_keys)}
+        about |= {"frames": meta.total_frames, "shape": ["PNG/JPEG"]}
+        (folder / "about.json").write_text(json.dumps(about))  # first: `runs.py cache prune` knows the folder by it
+        bar = tqdm(files, "copying tables", unit="file", disable=quiet, mininterval=progress_interval())
+        for file in bar:
+            copy_path = folder / copy_name(meta, file)
+            if read_copy(copy_path, file) is not None:  # another process has written it meanwhile
+                continue
+            unfinished = copy_path.with_suffix(".part")
+            try:
+                write_copy(file, unfinished)
+                os.replace(unfinished, copy_path)
+            except pa.ArrowException:
+                continue  # damaged, or of a kind that cannot be read in batches
+            except OSError as error:
+                if error.errno is not None:
+                    raise
+                # Arrow's own, which has no number: the Parquet file is damaged.
+            finally:
+                unfinished.unlink(missing_ok=True)
+                pa.default_memory_pool().release_unused()
 
-        name = hashlib.sha256(str(file.relative_to(self.meta.root)).encode()).hexdigest()[:16]
-        copy = self.folder / f"{name}.arrow"
-        identity = json.dumps(file_identity(file))
-        table = read_copy(copy, identity)
-        if table is not None:
-            with contextlib.suppress(OSError):  # the cache may be read-only, or another user's
-                os.utime(self.folder)  # when it was last used, for `runs.py cache prune`
-            return table
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder.with_name(f".{self.folder.name}.lock")):
-                if read_copy(copy, identity) is None:  # no other process has written it meanwhile
-                    self._write(file, copy, identity)
-        except OSError as error:
-            self.warnings = [f"pictures in its table are held in memory: {self.folder}: {arrow_reason(error)}"]
-            return None
-        return read_copy(copy, identity)
 
-    def _write(self, file: Path, copy: Path, identity: str) -> None:
-        from tqdm.auto import tqdm
-
-        parquet = pq.ParquetFile(file, pre_buffer=False)
+def write_copy(file: Path, output: Path) -> None:
+    """Copy a Parquet file. In memory at once are a batch and what it was decoded from: a part of a row group."""
+    with pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as parquet:
         num_rows = parquet.metadata.num_rows
-        size = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.metadata.num_row_groups))
-        check_room(self.folder, size)
-        batch_rows = max(1, BATCH * num_rows // max(1, size))
-        schema = parquet.schema_arrow.with_metadata({IDENTITY: identity.encode()})
-        unfinished = copy.with_suffix(".part")
-        bar = tqdm(
-            desc=f"copying {file.name}",
-            total=num_rows,
-            unit="row",
-            disable=self.quiet,
-            mininterval=progress_interval(),
-        )
-        try:
-            with bar, pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        batch_rows = max(1, BATCH * num_rows // max(1, file.stat().st_size))
+        schema = parquet.schema_arrow.with_metadata({SOURCE: identity_of(file), ROWS: str(num_rows).encode()})
+        with open(output, "wb") as sink:
+            # A stream, since dictionaries may differ from batch to batch, which Arrow's file format does not allow.
+            with pa.ipc.new_stream(sink, schema) as writer:
                 for batch in parquet.iter_batches(batch_rows, use_threads=False):
                     writer.write_batch(batch.replace_schema_metadata(schema.metadata))
-                    bar.update(batch.num_rows)
-            os.replace(unfinished, copy)
-        finally:
-            unfinished.unlink(missing_ok=True)
-            pa.default_memory_pool().release_unused()
-        about = {
-            "dataset": self.meta.repo_id,
-            "camera": ", ".join(self.meta.image_keys),
-            "frames": self.meta.total_frames,
-            "shape": ["PNG/JPEG"],
-        }
-        (self.folder / "about.json").write_text(json.dumps(about))
+            sink.flush()
+            os.fsync(sink.fileno())  # before it is renamed, so that a power cut cannot leave half a copy
 
 
-def read_copy(copy: Path, identity: str) -> pa.Table | None:
-    """The rows of a copy; None if it is not there, not whole, or of another file."""
+def read_copies(meta, files: list[Path], folder: Path) -> dict[Path, pa.Table]:
+    """The tables of those files that have a copy."""
+    tables = {}
+    for file in files:
+        table = read_copy(folder / copy_name(meta, file), file)
+        if table is not None:
+            tables[file] = table
+    if tables:
+        with contextlib.suppress(OSError):  # the cache may be read-only, or another user's
+            os.utime(folder)  # when it was last used, for `runs.py cache prune`
+    return tables
+
+
+def read_copy(copy_path: Path, file: Path) -> pa.Table | None:
+    """The rows of a copy; None if it is not there, not whole, or of another state of the file."""
     try:
-        with pa.ipc.open_stream(pa.memory_map(str(copy))) as stream:
-            recorded = (stream.schema.metadata or {}).get(IDENTITY)
-            return stream.read_all() if recorded == identity.encode() else None
+        with pa.memory_map(str(copy_path)) as mapping, pa.ipc.open_stream(mapping) as stream:
+            metadata = stream.schema.metadata or {}
+            if metadata.get(SOURCE) != identity_of(file):
+                return None
+            table = stream.read_all()
     except (OSError, pa.ArrowInvalid):
         return None
+    is_whole = metadata.get(ROWS) == str(table.num_rows).encode()
+    return table if is_whole else None
 
 
-def check_room(folder: Path, size: int) -> None:
-    """Raise an OSError if the disk of `folder` has no room for `size` more bytes."""
-    disk = shutil.disk_usage(folder)
-    spare = max(SPARE, disk.total // 10)
-    if size > disk.free - spare:
-        raise OSError(
-            f"no room for {size / 1e9:.1f} GB, {disk.free / 1e9:.1f} GB free, {spare / 1e9:.1f} GB of them kept free"
-        )
+def copy_name(meta, file: Path) -> str:
+    return f"{hashlib.sha256(str(file.relative_to(meta.root)).encode()).hexdigest()[:16]}.arrow"
+
+
+def identity_of(file: Path) -> bytes:
+    return json.dumps(file_identity(file)).encode()

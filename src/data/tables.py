@@ -26,7 +26,7 @@ from data.files import (
     without_numbers,
 )
 from data.source import episode_spans
-from data.table_copies import LARGE, TableCopies
+from data.table_copies import LARGE, MOST_FILES, MappedTables, open_or_copy
 from errors import UserError, one_line, plural
 
 
@@ -54,7 +54,13 @@ class EpisodeTable:
 
 
 def read_tables(
-    meta, selected: list[int], lengths: dict[int, int], cache_dir: str | None = None, quiet: bool = True
+    meta,
+    selected: list[int],
+    lengths: dict[int, int],
+    *,
+    copy_tables: bool,
+    cache_dir: str | None,
+    quiet: bool,
 ) -> EpisodeTable:
     """Read the files that hold the selected episodes.
 
@@ -62,7 +68,8 @@ def read_tables(
         meta: LeRobot's metadata.
         selected: episode indices, ascending.
         lengths: number of rows of every described episode.
-        cache_dir: where large tables with pictures are copied to; None for the user's cache.
+        copy_tables: copy large tables with pictures to the cache, so that they are not held in memory.
+        cache_dir: where the cache is; None for the user's.
         quiet: no progress bar.
 
     Raises:
@@ -79,10 +86,12 @@ def read_tables(
         if any(path.is_file() for path in paths.values()):  # a folder of another kind may hold older copies
             places = {without_numbers(path) for path in paths.values()}
             present = [path for path in present if without_numbers(path) in places]
-    copies = None
-    if meta.image_keys and sum(path.stat().st_size for path in files if path.is_file()) >= LARGE:
-        copies = TableCopies(meta, cache_dir, quiet)
-    tables, faults = read_files(files, None if len(selected) == len(lengths) else selected, copies)
+    mapped = MappedTables({})
+    if copy_tables and paths is not None and meta.image_keys:
+        there = [path for path in files if path.is_file() and not is_lfs_pointer(path)]
+        if len(there) <= MOST_FILES and sum(path.stat().st_size for path in there) >= LARGE:
+            mapped = open_or_copy(meta, there, cache_dir, quiet)
+    tables, faults = read_files(files, None if len(selected) == len(lengths) else selected, mapped.tables)
     counts = {path: count_rows(path, table) for path, table in tables.items()}
 
     # An episode is read from its own file; if its rows are not all in there, from every file that has some.
@@ -91,7 +100,7 @@ def read_tables(
         spread = [episode for episode in selected if counts.get(paths[episode], {}).get(episode, 0) != lengths[episode]]
     others = sorted(set(present) - set(files))
     if spread and others:
-        more, _ = read_files(others, spread, copies)
+        more, _ = read_files(others, spread, {})
         tables |= more
         counts |= {path: count_rows(path, table) for path, table in more.items()}
     totals = Counter()
@@ -110,7 +119,11 @@ def read_tables(
     if not counts and not faults:
         raise UserError(f"dataset {meta.root} has no readable table: data/*/*.parquet is missing")
     problems = table_lines(meta, lacking, totals, lengths, faults, paths)
-    warnings = [] if copies is None else copies.warnings
+    warnings = []
+    if mapped.reason is not None:
+        warnings.append(
+            f"the pictures in its table are held in memory: {mapped.reason}. Free some space, or pass another --cache_dir"
+        )
     undescribed = set(totals).difference(lengths)
     if undescribed:
         warnings.append(
@@ -136,12 +149,12 @@ def read_tables(
 
 
 def read_files(
-    files: list[Path], episodes: list[int] | None, copies: TableCopies | None
+    files: list[Path], episodes: list[int] | None, mapped: dict[Path, pa.Table]
 ) -> tuple[dict[Path, pa.Table], dict[Path, str]]:
     """The rows of `episodes` (None for all) in each file, and why files cannot be read.
 
     Args:
-        copies: where the rows are read from, if they are not to be held in memory.
+        mapped: tables of files that need not be read.
 
     Raises:
         UserError: a file does not say which episode its rows belong to.
@@ -158,11 +171,12 @@ def read_files(
             try:
                 dataset = pa.dataset.dataset(file, format="parquet")
                 check_episode_index(file, dataset.schema)
-                copy = copies and copies.open(file)
-                if copy is None:
+                if file not in mapped:
                     tables[file] = dataset.to_table(filter=selected)
+                elif episodes is None:
+                    tables[file] = mapped[file]
                 else:
-                    tables[file] = copy if episodes is None else rows_of(copy, episodes)
+                    tables[file] = rows_of(mapped[file], episodes)
             except (pa.ArrowInvalid, OSError) as error:
                 faults[file] = f"cannot be read: {arrow_reason(error)}"
     return tables, faults
@@ -171,7 +185,9 @@ def read_files(
 def rows_of(table: pa.Table, episodes: Collection[int]) -> pa.Table:
     """The rows of `episodes`, as slices of the table: a filter would copy all pictures."""
     wanted = np.isin(table["episode_index"].to_numpy(), list(episodes))
-    edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False))  # where a slice begins, and ends
+    edges = np.flatnonzero(
+        np.diff(wanted, prepend=False, append=False)
+    )  # first row of each slice, and the row after its last
     slices = [table.slice(first, end - first) for first, end in edges.reshape(-1, 2).tolist()]
     return pa.concat_tables(slices) if slices else table.slice(0, 0)
 

@@ -195,7 +195,7 @@ class ArmatureAloha(ScriptedConfig):
             separated by commas.
         image_size: height of their images.
         image_width: 0 for square ones, which show the middle of what wider ones show.
-        look: plain, or lerobot (shadows, whole meshes: what LeRobot's own type shows).
+        look: plain, or lerobot (shadows, reflections, whole meshes: what LeRobot's own type shows).
     """
 
     task_class: ClassVar = AlohaTask

@@ -1,9 +1,9 @@
 """Meta-World's tasks as a LeRobot environment type, `armature_metaworld`, that renders fast at any size.
 
 Scene, viewpoint, image orientation, state (gripper x, y, z, opening), actions and task texts are those of LeRobot's own type
-(lerobot/envs/metaworld.py). What differs: the camera keeps its name (observation.images.corner2), images have any size
-and no shadows or reflections (look="lerobot" renders LeRobot's pictures), the first observation of an episode shows that
-episode, and episodes end after a number of steps.
+(lerobot/envs/metaworld.py). What differs: the camera keeps its name (observation.images.corner2), images have any size,
+no shadows or reflections, and meshes without their finest details (look="lerobot" renders LeRobot's pictures), the first
+observation of an episode shows that episode, and episodes end after a number of steps.
 """
 
 from dataclasses import dataclass, field

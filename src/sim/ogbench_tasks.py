@@ -180,7 +180,7 @@ class ArmatureOgbench(ScriptedConfig):
         episode_length: steps after which an episode has failed.
         cameras: front and wrist, or one of them, separated by a comma.
         image_size: width and height of their images.
-        look: plain, or full (shadows, whole meshes).
+        look: plain, or full (shadows, reflections, whole meshes).
     """
 
     task_class: ClassVar = OgbenchTask

@@ -47,7 +47,7 @@ class Renderer:
     """Pictures of a model. Keep one per process: with EGL, closing one blacks out the others.
 
     The plain look leaves out what costs a CPU most: shadows, reflections, and details of meshes that are smaller than
-    `detail`. It draws at twice the size and averages, which a CPU does sooner than the graphics library's antialiasing.
+    `detail`. It draws at twice the size and averages, which is faster on a CPU than the graphics library's antialiasing.
     Physics does not change: only a copy of the model is drawn.
 
     Args:
@@ -97,7 +97,9 @@ class Renderer:
         image = self.renderer.render()
         if image.mean() < 1:
             raise UserError("the renderer gives black images. Set MUJOCO_GL=osmesa and try again")
-        return halved(image) if self.is_plain else image
+        if self.is_plain:
+            image = halved(image)
+        return image
 
     def _look_from(self, data, mount: Mount) -> None:
         body = data.body(mount.body)

@@ -156,7 +156,7 @@ class ArmatureSo101(ScriptedConfig):
         episode_length: steps after which an episode has failed.
         cameras: front, desk, top and wrist, or some of them, separated by commas.
         image_size: width and height of their images.
-        look: plain, or full (shadows, whole meshes).
+        look: plain, or full (shadows, reflections, whole meshes).
         control: joints (target angles, as a real arm takes them) or tip (the package's own moves of the gripper).
     """
 

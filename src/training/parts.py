@@ -82,6 +82,7 @@ def build_source(config: TrainConfig) -> Source:
             quiet=config.quiet,
             val_episodes=config.val_episodes,
             action=name_before(rename, "action"),
+            copy_tables=True,
         )
         sources.append(source)
     rename_apart(sources, rename)
