@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -47,14 +48,20 @@ def as_nobody():
         os.seteuid(0)
 
 
+def let_everybody_enter(tmp_path: Path) -> None:
+    """Open a test's folder and pytest's own around it, of which several processes have one more."""
+    for folder in [tmp_path, *tmp_path.parents]:
+        if folder == Path(tempfile.gettempdir()):
+            break
+        folder.chmod(0o755)
+
+
 @pytest.fixture
 def closed(tmp_path):
     """A folder that may not be entered."""
     folder = tmp_path / "closed"
     (folder / "inside").mkdir(parents=True)
-    tmp_path.parent.chmod(0o755)
-    tmp_path.parent.parent.chmod(0o755)
-    tmp_path.chmod(0o755)
+    let_everybody_enter(tmp_path)
     folder.chmod(0o600)
     yield folder
     folder.chmod(0o700)
@@ -195,9 +202,7 @@ def test_a_home_is_expanded_for_every_command(policy, monkeypatch, capsys):
 
 def test_a_checkpoint_that_may_not_be_entered_is_no_traceback(policy, tmp_path, capsys):
     run = Path(shutil.copytree(policy, tmp_path / "run"))
-    tmp_path.parent.chmod(0o755)
-    tmp_path.parent.parent.chmod(0o755)
-    tmp_path.chmod(0o755)
+    let_everybody_enter(tmp_path)
     (run / "checkpoint-1").chmod(0o600)
     run.chmod(0o755)
     with as_nobody():

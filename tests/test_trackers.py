@@ -71,7 +71,7 @@ def test_trackers_get_the_steps_that_minutes_have_fixed(settings, tmp_path, monk
     assert f"    steps: {result.steps}\n" in config.tensor_proto.string_val[0].decode()
 
 
-def test_wandb_continues_the_same_run(settings, tmp_path, monkeypatch):
+def test_wandb_continues_the_same_run(settings, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     train(**settings, tracker="wandb")
@@ -79,8 +79,10 @@ def test_wandb_continues_the_same_run(settings, tmp_path, monkeypatch):
     train(**{**settings, "steps": 6}, resume_from_checkpoint="latest")
     again = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
     assert again["tracker_run_id"] == state["tracker_run_id"]
-    runs = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
-    assert {path.name.rpartition("-")[2] for path in runs} == {state["tracker_run_id"]}
+    runs = list((tmp_path / "run" / "wandb").glob("offline-run-*"))  # offline-run-<time>-<id>, and -1 for a second one
+    assert {path.name.split("-")[3] for path in runs} == {state["tracker_run_id"]}
+    assert "failed" not in "".join(capsys.readouterr())
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/*.png"))
 
 
 def test_trackio_gets_numbers_under_one_name(monkeypatch, tmp_path):

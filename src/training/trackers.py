@@ -119,7 +119,7 @@ class Wandb(Tracker):
     def picture(self, name: str, figure, step: int) -> None:
         import wandb
 
-        self.log({name: wandb.Image(figure)}, step)
+        self.log({name: wandb.Image(pixels_of(figure))}, step)
 
     def close(self) -> None:
         self.run.finish()
