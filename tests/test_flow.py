@@ -119,6 +119,8 @@ def test_learns_two_ways_of_doing_a_thing(monkeypatch):
     for head in ("flow", "regression"):
         policy = tiny_flow(f"head={head}", cameras=0, actions=1)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+        # As in a run, the rate ends at 0: with a constant one, the share of each way depends on the last few steps.
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=120)
         actions = torch.where(torch.arange(32)[:, None, None] % 2 == 0, 1.0, -1.0).expand(-1, 6, 1)
         batch = {"observation.state": torch.ones(32, 3), "action": actions}
         batch["action_is_pad"] = torch.zeros(32, 6, dtype=torch.bool)
@@ -127,6 +129,7 @@ def test_learns_two_ways_of_doing_a_thing(monkeypatch):
             policy.train()
             policy.forward(batch)[0].backward()
             optimizer.step()
+            scheduler.step()
         state = torch.ones(128, 3)
         ends[head] = policy.predict_action_chunk({"observation.state": state})[:, 0, 0]
         if head == "flow":
