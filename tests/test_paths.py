@@ -49,7 +49,7 @@ def as_nobody():
 
 
 def let_everybody_enter(tmp_path: Path) -> None:
-    """Open a test's folder and pytest's own around it, of which several processes have one more."""
+    """Let every user enter a test's folder, and pytest's folders above it."""
     for folder in [tmp_path, *tmp_path.parents]:
         if folder == Path(tempfile.gettempdir()):
             break

@@ -3,6 +3,7 @@
 import gc
 import os
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -26,8 +27,7 @@ TOP = "observation.images.top"
 @pytest.fixture
 def copied(monkeypatch):
     """Copy tables however small they are."""
-    monkeypatch.setattr(tables, "LARGE", 1)
-    monkeypatch.setattr(table_copies, "SPARE", 0)
+    monkeypatch.setattr(table_copies, "LARGE", 1)
     monkeypatch.setattr(table_copies, "BATCH", 4000)  # a few rows
 
 
@@ -40,6 +40,11 @@ def pixels(source) -> torch.Tensor:
     read = frames.read(TOP, torch.arange(source.rows))
     frames.close()
     return read
+
+
+def metadata_of(root):
+    """What the copies need of LeRobot's metadata."""
+    return SimpleNamespace(root=root, repo_id="test/made", image_keys=["picture"], total_frames=40)
 
 
 def copies(folder):
@@ -55,8 +60,7 @@ def test_values_are_those_of_the_table(made, tmp_path, monkeypatch, episodes):
     root = made("images")
     held = open_copied(root, tmp_path / "held", episodes=episodes)  # too small to copy
     assert copies(tmp_path / "held") == []
-    monkeypatch.setattr(tables, "LARGE", 1)
-    monkeypatch.setattr(table_copies, "SPARE", 0)
+    monkeypatch.setattr(table_copies, "LARGE", 1)
     for _ in range(2):  # copied, and read from the copy
         mapped = open_copied(root, tmp_path, episodes=episodes)
         assert len(copies(tmp_path)) == 1
@@ -74,16 +78,10 @@ def test_pictures_take_no_memory(copied, tmp_path):
     file = tmp_path / "data" / "file.parquet"
     pq.write_table(table, file, row_group_size=10)
 
-    class Meta:
-        root = tmp_path
-        repo_id = "test/made"
-        image_keys = ("picture",)
-        total_frames = 40
-
     del table
     gc.collect()
     before = pa.total_allocated_bytes()
-    mapped = table_copies.open_or_copy(Meta, [file], tmp_path / "cache", quiet=True)
+    mapped = table_copies.open_or_copy(metadata_of(tmp_path), [file], tmp_path / "cache", quiet=True)
     rows = tables.rows_of(mapped.tables[file], [0])
     assert rows.nbytes > 40_000_000
     assert pa.total_allocated_bytes() - before < 4_000_000
@@ -146,13 +144,7 @@ def test_a_table_that_cannot_be_read_in_batches_is_read_whole(copied, tmp_path):
     file = tmp_path / "file.parquet"
     pq.write_table(pa.table({"episode_index": [0, 0, 1, 1], "picture": column}), file, row_group_size=2)
 
-    class Meta:
-        root = tmp_path
-        repo_id = "test/made"
-        image_keys = ("picture",)
-        total_frames = 4
-
-    mapped = table_copies.open_or_copy(Meta, [file], tmp_path / "cache", quiet=True)
+    mapped = table_copies.open_or_copy(metadata_of(tmp_path), [file], tmp_path / "cache", quiet=True)
     assert mapped.reason is None
     found, faults = tables.read_files([file], [1], mapped.tables)
     assert faults == {}
@@ -186,7 +178,8 @@ def test_without_room_pictures_stay_in_memory_and_it_says_so(copied, made, tmp_p
 
 def test_a_full_disk_while_copying_leaves_nothing(copied, made, mount, monkeypatch):
     folder = mount("size=12k")
-    monkeypatch.setattr(table_copies, "SPARE", -(10**9))  # as if it had been free when looked at
+    free = SimpleNamespace(free=10**9)  # when it is looked at
+    monkeypatch.setattr(table_copies, "shutil", SimpleNamespace(disk_usage=lambda path: free))
     source = open_copied(made("images"), folder)
     assert [line for line in source.warnings if "No space left on device. Free some space" in line]
     assert [path.name for path in folder.glob("*-tables-*/*")] == ["about.json"]
@@ -229,8 +222,7 @@ def test_a_run_resumed_with_its_tables_copied_is_the_same_run(made, tmp_path, mo
     settings = small(dataset_id=str(made("images")), steps=4, save_freq=2, image_size=[48, 48], frame_cache="off")
     settings["cache_dir"] = str(tmp_path / "cache")
     whole = train(**settings, output_dir=str(tmp_path / "whole")).checkpoint
-    monkeypatch.setattr(tables, "LARGE", 1)
-    monkeypatch.setattr(table_copies, "SPARE", 0)
+    monkeypatch.setattr(table_copies, "LARGE", 1)
     start = str(tmp_path / "whole" / "checkpoint-2")
     capsys.readouterr()
     resumed = train(**settings, output_dir=str(tmp_path / "resumed"), resume_from_checkpoint=start).checkpoint

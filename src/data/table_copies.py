@@ -22,13 +22,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.files import arrow_reason
+from data.files import arrow_reason, is_lfs_pointer
 from data.frame_times import file_identity
-from data.frames import SPARE, store_folder
+from data.frames import store_folder
 from runtime import progress_interval
 
-LARGE = 64 * 2**20  # datasets with at least this many bytes of Parquet are copied
-MOST_FILES = 10_000  # each is a mapping, of which a process may have some ten thousands
+LARGE = 64 * 2**20  # bytes of Parquet files; smaller tables stay in memory
+MOST_FILES = 10_000  # each copy is one memory mapping, and Linux allows a process 65,530
 BATCH = 16 * 2**20  # bytes of rows that are copied at once
 SOURCE = b"armature.source"  # in the metadata of a copy's schema
 ROWS = b"armature.rows"
@@ -50,13 +50,17 @@ class MappedTables:
 def open_or_copy(meta, files: list[Path], cache_dir: str | Path | None, quiet: bool) -> MappedTables:
     """Map the copies of Parquet files, and write those that are missing.
 
-    A file that cannot be read is left out: whoever reads it next reports it.
+    Small tables and tables without pictures are not copied. A file that cannot be read is left out: the caller reads it next,
+    and reports it.
 
     Args:
         meta: LeRobot's metadata.
         cache_dir: where stores are kept; None for the user's cache.
         quiet: no progress bar.
     """
+    files = [file for file in files if file.is_file() and not is_lfs_pointer(file)]
+    if not meta.image_keys or len(files) > MOST_FILES or sum(file.stat().st_size for file in files) < LARGE:
+        return MappedTables({})
     digest = hashlib.sha256(str(meta.root.resolve()).encode()).hexdigest()
     readable = f"{meta.repo_id[:50]}-tables".replace("/", "--")
     folder = store_folder(cache_dir) / f"{readable}-{digest[:16]}"
@@ -68,8 +72,8 @@ def open_or_copy(meta, files: list[Path], cache_dir: str | Path | None, quiet: b
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
-        # The rest is for the decoded frames, of which there are more bytes.
-        if size > (free - SPARE) / 4:
+        # Decoded frames are larger than encoded ones, and need the other three quarters.
+        if size > free / 4:
             needed = f"{size / 1e9:.1f} GB of pictures are more than a quarter of the {free / 1e9:.1f} GB that are free"
             return MappedTables(mapped.tables, f"{needed} in {folder}")
         write_copies(meta, missing, folder, quiet)
@@ -89,8 +93,12 @@ def write_copies(meta, files: list[Path], folder: Path, quiet: bool) -> None:
 
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         folder.mkdir(exist_ok=True)
-        about = {"dataset": meta.repo_id, "camera": ", ".join(meta.image_keys)}
-        about |= {"frames": meta.total_frames, "shape": ["PNG/JPEG"]}
+        about = {
+            "dataset": meta.repo_id,
+            "camera": ", ".join(meta.image_keys),
+            "frames": meta.total_frames,
+            "shape": ["PNG/JPEG"],
+        }
         (folder / "about.json").write_text(json.dumps(about))  # first: `runs.py cache prune` knows the folder by it
         bar = tqdm(files, "copying tables", unit="file", disable=quiet, mininterval=progress_interval())
         for file in bar:
@@ -101,12 +109,11 @@ def write_copies(meta, files: list[Path], folder: Path, quiet: bool) -> None:
             try:
                 write_copy(file, unfinished)
                 os.replace(unfinished, copy_path)
-            except pa.ArrowException:
-                continue  # damaged, or of a kind that cannot be read in batches
-            except OSError as error:
-                if error.errno is not None:
+            except (pa.ArrowException, OSError) as error:
+                is_of_disk = isinstance(error, OSError) and error.errno is not None
+                if is_of_disk:
                     raise
-                # Arrow's own, which has no number: the Parquet file is damaged.
+                # Otherwise the Parquet file is damaged, or has a column that Arrow cannot read in batches.
             finally:
                 unfinished.unlink(missing_ok=True)
                 pa.default_memory_pool().release_unused()

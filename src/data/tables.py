@@ -26,7 +26,7 @@ from data.files import (
     without_numbers,
 )
 from data.source import episode_spans
-from data.table_copies import LARGE, MOST_FILES, MappedTables, open_or_copy
+from data.table_copies import MappedTables, open_or_copy
 from errors import UserError, one_line, plural
 
 
@@ -87,10 +87,8 @@ def read_tables(
             places = {without_numbers(path) for path in paths.values()}
             present = [path for path in present if without_numbers(path) in places]
     mapped = MappedTables({})
-    if copy_tables and paths is not None and meta.image_keys:
-        there = [path for path in files if path.is_file() and not is_lfs_pointer(path)]
-        if len(there) <= MOST_FILES and sum(path.stat().st_size for path in there) >= LARGE:
-            mapped = open_or_copy(meta, there, cache_dir, quiet)
+    if copy_tables and paths is not None:
+        mapped = open_or_copy(meta, files, cache_dir, quiet)
     tables, faults = read_files(files, None if len(selected) == len(lengths) else selected, mapped.tables)
     counts = {path: count_rows(path, table) for path, table in tables.items()}
 
