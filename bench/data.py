@@ -10,8 +10,11 @@ Prints samples/s and memory of
     off            frames decoded at every use
     first epoch    the first epoch, which builds the frame store
     warm           frames read from the store
-and how warm compares with copying batches between memory that no cache holds and buffers that are used again. Memory is anonymous
-memory (without the page cache) above what the process had before; LeRobot's is that of its workers.
+    lossless       frames read from a store that is compressed without loss
+    compact        frames read from a store of JPEGs
+with the bytes of each store, and how warm compares with copying batches between memory that no cache holds and buffers that are
+used again. Memory is anonymous memory (without the page cache) above what the process had before; LeRobot's is that of its
+workers.
 """
 
 import contextlib
@@ -43,11 +46,12 @@ CHUNK = 100  # actions
 
 @dataclass
 class Speed:
-    """Samples a second of a loader, its peak memory in MB, and samples a second of its first epoch."""
+    """Samples a second of a loader, its peak memory in MB, samples a second of its first epoch, and bytes of its store."""
 
     samples_per_s: float
     peak_mb: float
     first_epoch_samples_per_s: float = 0.0
+    store_bytes: int = 0
 
 
 class PeakMemory:
@@ -138,20 +142,21 @@ def lerobot_speed(root: Path, batch_size: int, seconds: float) -> Speed:
 
 
 def armature_speed(root: Path, batch_size: int, seconds: float, mode: str, cache: str) -> Speed:
-    """Armature's loader, with frames from the store (mode on) or decoded at every use (off)."""
+    """Armature's loader, with frames from a store (mode on, lossless or compact) or decoded at every use (off)."""
     source = open_source(str(root))
     source.require()
     with PeakMemory() as peak:
         begun = time.perf_counter()
         frames = Frames.open_or_build(source, mode=mode, cache_dir=cache, num_threads=CORES)
         loader = Loader(source, frames, {"action": list(range(CHUNK))}, batch_size, seed=1000).start()
-        if mode == "on":  # the store is built above; then each frame once
+        if mode != "off":  # the store is built above; then each frame once
             for _ in range(-(-source.rows // batch_size)):
                 next(loader)
         first_epoch = source.rows / (time.perf_counter() - begun)
         speed = median_speed(loader, batch_size, seconds)
     loader.close()
-    return Speed(speed, peak.mb, first_epoch)
+    store_bytes = sum(path.stat().st_size for path in Path(cache).glob("*/frames.*"))
+    return Speed(speed, peak.mb, first_epoch, store_bytes)
 
 
 def memcpy_speed(frame_bytes: int, batch_size: int, seconds: float) -> float:
@@ -176,13 +181,16 @@ def measure(root: Path, batch_size: int, seconds: float) -> dict:
     # (H, W, C) of each camera, one byte a value
     shapes = [feature["shape"] for feature in info["features"].values() if feature["dtype"] in ("video", "image")]
     frame_bytes = sum(height * width * channels for height, width, channels in shapes)
-    cache = tempfile.mkdtemp(prefix="armature-bench-")
-    try:
-        # the store is built in the second call, which times the first epoch with it
-        off = armature_speed(root, batch_size, seconds, "off", cache)
-        warm = armature_speed(root, batch_size, seconds, "on", cache)
-    finally:
-        shutil.rmtree(cache)
+    speeds = {}
+    for mode in ("off", "on", "lossless", "compact"):
+        cache = tempfile.mkdtemp(prefix="armature-bench-")
+        try:
+            # the store is built in this call, which times the first epoch with it
+            speeds[mode] = armature_speed(root, batch_size, seconds, mode, cache)
+        finally:
+            shutil.rmtree(cache)
+    off = speeds["off"]
+    warm = speeds["on"]
     memcpy = memcpy_speed(frame_bytes, batch_size, seconds)
     lerobot = lerobot_speed(root, batch_size, seconds)
     return {
@@ -190,6 +198,9 @@ def measure(root: Path, batch_size: int, seconds: float) -> dict:
         "warm_samples_per_s": warm.samples_per_s,
         "first_epoch_samples_per_s": warm.first_epoch_samples_per_s,
         "off_samples_per_s": off.samples_per_s,
+        **{f"{mode}_samples_per_s": speeds[mode].samples_per_s for mode in ("lossless", "compact")},
+        **{f"{mode}_peak_mb": speeds[mode].peak_mb for mode in ("lossless", "compact")},
+        **{f"{mode}_mb": speeds[mode].store_bytes / 1e6 for mode in ("on", "lossless", "compact")},
         "memcpy_samples_per_s": memcpy,
         "memcpy_gb_per_s": memcpy * frame_bytes / 1e9,
         "memcpy_share": warm.samples_per_s / memcpy,
@@ -201,17 +212,19 @@ def measure(root: Path, batch_size: int, seconds: float) -> dict:
 
 def print_table(name: str, batch_size: int, result: dict) -> None:
     print(f"{name}, batch {batch_size}, {CORES} cores")
-    print(f"{'':<38}{'samples/s':>12}{'x LeRobot':>11}{'peak MB':>9}")
-    for label, speed, memory in (
-        ("LeRobot's DataLoader", "lerobot_samples_per_s", "lerobot_peak_mb"),
-        ("Armature, off", "off_samples_per_s", "off_peak_mb"),
-        ("Armature, first epoch", "first_epoch_samples_per_s", None),
-        ("Armature, warm", "warm_samples_per_s", "peak_mb"),
+    print(f"{'':<38}{'samples/s':>12}{'x LeRobot':>11}{'peak MB':>9}{'store MB':>10}")
+    for label, speed, memory, store in (
+        ("LeRobot's DataLoader", "lerobot_samples_per_s", "lerobot_peak_mb", None),
+        ("Armature, off", "off_samples_per_s", "off_peak_mb", None),
+        ("Armature, first epoch", "first_epoch_samples_per_s", None, None),
+        ("Armature, warm", "warm_samples_per_s", "peak_mb", "on_mb"),
+        ("Armature, lossless", "lossless_samples_per_s", "lossless_peak_mb", "lossless_mb"),
+        ("Armature, compact", "compact_samples_per_s", "compact_peak_mb", "compact_mb"),
     ):
         row = f"{label:<38}{result[speed]:>12,.1f}{result[speed] / result['lerobot_samples_per_s']:>11.1f}"
-        if memory:
-            row += f"{result[memory]:>9,.0f}"
-        print(row)
+        for name, width in ((memory, 9), (store, 10)):
+            row += f"{result[name]:>{width},.0f}" if name else " " * width
+        print(row.rstrip())
     print(f"memcpy {result['memcpy_gb_per_s']:.1f} GB/s; warm reaches {result['memcpy_share']:.0%} of it\n", flush=True)
 
 

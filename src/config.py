@@ -67,8 +67,9 @@ class TrainConfig:
 
     frame_cache: str = setting(
         "auto",
-        "keep decoded frames: auto (on disk if they fit), on (on disk), off (decode at each use), device (in GPU memory)",
-        choices=("auto", "on", "off", "device"),
+        "keep decoded frames: auto (what fits on the disk), on (on disk), lossless (compressed), compact (as JPEG), "
+        "off (decode at each use), device (in GPU memory)",
+        choices=("auto", "on", "lossless", "compact", "off", "device"),
     )
     cache_dir: str | None = setting(None, "folder of the frame cache (unset: in your user cache folder)")
 

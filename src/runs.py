@@ -123,7 +123,7 @@ def compare_runs(args) -> int:
 
 def look_at_cache(args) -> int:
     """List the stores of decoded frames that are unused for `args.days`, and delete them if `args.prune`."""
-    from data.frames import on_disk
+    from data.frame_store import on_disk
     from runtime import user_cache_dir
 
     cache_dir = user_cache_dir() / "frames"
@@ -147,7 +147,7 @@ def look_at_cache(args) -> int:
 def is_store(folder: Path) -> bool:
     """Whether a folder holds the frames of a camera, or what is left of them; any other is not ours to delete."""
     is_named_so = re.search(r"-[0-9a-f]{16}(\.gone)?$", folder.name) is not None
-    return is_named_so and any((folder / name).is_file() for name in ("frames.u8", "about.json"))
+    return is_named_so and any((folder / name).is_file() for name in ("frames.u8", "frames.bin", "about.json"))
 
 
 def describe_store(folder: Path, days_unused: float) -> str:

@@ -16,7 +16,8 @@ import torch
 
 from data import decode
 from data import frames as module
-from data.frames import Frames, FrameStore, store_name
+from data.frame_store import FrameStore, store_name
+from data.frames import Frames, Room
 from data.opening import open_source
 from errors import UserError
 from helpers.dataset_edits import edit_json
@@ -193,7 +194,9 @@ def test_two_builders_at_once_decode_once(made, tmp_path):
 
 def test_full_disk_while_building(made, mount, monkeypatch):
     small_disk = mount("size=300k")
-    monkeypatch.setattr(module, "has_room", lambda *args: True)  # it was free when looked at, and is not when written
+    monkeypatch.setattr(
+        module, "room_for", lambda *args: Room(0, 0, "")
+    )  # it was free when looked at, and is not when written
     with pytest.raises(UserError) as caught:
         open_or_build(open_source(str(made("video"))), small_disk)
     assert str(caught.value) == (
@@ -216,7 +219,7 @@ def test_a_cache_folder_that_cannot_be_written(made, mount, monkeypatch):
     ]
     with pytest.raises(UserError, match=r"--frame_cache on: no room for .* \(Read-only file system\)"):
         open_or_build(source, folder)
-    monkeypatch.setattr(module, "has_room", lambda *args: True)
+    monkeypatch.setattr(module, "room_for", lambda *args: Room(0, 0, ""))
     with pytest.raises(UserError, match=r"cannot be written to .*: Read-only file system"):
         open_or_build(source, folder)
 

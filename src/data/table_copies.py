@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.files import arrow_reason, is_lfs_pointer
+from data.frame_store import store_folder
 from data.frame_times import file_identity
-from data.frames import store_folder
 from runtime import progress_interval
 
 LARGE = 64 * 2**20  # bytes of Parquet files; smaller tables stay in memory

@@ -108,6 +108,8 @@ def compare_settings(config: TrainConfig, state: TrainState, checkpoint: Path, p
     if state.trainer_state.get("data") is not None:  # `compare_data` compares what these settings chose
         names = [name for name in names if name not in ("dataset_id", *DATA_FIELDS, *SPLIT_FIELDS)]
     changes = changed(names, before, now)
+    if "compact" in (before["frame_cache"], now["frame_cache"]):  # the only cache with other pixels
+        changes += changed(["frame_cache"], before, now)
     processes_before = state.trainer_state["world_size"]
     if processes != processes_before:
         changes.append(

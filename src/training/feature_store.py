@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from config import TrainConfig
-from data.frames import Frames, FrameStore, has_room, move_to, store_folder
+from data.frame_store import FrameStore, store_folder
+from data.frames import Frames, move_to, room_for
 from data.loader import Loader
 from data.source import Source
 from processors.augment import RANGES, uniform, vary_pictures
@@ -123,6 +124,10 @@ class FrameEncoder:
         return f"{self.source.meta.repo_id[:50]}-features-{digest.hexdigest()[:16]}".replace("/", "--")
 
 
+class FeatureStore(FrameStore):
+    what = "features"
+
+
 class Features:
     """The features of every frame by row, for a Loader in place of the pictures.
 
@@ -205,11 +210,14 @@ def open_features(
     if not encoder.shapes:
         return None
     folder = store_folder(config.cache_dir)
-    names = [FrameStore.find(frames.decoder, key, folder).folder.name for key in frames.keys]
-    store = FrameStore(encoder, "features", folder / encoder.store_name(names))
+    names = [frames.identity(key, folder) for key in frames.keys]
+    store = FeatureStore(encoder, "features", folder / encoder.store_name(names))
     if not store.is_finished:
-        if not has_room([store], folder, config.frame_cache, say, "features", "features are computed"):
+        room = room_for([store], folder, config.frame_cache)
+        if not room.fits:
+            say(f"no room for {room.needed}: features are computed as they are needed (--cache_dir, --image_size)")
             return None
+        say(f"frame cache: {room.needed}")
         torch_threads = torch.get_num_threads()
         # Each of the store's threads encodes by itself: the bits do not depend on how many there are.
         torch.set_num_threads(1)
