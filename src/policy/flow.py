@@ -55,6 +55,8 @@ class FlowConfig(PreTrainedConfig):
             conv (the same of older checkpoints), or a torchvision or timm model.
         pretrained_backbone_weights: a name of torchvision's weights such as DEFAULT, or timm; None to start from scratch.
         num_keypoints: K, of each camera.
+        least_pixels: the pyramid sees pictures with a shorter side of at least so many pixels: smaller ones are enlarged. New
+            policies have 96.
         gradient_checkpointing: recompute the encoders' activations in the backward pass instead of keeping them.
         task_words: condition on the words of the task, if the dataset has several tasks. New policies do.
         task_embedding: condition on the task by an embedding of each text, which knows no other texts.
@@ -71,6 +73,7 @@ class FlowConfig(PreTrainedConfig):
     backbone: str = "pyramid"
     pretrained_backbone_weights: str | None = None
     num_keypoints: int = 32
+    least_pixels: int = 0
     gradient_checkpointing: bool = False
     task_words: bool = False
     task_embedding: bool = False
@@ -83,7 +86,7 @@ class FlowConfig(PreTrainedConfig):
     optimizer_weight_decay: float = 1e-2
 
     # Settings of new policies, where a checkpoint without them means the default above.
-    new_policy: ClassVar[dict] = {"task_words": True}
+    new_policy: ClassVar[dict] = {"task_words": True, "least_pixels": 96}
 
     @staticmethod
     def training_preset(device: str, pictures: list[tuple[int, int]]) -> dict:
@@ -104,7 +107,7 @@ class FlowConfig(PreTrainedConfig):
             raise ValueError(f"head must be flow or regression, got {self.head!r}")
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise ValueError(f"n_action_steps must be 1 to chunk_size ({self.chunk_size}), got {self.n_action_steps}")
-        least = {"n_obs_steps": 1, "num_inference_steps": 1, "num_draws": 2, "num_keypoints": 1, "blend_steps": 0}
+        least = {"n_obs_steps": 1, "num_inference_steps": 1, "num_draws": 2, "num_keypoints": 1, "blend_steps": 0, "least_pixels": 0}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} must be {value} or more, got {getattr(self, name)}")

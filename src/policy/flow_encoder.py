@@ -51,7 +51,7 @@ SIZES = {
     "base": Size(channels=(64, 128, 256, 512), maps=64, width=768, blocks=4),
 }
 FROZEN = "efficientnet_lite0"
-LEAST_PIXELS = 128  # of the shorter side of a picture for the frozen backbone: smaller ones are enlarged
+FROZEN_PIXELS = 128  # least shorter side of a picture for the frozen backbone: smaller ones are enlarged
 # Keypoints move by some tenths where a normalised state moves by 1. Without this factor the head goes by the state.
 KEYPOINT_SCALE = 4.0
 FROZEN_SHARPNESS = 2.0  # of maps that are standardised
@@ -120,7 +120,7 @@ class Encoder(nn.Module):
         features = {}
         for number, key in enumerate(self.cameras):
             pictures = batch[key]  # (B, [S,] 3, H, W)
-            flat = smoothed(enlarged(pictures.flatten(0, -4)))
+            flat = smoothed(enlarged(pictures.flatten(0, -4), FROZEN_PIXELS))
             # A few at a time: their largest maps stay in the processor's cache.
             few = flat.split(8) if flat.device.type == "cpu" else [flat]
             maps = []
@@ -151,6 +151,7 @@ class PyramidEncoder(nn.Module):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
+        self.least_pixels = config.least_pixels
         channels = SIZES[config.size].maps
         # The largest maps have no norm, which would take longer than their convolutions.
         self.stem = nn.Sequential(nn.Conv2d(3, channels // 2, 5, stride=2, padding=2), nn.ReLU(inplace=True))
@@ -166,6 +167,7 @@ class PyramidEncoder(nn.Module):
         self.features = 2 * config.num_keypoints + 2 * channels
 
     def forward(self, pictures: Tensor, words: Tensor | None = None) -> Tensor:
+        pictures = enlarged(pictures, self.least_pixels)
         fine = self.fine(self.stem(pictures.to(memory_format=torch.channels_last)))  # (B, channels, h, w)
         if words is not None:
             fine = self.films[0](fine, words)
@@ -185,9 +187,9 @@ def feature_names(camera: int) -> list[str]:
     return [f"{FEATURES}{camera}.{depth}" for depth in range(1 + len(EfficientNetLite0.channels))]
 
 
-def enlarged(pictures: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) with a shorter side of LEAST_PIXELS or more."""
-    scale = LEAST_PIXELS / min(pictures.shape[-2:])
+def enlarged(pictures: Tensor, least: int) -> Tensor:
+    """Pictures (B, 3, H, W) with a shorter side of `least` pixels or more."""
+    scale = least / min(pictures.shape[-2:])
     if scale <= 1:
         return pictures
     return F.interpolate(pictures, size=[round(side * scale) for side in pictures.shape[-2:]], mode="bilinear")
