@@ -39,7 +39,7 @@ class TrainConfig:
 
     dataset_id: list[str] | None = setting(
         None,
-        "dataset folder or Hub id, such as lerobot/pusht; several with the same features train together",
+        "dataset folder, Hub id such as lerobot/pusht, or URL (https, s3, gs, hf); several with the same features train together",
         metavar="PATH_OR_ID",
         group="dataset",
     )
@@ -70,6 +70,17 @@ class TrainConfig:
         "keep decoded frames: auto (what fits on the disk), on (on disk), lossless (compressed), compact (as JPEG), "
         "off (decode at each use), device (in GPU memory)",
         choices=("auto", "on", "lossless", "compact", "off", "device"),
+    )
+    stream: bool = setting(
+        False, "do not download the videos of a Hub dataset, but read them over the network; those of a URL always are"
+    )
+    cache_gb: float | None = setting(
+        None, "GB of streamed videos that are kept on the disk (unset: a quarter of what is free)", above=0
+    )
+    shuffle: str = setting(
+        "full",
+        "order of the samples: full (any frame of any episode), blocks (of 32 episodes at a time: for streaming)",
+        choices=("full", "blocks"),
     )
     cache_dir: str | None = setting(None, "folder of the frame cache (unset: in your user cache folder)")
 
@@ -281,6 +292,10 @@ class TrainConfig:
         if self.dataset_weights is not None and len(self.dataset_weights) != count:
             raise UserError(
                 f"--dataset_weights: expected one number per dataset, {count}, got {len(self.dataset_weights)}"
+            )
+        if self.dataset_weights is not None and self.shuffle == "blocks":
+            raise UserError(
+                "--shuffle blocks reads every frame once per epoch, --dataset_weights does not. Pass one of them"
             )
 
     def asdict(self) -> dict:

@@ -134,7 +134,7 @@ def look_at_cache(args) -> int:
         days_unused = (time.time() - folder.stat().st_mtime) / 86400
         if days_unused < args.days:
             continue
-        size = sum(on_disk(file) for file in folder.iterdir())
+        size = sum(on_disk(file) for file in folder.rglob("*") if file.is_file())
         line = f"{size / 1e9:8.2f} GB {describe_store(folder, days_unused)}"
         if args.prune and not delete(folder):
             continue

@@ -319,3 +319,8 @@ def user_cache_dir() -> Path:
     """Armature's folder in the user's cache, for decoded frames and converted checkpoints."""
     variable = "LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME"
     return Path(os.environ.get(variable) or Path.home() / ".cache") / "armature"
+
+
+def frame_cache_dir(cache_dir: str | Path | None) -> Path:
+    """The folder of the frame cache: `cache_dir`, or the one in the user's cache."""
+    return Path(os.path.expanduser(cache_dir)) if cache_dir else user_cache_dir() / "frames"

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -129,15 +130,15 @@ def rgb_of(frame) -> np.ndarray:
     return rgb.to_ndarray()
 
 
-def open_reader(path: Path, times: FrameTimes, video_decoder: type | None) -> TorchcodecReader | PyavReader:
+def open_reader(file: str | BinaryIO, times: FrameTimes, video_decoder: type | None) -> TorchcodecReader | PyavReader:
     """Open a video with torchcodec's VideoDecoder, or with PyAV if it is None."""
     # Some versions of torchcodec apply a rotation flag, others ignore it.
     if video_decoder is not None and not times.rotation:
-        decoder = video_decoder(str(path), custom_frame_mappings=times.mappings(), num_ffmpeg_threads=1)
+        decoder = video_decoder(file, custom_frame_mappings=times.mappings(), num_ffmpeg_threads=1)
         return TorchcodecReader(decoder, times)
     import av
 
-    return PyavReader(av.open(str(path)), times)
+    return PyavReader(av.open(file), times)
 
 
 class Decoder:
@@ -208,9 +209,11 @@ class Decoder:
         # PyAV finds frames that torchcodec does not, such as the last of an open group. Pixels differ by rounding at most.
         for video_decoder in dict.fromkeys([self.torchcodec[0], None]):
             try:
-                with self._reader(path, times, video_decoder) as reader:
+                with self._reader(key, path, times, video_decoder) as reader:
                     frames = reader.read(numbers.tolist())
                 break
+            except UserError:  # of a stream
+                raise
             except (RuntimeError, OSError, ValueError, IndexError) as error:  # FFmpeg's, by either library
                 reason = error
         which = f"{path}: frames {numbers[0]} to {numbers[-1]}, from {self.source.name_row(int(rows[0]))} on,"
@@ -223,14 +226,14 @@ class Decoder:
         return frames
 
     @contextlib.contextmanager
-    def _reader(self, path: Path, times: FrameTimes, video_decoder: type | None):
+    def _reader(self, key: str, path: Path, times: FrameTimes, video_decoder: type | None):
         """Lend an open reader of a file to one thread. A reader that failed is not used again."""
         wanted = (path, video_decoder)
         with self.lock:
             idle = next((entry for entry in reversed(self.idle) if entry[0] == wanted), None)
             if idle is not None:
                 self.idle.remove(idle)
-        reader = idle[1] if idle is not None else open_reader(path, times, video_decoder)
+        reader = idle[1] if idle is not None else open_reader(self._file(key, path), times, video_decoder)
         try:
             yield reader
         except BaseException:
@@ -242,6 +245,11 @@ class Decoder:
             del self.idle[:-OPEN_READERS]
         for _, reader in surplus:
             reader.close()
+
+    def _file(self, key: str, path: Path) -> str | BinaryIO:
+        """What a library opens to read a video."""
+        remote = self.source.videos[key].remote.get(path)
+        return str(path) if remote is None else remote.open()
 
     def close(self) -> None:
         while self.idle:

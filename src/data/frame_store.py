@@ -30,7 +30,7 @@ from torch import Tensor
 from data.decode import CHUNK, LIBRARIES, Decoder
 from data.frame_times import file_identity
 from errors import UserError, one_line, printable
-from runtime import progress_interval, user_cache_dir
+from runtime import progress_interval
 
 LAYOUT = 2  # part of the hash. Stores of layout 1 may hold wrong frames, found by the video's rate
 
@@ -273,11 +273,6 @@ def store_name(decoder: Decoder, key: str, library: str, kind: str | None = None
     if kind is not None:
         readable += f"-{kind}"
     return f"{readable}-{digest[:16]}"
-
-
-def store_folder(cache_dir: str | Path | None) -> Path:
-    """Where stores are kept: `cache_dir`, or the user's cache."""
-    return Path(os.path.expanduser(cache_dir)) if cache_dir else user_cache_dir() / "frames"
 
 
 def on_disk(path: Path) -> int:

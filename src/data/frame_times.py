@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from data.files import LFS_POINTER, is_lfs_pointer
+from data.placeholders import AS_LISTED, is_kept, kept_spans
 from errors import one_line
-from runtime import progress_interval, thread_count, user_cache_dir
+from runtime import frame_cache_dir, progress_interval, thread_count
 
 LAYOUT = 2  # part of a cache file's name
 RIGHT_ANGLES = (0, 90, 180, 270)
@@ -83,15 +84,18 @@ def read_frame_times(path: Path) -> FrameTimes:
     import av
 
     av.logging.set_libav_level(av.logging.PANIC)  # FFmpeg's own messages on a damaged file do not name it
+    kept = kept_spans(path)
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), options=AS_LISTED if kept is not None else None) as container:
             stream = container.streams.best("video")
             if stream is None:
                 raise ValueError("it holds no video")
-            listed = list_packets(container, stream)
+            listed = list_packets(container, stream, kept)
             time_base = stream.time_base  # freed with the container
         pts = listed.pts
         if not listed.is_complete:
+            if kept is not None:
+                raise ValueError("its times are known only by decoding it")
             pts = pts_by_decoding(path)
     except (av.FFmpegError, OSError) as error:
         raise ValueError(one_line(error)[:160]) from error
@@ -138,8 +142,12 @@ class PacketList:
     is_complete: bool
 
 
-def list_packets(container, stream) -> PacketList:
-    """List the packets that are shown: all but those that an edit list discards and those without data."""
+def list_packets(container, stream, kept: list[list[int]] | None) -> PacketList:
+    """List the packets that are shown: all but those that an edit list discards and those without data.
+
+    Args:
+        kept: what a placeholder of a streamed video holds of it; None for a file that is whole.
+    """
     pts = []
     key_dts = {}
     stream.codec_context.thread_count = 1  # for one frame: starting threads takes longer than decoding it
@@ -150,13 +158,14 @@ def list_packets(container, stream) -> PacketList:
     for packet in container.demux(stream):
         if packet.size == 0:  # the end of the file
             continue
-        if packet.is_corrupt or not any(memoryview(packet)[:8]):  # cut off, or never downloaded
+        is_here = kept is None or is_kept(kept, packet.pos, packet.pos + packet.size)
+        if packet.is_corrupt or (is_here and not any(memoryview(packet)[:8])):  # cut off, or never downloaded
             unreadable += 1
             continue
         packets += 1
         if first_packet is None:
             first_packet = packet
-        if first_frame is None:
+        if first_frame is None and is_here:
             first_frame = next(iter(packet.decode()), None)
         if packet.is_keyframe and packet.pts is not None:
             # Matroska has no decoding times for the first packets, and seeks by presentation time.
@@ -272,9 +281,8 @@ def file_identity(path: Path) -> tuple[str, int, int] | None:
 
 
 def cache_path(root: Path, name: str, cache_dir: str | Path | None) -> Path:
-    folder = Path(os.path.expanduser(cache_dir)) if cache_dir else user_cache_dir() / "frames"
     digest = hashlib.sha256(json.dumps([LAYOUT, str(root.resolve()), name]).encode()).hexdigest()
-    return folder / "times" / f"{digest[:16]}.npz"
+    return frame_cache_dir(cache_dir) / "times" / f"{digest[:16]}.npz"
 
 
 def read_cache(path: Path) -> dict[tuple, FrameTimes]:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from data.compact_store import COMPACT, LOSSLESS, CompactStore, PackedFrames
 from data.decode import LIBRARIES, Decoder
-from data.frame_store import FrameStore, store_folder
+from data.frame_store import FrameStore
 from data.source import Source
 from errors import UserError
-from runtime import is_out_of_memory, to_device
+from runtime import frame_cache_dir, is_out_of_memory, to_device
 
 SPARE = 2 * 2**30  # bytes that `auto` leaves free on the disk, or a tenth of the disk if that is more
 CODECS = {"lossless": LOSSLESS, "compact": COMPACT}  # by --frame_cache
@@ -30,7 +30,7 @@ UNPACKED_AT_ONCE = 8  # frames of a thread's job
 class Frames:
     """Frames of every camera of a source, decoded when asked for, or from stores if made by `open_or_build`.
 
-    A Loader takes any object with `keys`, `dtype`, `shape`, `places`, `read`, `on_device` and `close`.
+    A Loader takes any object with `keys`, `dtype`, `shape`, `places`, `read`, `on_device`, `is_streamed` and `close`.
 
     Args:
         source: the open dataset.
@@ -78,7 +78,7 @@ class Frames:
             UserError: a frame cannot be decoded, or the disk or the device has no room for what the mode needs.
         """
         frames = cls(source, image_size, num_threads)
-        folder = store_folder(cache_dir)
+        folder = frame_cache_dir(cache_dir)
         stores = frames.find_stores(mode, folder)
         missing = [key for key in frames.keys if key not in stores or not stores[key].is_finished]
 
@@ -138,6 +138,41 @@ class Frames:
         else:
             self._read_each(key, rows, out)
         return out
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether frames come over the network, so that `prefetch` is worth a call."""
+        return any(self.source.videos[key].remote for key in self._decoded_videos())
+
+    def _decoded_videos(self) -> list[str]:
+        return [key for key in self.source.videos if key not in self.stored]
+
+    def prefetch(self, rows: dict[str, Tensor]) -> float:
+        """Bring what `read` will need of streamed videos to the disk.
+
+        Args:
+            rows: (n,) of each camera.
+
+        Returns:
+            Its share of the room for pieces of videos.
+        """
+        share = 0.0
+        arriving = []
+        for key in self._decoded_videos():
+            wanted = rows[key]
+            if key in self.packed:
+                wanted = wanted[~self.packed[key].holds(wanted)]
+            files, numbers = self.source.locate(key, wanted)
+            videos = self.source.videos[key]
+            for file in torch.unique(files).tolist():
+                remote = videos.remote.get(videos.files[file])
+                if remote is not None:
+                    futures, share_of_video = remote.request(numbers[files == file].numpy())
+                    arriving += futures
+                    share += share_of_video
+        for future in arriving:
+            future.result()
+        return share
 
     def shape(self, key: str) -> tuple[int, ...]:
         """(C, h, w) of a camera's frames."""

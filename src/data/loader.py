@@ -14,9 +14,10 @@ from torch import Tensor
 
 from data.frames import Frames
 from data.source import Source
-from data.windows import epoch_order, trainable_rows, weighted_order, window_rows
+from data.windows import block_order, epoch_order, trainable_rows, weighted_order, window_rows
 from errors import UserError
 
+LOOK_AHEAD = 8  # batches whose streamed bytes are asked for ahead of the one that is being assembled
 RING = 3  # buffers for a batch's frames: one that the loop reads, one that is ready, one that is being filled
 
 
@@ -34,6 +35,7 @@ class Loader:
         drop_n_last_frames: frames at an episode's end at which no sample starts.
         device: where the batches go. For CUDA the buffers are pinned, so that the loop does not wait for its copies.
         weights: share of each dataset in the samples, if the source has several; None for each row once an epoch.
+        shuffle: full, or blocks of episodes (data/windows.py).
         episodes: positions in `Source.episodes` of the episodes to read, (E',) int64; None for all.
         rank: this process.
         size: number of processes that share each batch. Each reads its own B / size samples.
@@ -53,6 +55,7 @@ class Loader:
         drop_n_last_frames: int = 0,
         device: torch.device | str = "cpu",
         weights: list[float] | None = None,
+        shuffle: str = "full",
         episodes: Tensor | None = None,
         rank: int = 0,
         size: int = 1,
@@ -65,6 +68,7 @@ class Loader:
         self.seed = seed
         self.device = torch.device(device)
         self.weights = weights
+        self.shuffle = shuffle
         self.tasks = source.tasks
         if episodes is None:
             episodes = torch.arange(len(source.episodes))
@@ -83,6 +87,9 @@ class Loader:
         self._local = slice(rank * self.local_batch_size, (rank + 1) * self.local_batch_size)  # of each batch
         self._orders: dict[int, Tensor] = {}  # (M,) of the epochs that were read last
         self._thread: threading.Thread | None = None
+        self._prefetch_thread: threading.Thread | None = None
+        self._assembled = 0  # batches since the start
+        self._is_assembled = threading.Condition()  # notified when that changes, and at the end
         self._stop = threading.Event()
         self._ready: queue.Queue = queue.Queue()  # (batch, its slot in the ring)
         self._free: queue.Queue = queue.Queue()  # (slot, CUDA event after which it may be overwritten)
@@ -94,6 +101,11 @@ class Loader:
             self._free.put((slot, None))
         self._thread = threading.Thread(target=self._fill, args=(samples_seen,), name="loader", daemon=True)
         self._thread.start()
+        if self.frames.is_streamed:
+            self._prefetch_thread = threading.Thread(
+                target=self._prefetch, args=(samples_seen,), name="prefetch", daemon=True
+            )
+            self._prefetch_thread.start()
         return self
 
     @property
@@ -139,6 +151,9 @@ class Loader:
             return order
         if self.weights:
             order = weighted_order(self.rows_per_dataset, self.weights, self.seed, epoch)
+        elif self.shuffle == "blocks":
+            _, counts = torch.unique_consecutive(self.source.episode_of(self.rows), return_counts=True)
+            order = block_order(counts, self.seed, epoch)
         else:
             order = epoch_order(len(self.rows), self.seed, epoch)
         # A new dict, not a change to the old one: the loop asks for rows too, beside the loader's thread.
@@ -233,13 +248,48 @@ class Loader:
                     copied.synchronize()
                 self._ready.put((self.batch_at(samples_seen, ring[slot]), slot))
                 samples_seen += self.batch_size
+                with self._is_assembled:
+                    self._assembled += 1
+                    self._is_assembled.notify()
         except BaseException as error:  # raised by the loop's next call
             self._ready.put((error, None))
+
+    def _prefetch(self, samples_seen: int) -> None:
+        """The thread that asks for the bytes of streamed videos, in the order of the batches to come."""
+        prefetched = 0
+        ahead = 1
+        try:
+            while True:
+                with self._is_assembled:
+                    while not self._stop.is_set() and prefetched >= self._assembled + ahead:
+                        self._is_assembled.wait()
+                if self._stop.is_set():
+                    return
+                rows = self.rows_at(samples_seen)[self._local]
+                share = self.frames.prefetch({key: self._windows(key, rows).flatten() for key in self.frames.keys})
+                # What comes early must not push out what comes first: at most half of the cache is ahead.
+                ahead = min(LOOK_AHEAD, max(1, int(0.5 / max(share, 1e-9))))
+                samples_seen += self.batch_size
+                prefetched += 1
+        except BaseException as error:  # raised by the loop's next call
+            self._ready.put((error, None))
+
+    def _windows(self, key: str, rows: Tensor) -> Tensor:
+        """(B, T) or (B,) rows of a key that samples at (B,) rows read."""
+        if key not in self.deltas:
+            return rows
+        episode = self.source.episode_of(rows)
+        wanted, _ = window_rows(rows, self.deltas[key], self.source.starts[episode], self.source.ends[episode])
+        return wanted
 
     def close(self) -> None:
         """Stop the threads; safe to call twice and after any error."""
         self._stop.set()
         self._free.put((None, None))
+        with self._is_assembled:
+            self._is_assembled.notify()
+        if self._prefetch_thread is not None:
+            self._prefetch_thread.join()
         if self._thread is not None:
             self._thread.join()
         self.frames.close()

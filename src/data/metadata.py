@@ -36,7 +36,8 @@ def read_metadata(dataset_id: str, folder: Path, repo_id: str):
     meta.repo_type = "dataset"
     meta.root = folder
     meta.revision = info["codebase_version"]
-    # These two are ours, not LeRobot's.
+    # These three are ours, not LeRobot's.
+    meta.stream = None  # the Stream of a dataset that is not downloaded
     meta.warnings = []  # what reading the metadata left out, a line each
     meta.unreadable = unreadable  # {observation: what is wrong with it}, which are not among the features
     with opening(dataset_id):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import hub
 from data.checks import content_problems, content_warnings, table_problems
-from data.download import download, open_hub
+from data.download import best_revision, download, open_hub
 from data.episodes import counted, parse_episodes, ranges
 from data.files import (
+    data_paths,
     episodes_by_file,
     examples,
     file_lines,
@@ -18,17 +19,20 @@ from data.files import (
     video_paths,
 )
 from data.frame_times import frame_times_of
-from data.metadata import read_metadata
+from data.metadata import opening, read_metadata
 from data.names import joint_names
 from data.observations import choose_observations, matches, observation_names, observations_flag, rename_features
 from data.pictures import read_pictures
+from data.placeholders import kept_spans
+from data.remote import is_remote
 from data.source import Source, read_columns
 from data.statistics import complete_statistics, statistics_file, statistics_problems, statistics_warnings
+from data.stream import Stream
 from data.tables import read_tables
 from data.tasks import complete_task_index, set_tasks
 from data.v3 import placement_warnings
 from data.video_checks import video_faults, video_warnings
-from data.videos import find_videos, skip_undescribed
+from data.videos import Videos, find_videos, skip_undescribed
 from errors import UserError, find_path, plural
 
 
@@ -44,11 +48,13 @@ def open_source(
     val_episodes: str | None = None,
     action: str = "action",
     copy_tables: bool = False,
+    stream: bool = False,
+    cache_gb: float | None = None,
 ) -> Source:
     """Open a folder or a Hub dataset (downloaded first) and check it.
 
     Args:
-        dataset_id: a folder, or a Hub id; LeRobot v3.0, v2.1 or v2.0.
+        dataset_id: a folder, a URL, or a Hub id; LeRobot v3.0, v2.1 or v2.0.
         dataset_root: folder that a Hub dataset is downloaded into.
         revision: branch, tag or commit of a Hub dataset.
         episodes: which episodes, such as "0:40,45"; None for all.
@@ -59,6 +65,8 @@ def open_source(
         val_episodes: more episodes to open, by the flag --val_episodes.
         action: name of the feature that is read as `action`, if the dataset has it.
         copy_tables: copy large tables with pictures to the cache, so that they are not held in memory.
+        stream: do not download the videos of a Hub dataset; those of a URL never are.
+        cache_gb: bound of the pieces of streamed videos on disk, in 1e9 bytes; None for a quarter of the free disk.
 
     Returns:
         The open dataset. `Source.problems` lists what is wrong with it, and `Source.require` raises if anything is.
@@ -67,7 +75,8 @@ def open_source(
         UserError: there is no such dataset, it is in another format, or an episode is not there.
     """
     # The metadata: features, fps, tasks, and which episodes there are.
-    meta = open_metadata(dataset_id, dataset_root, revision)
+    opened = open_stream(dataset_id, dataset_root, revision, stream, cache_dir, cache_gb, quiet)
+    meta = open_metadata(dataset_id, dataset_root, revision, opened)
     left_out = leave_out_unreadable(meta, observations)
     if observations is not None:
         left_out += choose_observations(meta, observations)
@@ -83,7 +92,9 @@ def open_source(
 
     # The files of the selected episodes.
     not_downloaded = []
-    if not Path(os.path.expanduser(dataset_id)).is_dir():
+    if meta.stream is not None:
+        fetch_files(meta, selected)
+    elif not Path(os.path.expanduser(dataset_id)).is_dir():
         not_downloaded = download(meta, dataset_id, dataset_root, revision, selected)
 
     # The table of the episodes that are whole, one row a frame.
@@ -137,14 +148,62 @@ def open_source(
     return source
 
 
-def open_metadata(dataset_id: str, dataset_root: str | None = None, revision: str | None = None):
+def open_stream(
+    dataset_id: str,
+    dataset_root: str | None,
+    revision: str | None,
+    stream: bool,
+    cache_dir: str | None,
+    cache_gb: float | None,
+    quiet: bool,
+) -> Stream | None:
+    """The stream of a URL, or of a Hub dataset with --stream; None for a dataset that is read from the disk.
+
+    Raises:
+        UserError: a flag has no meaning for it.
+    """
+    if not is_remote(dataset_id):
+        if not stream or Path(os.path.expanduser(dataset_id)).is_dir():
+            return None
+        if not re.fullmatch(hub.HUB_ID, dataset_id):
+            raise UserError(f"--stream: expected a Hub id written user/name, or a URL, got {dataset_id}")
+        with opening(dataset_id):
+            revision = revision or best_revision(dataset_id)
+        return Stream(f"hf://datasets/{dataset_id}@{revision}", cache_dir, cache_gb, quiet)
+    for flag, value in (("--dataset_root", dataset_root), ("--revision", revision)):
+        if value is not None:
+            raise UserError(f"{flag} {value}: it is for datasets of the Hub, and {dataset_id} is a URL. Leave it out")
+    return Stream(dataset_id, cache_dir, cache_gb, quiet)
+
+
+def fetch_files(meta, episodes: list[int]) -> None:
+    """Fetch the tables of `episodes` of a streamed dataset, and what lists the frames of their videos."""
+    names = {}
+    for kind, paths in {"tables": data_paths(meta), **{key: video_paths(meta, key) for key in meta.video_keys}}.items():
+        if paths is not None:
+            wanted = dict.fromkeys(paths[episode] for episode in episodes)
+            names[kind] = [path.relative_to(meta.root).as_posix() for path in wanted]
+    meta.stream.fetch_tables(meta, names.pop("tables", None))
+    meta.stream.fetch_videos([name for of_camera in names.values() for name in of_camera])
+
+
+def open_metadata(
+    dataset_id: str, dataset_root: str | None = None, revision: str | None = None, stream: Stream | None = None
+):
     """LeRobot's metadata of a dataset, with cameras' shapes and axes as LeRobot's decoders give them.
+
+    Args:
+        stream: of a dataset that is not downloaded.
 
     Raises:
         UserError: there is no such dataset, or it is in another format.
     """
-    folder = find_path(dataset_id, "dataset")
-    if folder is not None and folder.is_dir():
+    folder = None if stream else find_path(dataset_id, "dataset")
+    if stream is not None:
+        folder = stream.open()
+        meta = read_metadata(dataset_id, folder, stream.remote.url.rpartition("/")[2])
+        meta.stream = stream
+    elif folder is not None and folder.is_dir():
         meta = read_metadata(dataset_id, folder, folder.resolve().name)
     elif re.fullmatch(hub.HUB_ID, dataset_id) and folder is None:
         name, _, given = dataset_id.partition("@")
@@ -184,9 +243,29 @@ def open_videos(source: Source, cache_dir: str | None, quiet: bool) -> None:
     for key in meta.video_keys:
         videos = find_videos(meta, key, source.episodes)
         videos.times = frame_times_of(videos.files, meta.root, key, cache_dir, quiet)
+        if meta.stream is not None:
+            stream_videos(videos, meta, key, cache_dir, quiet)
         if not is_v2(meta):
             source.warnings += skip_undescribed(videos, meta, key, source.episodes)
         source.videos[key] = videos
+
+
+def stream_videos(videos: Videos, meta, key: str, cache_dir: str | None, quiet: bool) -> None:
+    """Let the decoder fetch the videos of a streamed camera. Those whose frames cannot be listed without that are downloaded."""
+    incomplete = [
+        path
+        for path, times in zip(videos.files, videos.times, strict=True)
+        if isinstance(times, str) and kept_spans(path) is not None
+    ]
+    for path in incomplete:
+        meta.stream.complete(path, path.stat().st_size)
+    if incomplete:
+        videos.times = frame_times_of(videos.files, meta.root, key, cache_dir, quiet)
+    for path, times in zip(videos.files, videos.times, strict=True):
+        if not isinstance(times, str):
+            video = meta.stream.video(path, times)
+            if video is not None:
+                videos.remote[path] = video
 
 
 def episode_lengths(meta) -> dict[int, int]:

@@ -62,6 +62,11 @@ class Source:
     recorded_sizes: dict[str, list[tuple[int, int]]] | None = None
 
     @property
+    def is_streamed(self) -> bool:
+        """Whether frames of videos come over the network."""
+        return any(videos.remote for videos in self.videos.values())
+
+    @property
     def rows(self) -> int:
         """N, the number of rows."""
         return int(self.ends[-1]) if len(self.ends) else 0

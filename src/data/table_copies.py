@@ -23,9 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.files import arrow_reason, is_lfs_pointer
-from data.frame_store import store_folder
 from data.frame_times import file_identity
-from runtime import progress_interval
+from runtime import frame_cache_dir, progress_interval
 
 LARGE = 64 * 2**20  # bytes of Parquet files; smaller tables stay in memory
 MOST_FILES = 10_000  # each copy is one memory mapping, and Linux allows a process 65,530
@@ -63,7 +62,7 @@ def open_or_copy(meta, files: list[Path], cache_dir: str | Path | None, quiet: b
         return MappedTables({})
     digest = hashlib.sha256(str(meta.root.resolve()).encode()).hexdigest()
     readable = f"{meta.repo_id[:50]}-tables".replace("/", "--")
-    folder = store_folder(cache_dir) / f"{readable}-{digest[:16]}"
+    folder = frame_cache_dir(cache_dir) / f"{readable}-{digest[:16]}"
     mapped = MappedTables(read_copies(meta, files, folder))
     missing = [file for file in files if file not in mapped.tables]
     if not missing:

@@ -194,4 +194,5 @@ def join_videos(videos: list[Videos]) -> Videos:
         file_index=torch.cat(indices),
         first_frame=torch.cat([camera.first_frame for camera in videos]),
         times=[times for camera in videos for times in camera.times],
+        remote={path: video for camera in videos for path, video in camera.remote.items()},
     )

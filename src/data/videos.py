@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data.files import video_paths
 from data.frame_times import FrameTimes
+from data.stream import RemoteVideo
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Videos:
         file_index: (E,) position in `files` of each selected episode's video.
         first_frame: (E,) number of each selected episode's first frame in that video.
         times: when the frames of each file are shown, or why it cannot be read; empty until the files are read.
+        remote: what the decoder reads in place of a file, if the dataset is streamed.
     """
 
     files: list[Path]
@@ -31,6 +33,7 @@ class Videos:
     file_index: Tensor
     first_frame: Tensor
     times: list[FrameTimes | str] = field(default_factory=list)
+    remote: dict[Path, RemoteVideo] = field(default_factory=dict)
 
 
 def find_videos(meta, key: str, episodes: list[int]) -> Videos:

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+BLOCK = 32  # episodes that `block_order` reads at a time
+
 
 def window_rows(rows: Tensor, deltas: Tensor, starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """Rows that `rows + deltas` reach, clamped to each sample's episode, and which of them were clamped.
@@ -43,6 +45,25 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     """
     entropy = np.random.SeedSequence([seed, epoch]).generate_state(1, dtype=np.uint64)[0]
     return torch.randperm(count, generator=torch.Generator().manual_seed(int(entropy)))
+
+
+def block_order(counts: Tensor, seed: int, epoch: int) -> Tensor:
+    """(M,) int64 permutation that reads BLOCK episodes at a time, in a random order of episodes, and of rows within a block.
+
+    A batch then holds samples of at most BLOCK episodes, or of two blocks, and a streamed dataset is read nearly in one piece.
+
+    Args:
+        counts: (E,) trainable rows of each episode.
+        seed, epoch: the order is a function of these.
+    """
+    ends = counts.cumsum(0)
+    order = [torch.empty(0, dtype=torch.int64)]
+    for number, block in enumerate(epoch_order(len(counts), seed, epoch).split(BLOCK)):
+        spans = zip((ends - counts)[block].tolist(), ends[block].tolist(), strict=True)
+        positions = torch.cat([torch.arange(first, end) for first, end in spans])
+        block_seed = int(np.random.SeedSequence([seed, epoch, number, 0xB10C]).generate_state(1)[0])
+        order.append(positions[epoch_order(len(positions), block_seed, epoch)])
+    return torch.cat(order)
 
 
 def weighted_order(counts: list[int], weights: list[float], seed: int, epoch: int) -> Tensor:

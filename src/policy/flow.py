@@ -107,7 +107,14 @@ class FlowConfig(PreTrainedConfig):
             raise ValueError(f"head must be flow or regression, got {self.head!r}")
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise ValueError(f"n_action_steps must be 1 to chunk_size ({self.chunk_size}), got {self.n_action_steps}")
-        least = {"n_obs_steps": 1, "num_inference_steps": 1, "num_draws": 2, "num_keypoints": 1, "blend_steps": 0, "least_pixels": 0}
+        least = {
+            "n_obs_steps": 1,
+            "num_inference_steps": 1,
+            "num_draws": 2,
+            "num_keypoints": 1,
+            "blend_steps": 0,
+            "least_pixels": 0,
+        }
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} must be {value} or more, got {getattr(self, name)}")

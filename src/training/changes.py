@@ -41,7 +41,7 @@ POLICY_FIELDS = (
 # Another value of these makes a resumed run another run: it is reported.
 RUN_FIELDS = (
     "dataset_id", "dataset_weights", "observations", "rename", "revision", "episodes", "val_fraction", "val_episodes",
-    "batch_size", "compile", "deterministic", "ema_decay", "augment", "augment_style",
+    "batch_size", "shuffle", "compile", "deterministic", "ema_decay", "augment", "augment_style",
     "state_noise", "state_dropout", "camera_dropout", "seed", "precision", "grad_accumulation_steps",
 )  # fmt: skip
 # Of these, a checkpoint records what they chose, which `compare_data` goes by: a dataset may be moved, and 0:3 be all of it.

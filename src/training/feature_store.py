@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from config import TrainConfig
-from data.frame_store import FrameStore, store_folder
+from data.frame_store import FrameStore
 from data.frames import Frames, move_to, room_for
 from data.loader import Loader
 from data.source import Source
 from processors.augment import RANGES, uniform, vary_pictures
 from processors.pipelines import to_float_batch
-from runtime import to_device
+from runtime import frame_cache_dir, to_device
 from training.distributed import Distributed
 
 LAYOUT = 1  # part of the hash
@@ -139,6 +139,7 @@ class Features:
     """
 
     dtype = torch.float16
+    is_streamed = False
 
     def __init__(self, stored: Tensor, shapes: dict[str, tuple], versions: int, frames: Frames, seed: int):
         self.stored = stored.reshape(len(stored) * versions, -1)  # (N * K, F)
@@ -209,7 +210,7 @@ def open_features(
     encoder = FrameEncoder(policy, preprocess, source, frames, config, device, versions)
     if not encoder.shapes:
         return None
-    folder = store_folder(config.cache_dir)
+    folder = frame_cache_dir(config.cache_dir)
     names = [frames.identity(key, folder) for key in frames.keys]
     store = FeatureStore(encoder, "features", folder / encoder.store_name(names))
     if not store.is_finished:

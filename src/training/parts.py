@@ -15,7 +15,7 @@ from data.frames import Frames
 from data.loader import Loader
 from data.names import joint_names, order_warnings
 from data.observations import check_patterns, matches, name_before, observation_names, rename_source
-from data.opening import open_metadata, open_source
+from data.opening import open_metadata, open_source, open_stream
 from data.source import Source
 from data.statistics import fill_statistics
 from data.union import size_problems, unite
@@ -83,6 +83,8 @@ def build_source(config: TrainConfig) -> Source:
             val_episodes=config.val_episodes,
             action=name_before(rename, "action"),
             copy_tables=True,
+            stream=config.stream,
+            cache_gb=config.cache_gb,
         )
         sources.append(source)
     rename_apart(sources, rename)
@@ -103,7 +105,10 @@ def observations_of(config: TrainConfig, folders: list) -> list[list[str] | None
         return [patterns for _ in config.dataset_id]
     names = []
     for dataset_id, folder in zip(config.dataset_id, folders, strict=True):
-        names.append(observation_names(open_metadata(dataset_id, folder, config.revision)))
+        stream = open_stream(
+            dataset_id, folder, config.revision, config.stream, config.cache_dir, config.cache_gb, config.quiet
+        )
+        names.append(observation_names(open_metadata(dataset_id, folder, config.revision, stream)))
     check_patterns(patterns, list(dict.fromkeys(chain.from_iterable(names))), "the datasets")
     return [[pattern for pattern in patterns if any(matches(name, pattern) for name in of_one)] for of_one in names]
 
@@ -494,6 +499,11 @@ def open_loader(
 ) -> Loader:
     """The batches of the run from `samples_seen` on, of the given positions in `source.episodes`."""
     num_threads = thread_count(config.num_threads)
+    if source.is_streamed and config.frame_cache == "auto":  # a store would wait for the whole dataset
+        config = replace(config, frame_cache="off")
+        say(
+            "streaming: frames are decoded as they are needed (--frame_cache lossless keeps them: the dataset is read once first)"
+        )
     frames = Frames.open_or_build(
         source,
         resize_of(preprocess),
@@ -521,6 +531,7 @@ def open_loader(
         drop_n_last_frames=getattr(policy.config, "drop_n_last_frames", 0),
         device=distributed.device,
         weights=config.dataset_weights,
+        shuffle=config.shuffle,
         episodes=episodes,
         rank=distributed.rank,
         size=distributed.size,
