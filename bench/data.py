@@ -12,6 +12,7 @@ Prints samples/s and memory of
     warm           frames read from the store
     lossless       frames read from a store that is compressed without loss
     compact        frames read from a store of JPEGs
+    streamed       frames fetched by ranges from an HTTP server in another process, which waits before each answer, and decoded
 with the bytes of each store, and how warm compares with copying batches between memory that no cache holds and buffers that are
 used again. Memory is anonymous memory (without the page cache) above what the process had before; LeRobot's is that of its
 workers.
@@ -22,6 +23,8 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -42,6 +45,7 @@ from data.opening import open_source
 
 REAL = Path(os.environ.get("ARMATURE_REAL_DATA", ROOT.parent / "shared" / "datasets")) / "cr5_banana"
 CHUNK = 100  # actions
+LATENCIES = (10, 100)  # milliseconds
 
 
 @dataclass
@@ -159,6 +163,27 @@ def armature_speed(root: Path, batch_size: int, seconds: float, mode: str, cache
     return Speed(speed, peak.mb, first_epoch, store_bytes)
 
 
+def streamed_speed(root: Path, batch_size: int, seconds: float, latency: float) -> Speed:
+    """Armature's loader on a URL whose server answers after `latency` seconds; nothing of the videos is there at first."""
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "range_server.py"), str(root), str(latency)]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    cache = tempfile.mkdtemp(prefix="armature-bench-")
+    try:
+        source = open_source(server.stdout.readline().strip(), cache_dir=cache, quiet=True)
+        source.require()
+        with PeakMemory() as peak:
+            frames = Frames(source, num_threads=CORES)
+            loader = Loader(source, frames, {"action": list(range(CHUNK))}, batch_size, seed=1000).start()
+            next(loader)
+            speed = samples_per_second(loader, batch_size, seconds)
+            loader.close()
+    finally:
+        server.stdin.close()
+        server.wait()
+        shutil.rmtree(cache)
+    return Speed(speed, peak.mb)
+
+
 def memcpy_speed(frame_bytes: int, batch_size: int, seconds: float) -> float:
     """Samples a second if a batch were only copied: from 2 GB, which no cache holds, into three buffers in turns."""
     batch_bytes = frame_bytes * batch_size
@@ -189,6 +214,9 @@ def measure(root: Path, batch_size: int, seconds: float) -> dict:
             speeds[mode] = armature_speed(root, batch_size, seconds, mode, cache)
         finally:
             shutil.rmtree(cache)
+    if any(feature["dtype"] == "video" for feature in info["features"].values()):
+        for milliseconds in LATENCIES:
+            speeds[f"streamed_{milliseconds}"] = streamed_speed(root, batch_size, seconds, milliseconds / 1000)
     off = speeds["off"]
     warm = speeds["on"]
     memcpy = memcpy_speed(frame_bytes, batch_size, seconds)
@@ -198,8 +226,8 @@ def measure(root: Path, batch_size: int, seconds: float) -> dict:
         "warm_samples_per_s": warm.samples_per_s,
         "first_epoch_samples_per_s": warm.first_epoch_samples_per_s,
         "off_samples_per_s": off.samples_per_s,
-        **{f"{mode}_samples_per_s": speeds[mode].samples_per_s for mode in ("lossless", "compact")},
-        **{f"{mode}_peak_mb": speeds[mode].peak_mb for mode in ("lossless", "compact")},
+        **{f"{mode}_samples_per_s": speed.samples_per_s for mode, speed in speeds.items() if mode not in ("off", "on")},
+        **{f"{mode}_peak_mb": speed.peak_mb for mode, speed in speeds.items() if mode not in ("off", "on")},
         **{f"{mode}_mb": speeds[mode].store_bytes / 1e6 for mode in ("on", "lossless", "compact")},
         "memcpy_samples_per_s": memcpy,
         "memcpy_gb_per_s": memcpy * frame_bytes / 1e9,
@@ -220,7 +248,13 @@ def print_table(name: str, batch_size: int, result: dict) -> None:
         ("Armature, warm", "warm_samples_per_s", "peak_mb", "on_mb"),
         ("Armature, lossless", "lossless_samples_per_s", "lossless_peak_mb", "lossless_mb"),
         ("Armature, compact", "compact_samples_per_s", "compact_peak_mb", "compact_mb"),
+        *(
+            (f"Armature, streamed, {n} ms", f"streamed_{n}_samples_per_s", f"streamed_{n}_peak_mb", None)
+            for n in LATENCIES
+        ),
     ):
+        if speed not in result:  # pictures in tables are not streamed
+            continue
         row = f"{label:<38}{result[speed]:>12,.1f}{result[speed] / result['lerobot_samples_per_s']:>11.1f}"
         for name, width in ((memory, 9), (store, 10)):
             row += f"{result[name]:>{width},.0f}" if name else " " * width

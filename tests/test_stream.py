@@ -362,7 +362,9 @@ def test_blocks_of_episodes():
 
 
 def test_blocks_are_another_order_and_a_resume_keeps_it(tmp_path):
-    settings = small(dataset_id=str(SHIPPED), steps=4, save_freq=2, image_size=[32, 32], cache_dir=str(tmp_path / "cache"))
+    settings = small(
+        dataset_id=str(SHIPPED), steps=4, save_freq=2, image_size=[32, 32], cache_dir=str(tmp_path / "cache")
+    )
     runs = {}
     for shuffle in ("full", "blocks"):
         run = train(**settings, shuffle=shuffle, output_dir=str(tmp_path / shuffle))
@@ -372,7 +374,9 @@ def test_blocks_are_another_order_and_a_resume_keeps_it(tmp_path):
     resumed = train(**settings, output_dir=str(tmp_path / "again"), resume_from_checkpoint=checkpoint)
     got = load_file(resumed.checkpoint / "policy.safetensors")
     assert all(torch.equal(value, got[key]) for key, value in runs["blocks"].items())
-    with pytest.raises(UserError, match="--shuffle blocks reads every frame once per epoch, --dataset_weights does not"):
+    with pytest.raises(
+        UserError, match="--shuffle blocks reads every frame once per epoch, --dataset_weights does not"
+    ):
         train(**{**settings, "dataset_id": [str(SHIPPED)] * 2}, dataset_weights=[1, 2], shuffle="blocks")
 
 

@@ -1,6 +1,7 @@
 """An HTTP server of a folder, with ranges and without listings, that can be slow, cut connections, or refuse."""
 
 import re
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -91,3 +92,10 @@ class RangeServer:
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+
+if __name__ == "__main__":  # FOLDER LATENCY: in a process of its own, for a benchmark
+    server = RangeServer(Path(sys.argv[1]))
+    server.latency = float(sys.argv[2])
+    print(server.url, flush=True)
+    sys.stdin.read()  # until the benchmark closes it
