@@ -18,8 +18,9 @@ from data.episodes import parse_episodes
 from data.frames import Frames
 from data.loader import Loader
 from data.opening import open_source
+from data.order import Order, TrainableRows, list_of_epoch
 from data.union import unite
-from data.windows import epoch_order, trainable_rows, weighted_order, window_rows
+from data.windows import weighted_order, window_rows
 from errors import UserError
 from helpers.dataset_edits import edit_json
 from helpers.paths import REAL
@@ -148,9 +149,9 @@ def test_order_is_lerobots_and_a_function_of_seed_and_epoch():
 
     starts, ends = torch.tensor([0, 13, 22]), torch.tensor([13, 22, 33])
     sampler = EpisodeAwareSampler(starts.tolist(), ends.tolist(), drop_n_last_frames=2, shuffle=True, seed=7)
-    rows = trainable_rows(starts, ends, 2)
+    order = Order(TrainableRows(starts, ends, 2), seed=7)
     for epoch in range(3):
-        assert rows[epoch_order(len(rows), 7, epoch)].tolist() == list(sampler)
+        assert order.rows_of(epoch * 27 + torch.arange(27)).tolist() == list(sampler)
 
 
 def test_batches_cover_each_epoch_once_and_start_anywhere(made):
@@ -386,7 +387,7 @@ def test_rows_may_be_asked_for_by_two_threads(made):
     seen = [[], []]
 
     def ask(into):
-        loader._orders = {}
+        list_of_epoch.cache_clear()
         into += [loader.rows_at(start) for start in range(0, 20_000, 200)]
 
     threads = [threading.Thread(target=ask, args=(into,)) for into in seen]

@@ -17,7 +17,6 @@ from data.frames import Frames
 from data.loader import Loader
 from data.opening import open_source
 from data.page_cache import PAGE, PageCache
-from data.windows import BLOCK, block_order
 from errors import UserError
 from helpers.paths import SHIPPED
 from helpers.range_server import RangeServer
@@ -342,42 +341,6 @@ def test_list_and_prune(serve, tmp_path, capsys):
     assert f"pieces of its videos of {server.url}" in capsys.readouterr().out
     assert main(["cache", "prune", "--cache_dir", str(tmp_path)]) == 0
     assert not [path for path in tmp_path.glob("*-stream-*") if path.is_dir()]
-
-
-# The order by blocks.
-
-
-def test_blocks_of_episodes():
-    counts = torch.randint(5, 40, (100,), generator=torch.Generator().manual_seed(0))
-    episode = torch.arange(100).repeat_interleave(counts)
-    orders = [block_order(counts, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
-    assert len({tuple(order.tolist()) for order in orders}) == 4
-    assert torch.equal(orders[0], block_order(counts, 0, 0))
-    for order in orders:
-        assert torch.equal(order.sort().values, torch.arange(int(counts.sum())))
-        runs = torch.unique_consecutive(episode[order])
-        assert len(runs) > 0.9 * len(order), "shuffled within a block"
-        assert all(len(episode[some].unique()) <= 2 * BLOCK for some in order.split(64))
-    assert len(block_order(torch.tensor([0, 3]), 0, 0)) == 3
-
-
-def test_blocks_are_another_order_and_a_resume_keeps_it(tmp_path):
-    settings = small(
-        dataset_id=str(SHIPPED), steps=4, save_freq=2, image_size=[32, 32], cache_dir=str(tmp_path / "cache")
-    )
-    runs = {}
-    for shuffle in ("full", "blocks"):
-        run = train(**settings, shuffle=shuffle, output_dir=str(tmp_path / shuffle))
-        runs[shuffle] = load_file(run.checkpoint / "policy.safetensors")
-    assert any(not torch.equal(value, runs["full"][key]) for key, value in runs["blocks"].items())
-    checkpoint = str(tmp_path / "blocks" / "checkpoint-2")
-    resumed = train(**settings, output_dir=str(tmp_path / "again"), resume_from_checkpoint=checkpoint)
-    got = load_file(resumed.checkpoint / "policy.safetensors")
-    assert all(torch.equal(value, got[key]) for key, value in runs["blocks"].items())
-    with pytest.raises(
-        UserError, match="--shuffle blocks reads every frame once per epoch, --dataset_weights does not"
-    ):
-        train(**{**settings, "dataset_id": [str(SHIPPED)] * 2}, dataset_weights=[1, 2], shuffle="blocks")
 
 
 # The cache of pages.

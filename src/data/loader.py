@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from data.frames import Frames
+from data.order import Order, TrainableRows
 from data.source import Source
-from data.windows import block_order, epoch_order, trainable_rows, weighted_order, window_rows
+from data.windows import window_rows
 from errors import UserError
 
 LOOK_AHEAD = 8  # batches whose streamed bytes are asked for ahead of the one that is being assembled
@@ -35,7 +36,7 @@ class Loader:
         drop_n_last_frames: frames at an episode's end at which no sample starts.
         device: where the batches go. For CUDA the buffers are pinned, so that the loop does not wait for its copies.
         weights: share of each dataset in the samples, if the source has several; None for each row once an epoch.
-        shuffle: full, or blocks of episodes (data/windows.py).
+        shuffle: full, or blocks of episodes (data/order.py).
         episodes: positions in `Source.episodes` of the episodes to read, (E',) int64; None for all.
         rank: this process.
         size: number of processes that share each batch. Each reads its own B / size samples.
@@ -65,27 +66,24 @@ class Loader:
         self.deltas = {key: torch.tensor(window) for key, window in deltas.items()}
         self.batch_size = batch_size
         self.local_batch_size = batch_size // size
-        self.seed = seed
         self.device = torch.device(device)
-        self.weights = weights
-        self.shuffle = shuffle
         self.tasks = source.tasks
         if episodes is None:
             episodes = torch.arange(len(source.episodes))
-        self.rows = trainable_rows(source.starts[episodes], source.ends[episodes], drop_n_last_frames)  # (M,)
+        self.rows = TrainableRows(source.starts[episodes], source.ends[episodes], drop_n_last_frames)
         if len(self.rows) == 0:
             raise UserError(
                 f"dataset {source.name}: no episode is longer than the {drop_n_last_frames} frames that the policy "
                 "leaves out at its end: pass --policy_args drop_n_last_frames=0"
             )
+        rows_per_dataset = None
         if weights:
-            datasets = source.dataset_of_episode[source.episode_of(self.rows)]  # (M,)
-            self.rows_per_dataset = torch.bincount(datasets, minlength=len(weights)).tolist()
-            if not all(self.rows_per_dataset):
+            rows_per_dataset = self._rows_per_dataset(episodes, len(weights))
+            if not all(rows_per_dataset):
                 raise UserError(f"one of the datasets in {source.name} has no frame to start a sample at: leave it out")
+        self.order = Order(self.rows, seed, shuffle, weights, rows_per_dataset)
 
         self._local = slice(rank * self.local_batch_size, (rank + 1) * self.local_batch_size)  # of each batch
-        self._orders: dict[int, Tensor] = {}  # (M,) of the epochs that were read last
         self._thread: threading.Thread | None = None
         self._prefetch_thread: threading.Thread | None = None
         self._assembled = 0  # batches since the start
@@ -133,33 +131,13 @@ class Loader:
             raise batch
         return batch
 
+    def _rows_per_dataset(self, episodes: Tensor, num_datasets: int) -> list[int]:
+        rows = torch.zeros(num_datasets, dtype=torch.int64)
+        return rows.index_add(0, self.source.dataset_of_episode[episodes], self.rows.counts).tolist()
+
     def rows_at(self, samples_seen: int) -> Tensor:
         """(B,) rows of the batch that starts at `samples_seen`. A pure function."""
-        samples = torch.arange(samples_seen, samples_seen + self.batch_size)
-        epochs = samples // len(self.rows)
-        rows = torch.empty_like(samples)
-        for epoch in torch.unique(epochs).tolist():
-            in_epoch = epochs == epoch
-            positions = samples[in_epoch] % len(self.rows)
-            rows[in_epoch] = self.rows[self._order(epoch)[positions]]
-        return rows
-
-    def _order(self, epoch: int) -> Tensor:
-        """(M,) positions in `rows`, in the order of an epoch."""
-        order = self._orders.get(epoch)
-        if order is not None:
-            return order
-        if self.weights:
-            order = weighted_order(self.rows_per_dataset, self.weights, self.seed, epoch)
-        elif self.shuffle == "blocks":
-            _, counts = torch.unique_consecutive(self.source.episode_of(self.rows), return_counts=True)
-            order = block_order(counts, self.seed, epoch)
-        else:
-            order = epoch_order(len(self.rows), self.seed, epoch)
-        # A new dict, not a change to the old one: the loop asks for rows too, beside the loader's thread.
-        recent = {other: known for other, known in self._orders.items() if other >= epoch - 1}
-        self._orders = {**recent, epoch: order}
-        return order
+        return self.order.rows_of(torch.arange(samples_seen, samples_seen + self.batch_size))
 
     def describe(self, samples_seen: int) -> str:
         """episode:frame of each sample of a batch, for people; of the first 16 if it has more."""

@@ -3,11 +3,13 @@
 B samples, T deltas, E episodes, M rows that a sample may start at.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 32  # episodes that `block_order` reads at a time
+BLOCK = 32  # episodes that --shuffle blocks reads at a time
 
 
 def window_rows(rows: Tensor, deltas: Tensor, starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,14 +32,6 @@ def window_rows(rows: Tensor, deltas: Tensor, starts: Tensor, ends: Tensor) -> t
     return wanted.clamp(first, last), (wanted < first) | (wanted > last)
 
 
-def trainable_rows(starts: Tensor, ends: Tensor, drop_n_last_frames: int = 0) -> Tensor:
-    """(M,) int64 rows that a sample may start at: all but the last `drop_n_last_frames` of each episode."""
-    rows = [torch.empty(0, dtype=torch.int64)]
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        rows.append(torch.arange(start, max(start, end - drop_n_last_frames)))
-    return torch.cat(rows)
-
-
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     """(count,) int64 permutation, a function of (seed, epoch).
 
@@ -47,26 +41,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(int(entropy)))
 
 
-def block_order(counts: Tensor, seed: int, epoch: int) -> Tensor:
-    """(M,) int64 permutation that reads BLOCK episodes at a time, in a random order of episodes, and of rows within a block.
-
-    A batch then holds samples of at most BLOCK episodes, or of two blocks, and a streamed dataset is read nearly in one piece.
-
-    Args:
-        counts: (E,) trainable rows of each episode.
-        seed, epoch: the order is a function of these.
-    """
-    ends = counts.cumsum(0)
-    order = [torch.empty(0, dtype=torch.int64)]
-    for number, block in enumerate(epoch_order(len(counts), seed, epoch).split(BLOCK)):
-        spans = zip((ends - counts)[block].tolist(), ends[block].tolist(), strict=True)
-        positions = torch.cat([torch.arange(first, end) for first, end in spans])
-        block_seed = int(np.random.SeedSequence([seed, epoch, number, 0xB10C]).generate_state(1)[0])
-        order.append(positions[epoch_order(len(positions), block_seed, epoch)])
-    return torch.cat(order)
-
-
-def weighted_order(counts: list[int], weights: list[float], seed: int, epoch: int) -> Tensor:
+def weighted_order(counts: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> Tensor:
     """(M,) int64 positions of one epoch over several datasets, one after the other in the rows, sampled by weight.
 
     An epoch has as many samples as there are rows, M = sum(counts), divided by weight. Each dataset is read in shuffles of
