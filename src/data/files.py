@@ -127,12 +127,18 @@ def episode_paths(meta, setting: str, columns: str, more_fields: dict[str, str])
         more_fields: further placeholders, with their values.
     """
     paths = {}
+    filled: dict[tuple, Path] = {}  # by what the template may depend on: many episodes share a file
+    is_by_episode = "{episode" in str(getattr(meta.info, setting))
     numbers = [meta.episodes[f"{columns}/{name}"][:] for name in ("chunk_index", "file_index")]
     for episode, chunk, file in zip(meta.episodes["episode_index"][:], *numbers, strict=True):
         if chunk is None or file is None or chunk != chunk or file != file:  # null or NaN, as a merge may leave them
             raise UserError(
                 f"dataset {meta.root}: meta/episodes does not say in which file of {columns} episode {episode} is"
             )
+        known_by = (chunk, file, episode if is_by_episode else None)
+        if known_by in filled:
+            paths[episode] = filled[known_by]
+            continue
         fields = {
             "episode_index": episode,
             "episode": episode,
@@ -142,7 +148,7 @@ def episode_paths(meta, setting: str, columns: str, more_fields: dict[str, str])
             "file_index": int(file),
             "file": int(file),
         }
-        paths[episode] = meta.root / filled_in(meta, setting, fields | more_fields)
+        paths[episode] = filled[known_by] = meta.root / filled_in(meta, setting, fields | more_fields)
     return paths
 
 

@@ -67,6 +67,7 @@ class Order:
         self.shuffle = shuffle
         self.weights = weights
         self.rows_per_dataset = rows_per_dataset
+        self._blocks: tuple[int, Tensor, Tensor] | None = None  # of the epoch that was asked for last
 
     def rows_of(self, samples: Tensor) -> Tensor:
         """(n,) rows of (n,) int64 samples, counted from the run's beginning."""
@@ -92,8 +93,11 @@ class Order:
         A batch then holds samples of at most 2 * BLOCK episodes, and a streamed dataset is read nearly in one piece.
         """
         counts = self.rows.counts
-        episodes = list_of_epoch(len(counts), self.seed, epoch)  # (E,)
-        ends = counts[episodes].cumsum(0)  # (E,) of the episodes in this order
+        blocks_of_epoch = self._blocks
+        if blocks_of_epoch is None or blocks_of_epoch[0] != epoch:
+            episodes = list_of_epoch(len(counts), self.seed, epoch)
+            blocks_of_epoch = self._blocks = (epoch, episodes, counts[episodes].cumsum(0))
+        _, episodes, ends = blocks_of_epoch  # (E,) episodes in this order, and the place after the last row of each
         block_ends = torch.cat([ends[BLOCK - 1 :: BLOCK], ends[-1:]]).unique()
         block_starts = torch.cat([ends.new_zeros(1), block_ends])[:-1]
         blocks = torch.searchsorted(block_ends, places, right=True)
