@@ -17,8 +17,9 @@ from torch import Tensor
 from data.compact_store import COMPACT, LOSSLESS, CompactStore, PackedFrames
 from data.decode import LIBRARIES, Decoder
 from data.frame_store import FrameStore
+from data.growing_store import GrowingStore
 from data.source import Source
-from errors import UserError
+from errors import UserError, reason_of_disk
 from runtime import frame_cache_dir, is_out_of_memory, to_device
 
 SPARE = 2 * 2**30  # bytes that `auto` leaves free on the disk, or a tenth of the disk if that is more
@@ -48,6 +49,7 @@ class Frames:
         self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")  # starts its threads at its first job
         self.stored: dict[str, Tensor] = {}  # (N, C, h, w) uint8 of the cameras that have a raw store
         self.packed: dict[str, PackedFrames] = {}  # of those that have a compressed store
+        self.growing: dict[str, GrowingStore] = {}  # of those whose raw store fills while it is read
         self.on_device = False  # whether `stored` is in the memory of an accelerator
 
     @classmethod
@@ -61,6 +63,7 @@ class Frames:
         num_threads: int = 1,
         device: torch.device | str = "cpu",
         quiet: bool = True,
+        grow: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ) -> "Frames":
         """Open every camera's store, building those that are missing.
@@ -72,6 +75,7 @@ class Frames:
             cache_dir: where stores are kept; None for the user's cache.
             device: where `device` holds the frames.
             quiet: no progress bar.
+            grow: fill missing raw stores while frames are read, rather than before (mode `device` needs them before).
             say: called with each line that the user should read.
 
         Raises:
@@ -90,7 +94,10 @@ class Frames:
             stores |= choose_stores(frames.decoder, missing, mode, folder, say)
         for key in missing:
             if key in stores:
-                stores[key].build(num_threads, quiet)
+                if grow and mode != "device" and type(stores[key]) is FrameStore:
+                    frames.growing[key] = start_growing(stores.pop(key))
+                else:
+                    stores[key].build(num_threads, quiet)
         for key, store in stores.items():
             if isinstance(store, CompactStore):
                 packed = store.open_partial()
@@ -160,8 +167,9 @@ class Frames:
         arriving = []
         for key in self._decoded_videos():
             wanted = rows[key]
-            if key in self.packed:
-                wanted = wanted[~self.packed[key].holds(wanted)]
+            store = self.packed.get(key) or self.growing.get(key)
+            if store is not None:
+                wanted = wanted[~store.holds(wanted)]
             files, numbers = self.source.locate(key, wanted)
             videos = self.source.videos[key]
             for file in torch.unique(files).tolist():
@@ -200,38 +208,64 @@ class Frames:
         )
 
     def _read_each(self, key: str, rows: Tensor, out: Tensor) -> None:
-        """Unpack the frames that a compressed store has, and decode the others."""
+        """Read the frames that are in a compressed or growing store, and decode the others."""
+        packed = self.packed.get(key)
+        growing = self.growing.get(key)
+        if growing is not None and growing.holds(rows).all():
+            self.gather(growing.stored, rows, out)
+            return
         # Each row once: neighbours in a window often share frames.
         slots: dict[int, list[int]] = {}  # of each row, where in `out` it goes
         for slot, row in enumerate(rows.tolist()):
             slots.setdefault(row, []).append(slot)
 
         def put(row: int, pixels: Tensor) -> None:
-            for slot in slots[row]:
+            for slot in slots.get(row, []):
                 out[slot].copy_(pixels)
 
         def unpack(rows: Tensor) -> None:
             for row in rows.tolist():
-                put(row, self.packed[key].read(row))
+                put(row, growing.stored[row] if packed is None else packed.read(row))
 
         def decode(rows: Tensor) -> None:
             for row, pixels in zip(rows.tolist(), self.decoder.read(key, rows), strict=True):
                 put(row, pixels)
 
         wanted = torch.tensor(sorted(slots))
-        is_packed = torch.zeros(len(wanted), dtype=torch.bool)
-        if key in self.packed:
-            is_packed = self.packed[key].holds(wanted)
-        jobs = [self.pool.submit(unpack, some) for some in wanted[is_packed].split(UNPACKED_AT_ONCE) if len(some)]
-        others = wanted[~is_packed]
-        if len(others):
+        is_there = torch.zeros(len(wanted), dtype=torch.bool)
+        store = packed or growing
+        if store is not None:
+            is_there = store.holds(wanted)
+        jobs = [self.pool.submit(unpack, some) for some in wanted[is_there].split(UNPACKED_AT_ONCE) if len(some)]
+        others = wanted[~is_there]
+        if growing is not None:
+            jobs += [self.pool.submit(growing.decode, run, put) for run in growing.runs(others)]
+        elif len(others):
             jobs += [self.pool.submit(decode, some) for some in self.decoder.jobs(key, others, self.num_threads)]
         for job in jobs:
             job.result()
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
+        while self.growing:
+            _, store = self.growing.popitem()
+            store.close()
         self.decoder.close()
+
+
+def start_growing(store: FrameStore) -> GrowingStore:
+    """A store to fill while it is read.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    try:
+        return GrowingStore(store).start()
+    except OSError as error:
+        raise UserError(
+            f"the frames of {store.key} cannot be written to {store.folder.parent}: {reason_of_disk(error)}. "
+            "Free some space, or pass --frame_cache off"
+        ) from error
 
 
 def candidates(decoder: Decoder, key: str, mode: str, folder: Path) -> list[FrameStore]:

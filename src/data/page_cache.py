@@ -74,7 +74,7 @@ class Segment:
         os.close(self.index)
 
 
-def write_at(file: int, content: bytes, position: int) -> None:
+def write_at(file: int, content: bytes | memoryview, position: int) -> None:
     """Write all bytes at a position of a file, given its descriptor."""
     while content:
         written = os.pwrite(file, content, position)

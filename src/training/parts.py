@@ -512,6 +512,7 @@ def open_loader(
         num_threads=num_threads,
         device=distributed.device,
         quiet=config.quiet,
+        grow=True,
         say=say,
     )
     deltas = window_deltas(policy.config, source.meta)

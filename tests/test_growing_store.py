@@ -1,0 +1,223 @@
+"""A raw store that fills while it is read: the pixels are those of decoding, each frame is decoded once, and a crash loses no row
+that was written nor believes one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data import decode
+from data.decode import Decoder
+from data.frames import Frames
+from data.opening import open_source
+from helpers.paths import ROOT, SHIPPED
+from helpers.runs import small
+from train import train
+
+TOP = "observation.images.top"
+CAMERA = "observation.images.corner2"
+
+
+def grow(source, cache_dir, size=None, **options) -> Frames:
+    return Frames.open_or_build(source, size, mode="on", cache_dir=cache_dir, grow=True, **options)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The rows that were decoded so far."""
+    rows = []
+    read = Decoder.read
+
+    def counted(self, key, some):
+        rows.extend(some.tolist())
+        return read(self, key, some)
+
+    monkeypatch.setattr(Decoder, "read", counted)
+    return rows
+
+
+@pytest.mark.parametrize("name", ["video", "many_files", "two_cameras", "images"])
+@pytest.mark.parametrize("size", [None, [32, 128], [30, 40]])  # of which 32x128 is written past the page cache
+def test_pixels_are_those_of_decoding(made, tmp_path, name, size):
+    source = open_source(str(made(name)))
+    expected = Frames(source, size)
+    growing = grow(source, tmp_path, size, num_threads=2)
+    order = torch.randperm(source.rows, generator=torch.Generator().manual_seed(0))
+    for rows in (*order.split(5), torch.tensor([3, 3, 0])):
+        for key in expected.keys:
+            assert torch.equal(growing.read(key, rows), expected.read(key, rows))
+    growing.close()
+    finished = grow(source, tmp_path, size)
+    assert set(finished.stored) == set(expected.keys)
+    assert finished.growing == {}
+    for key in expected.keys:
+        assert torch.equal(finished.stored[key], expected.read(key, torch.arange(source.rows)))
+
+
+def test_each_frame_is_decoded_once_with_those_of_its_group(tmp_path, decoded):
+    source = open_source(str(SHIPPED), episodes="0:3")
+    frames = grow(source, tmp_path, [32, 32])
+    (times,) = source.videos[CAMERA].times
+    frames.read(CAMERA, torch.tensor([source.rows // 2]))
+    assert source.rows // 2 in decoded
+    assert len(decoded) <= 1 + int(np.diff(np.searchsorted(times.pts, times.key_pts)).max())
+    for rows in torch.randperm(source.rows).split(16):
+        frames.read(CAMERA, rows)
+    assert sorted(decoded) == list(range(source.rows))
+    frames.close()
+
+
+def test_another_run_continues(tmp_path, decoded):
+    source = open_source(str(SHIPPED), episodes="0:2")
+    first = grow(source, tmp_path, [32, 32])
+    some = torch.arange(0, source.rows, 7)
+    first.read(CAMERA, some)
+    before = set(decoded)
+    first.close()
+    decoded.clear()
+    second = grow(source, tmp_path, [32, 32])
+    expected = Frames(source, [32, 32]).read(CAMERA, torch.arange(source.rows))
+    decoded.clear()
+    assert torch.equal(second.read(CAMERA, some), expected[some])
+    assert decoded == []
+    assert torch.equal(second.read(CAMERA, torch.arange(source.rows)), expected)
+    assert not before & set(decoded)
+    second.close()
+    assert [path.name for path in next(tmp_path.glob("*-corner2-*")).iterdir() if path.suffix == ".u64"] == []
+
+
+@pytest.mark.parametrize("lost", ["some", "all", "rows", "odd"])
+def test_what_a_power_cut_lost_is_decoded_again(tmp_path, lost):
+    source = open_source(str(SHIPPED), episodes="0:2")
+    first = grow(source, tmp_path, [32, 32])
+    first.read(CAMERA, torch.arange(0, source.rows, 5))
+    first.close()
+    (build,) = (path for path in tmp_path.glob(".*-corner2-*") if path.is_dir())
+    if lost == "some":
+        with open(build / "frames.u8", "r+b") as file:
+            file.seek(3 * 32 * 32 * 3)
+            file.write(bytes(20 * 32 * 32 * 3))
+    if lost == "all":
+        os.truncate(build / "frames.u8", 1000)
+    if lost == "rows":
+        os.truncate(build / "rows.u64", 8)
+    if lost == "odd":
+        (build / "rows.u64").write_bytes(os.urandom(8 * source.rows))
+    second = grow(source, tmp_path, [32, 32])
+    rows = torch.arange(source.rows)
+    assert torch.equal(second.read(CAMERA, rows), Frames(source, [32, 32]).read(CAMERA, rows))
+    second.close()
+
+
+def test_a_disk_that_fills_ends_the_keeping_and_not_the_run(made, mount, capfd):
+    disk = mount("size=200k")
+    source = open_source(str(made("video")))
+    frames = Frames.open_or_build(source, mode="off", cache_dir=disk)
+    expected = frames.read(TOP, torch.arange(source.rows))
+    from data import frames as module
+
+    with pytest.MonkeyPatch.context() as patch:  # there was room when the run looked
+        patch.setattr(module, "room_for", lambda *args: module.Room(0, 0, ""))
+        growing = grow(source, disk)
+    for rows in torch.arange(source.rows).split(4):
+        assert torch.equal(growing.read(TOP, rows), expected[rows])
+    assert torch.equal(growing.read(TOP, torch.arange(source.rows)), expected)
+    growing.close()
+    assert capfd.readouterr().err.count("cannot be kept in") == 1
+
+
+def test_two_runs_and_several_threads_at_once(made, tmp_path):
+    source = open_source(str(made("two_cameras")))
+    expected = Frames(source)
+    runs = [grow(source, tmp_path, num_threads=2) for _ in range(2)]
+    wrong = []
+
+    def read(frames, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(30):
+            rows = torch.randint(source.rows, (6,), generator=generator)
+            for key in source.videos:
+                if not torch.equal(frames.read(key, rows), expected.read(key, rows)):
+                    wrong.append(rows)
+
+    threads = [threading.Thread(target=read, args=(frames, seed)) for seed in range(2) for frames in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for frames in runs:
+        frames.close()
+    assert wrong == []
+    assert set(grow(source, tmp_path).stored) == set(source.videos)
+
+
+FILL = """
+import sys, torch
+from data.frames import Frames
+from data.opening import open_source
+source = open_source(sys.argv[1], quiet=True)
+frames = Frames.open_or_build(source, [32, 128], mode="on", cache_dir=sys.argv[2], grow=True)
+for rows in torch.randperm(source.rows).split(4):
+    frames.read(sys.argv[3], rows)
+    print("read", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_it_fills(tmp_path):
+    source = open_source(str(SHIPPED))
+    expected = Frames(source, [32, 128]).read(CAMERA, torch.arange(source.rows))
+    for after in (1, 40, 200):
+        command = [sys.executable, "-c", FILL, str(SHIPPED), str(tmp_path), CAMERA]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}
+        )
+        for _ in range(after):
+            process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        frames = grow(source, tmp_path, [32, 128])
+        assert frames.growing, "not finished"
+        assert frames.growing[CAMERA].holds(torch.arange(source.rows)).any()
+        rows = torch.arange(0, source.rows, 3)
+        assert torch.equal(frames.read(CAMERA, rows), expected[rows])
+        frames.growing[CAMERA].is_full = True  # leave it as it is
+        frames.close()
+
+
+def test_weights_and_a_resume_are_the_same_while_the_store_fills(tmp_path):
+    settings = small(dataset_id=str(SHIPPED), episodes="0:4", image_size=[32, 128], steps=6, save_freq=3)
+    expected = train(**settings, frame_cache="off", output_dir=str(tmp_path / "off")).checkpoint
+    filling = train(**settings, cache_dir=str(tmp_path / "cache"), output_dir=str(tmp_path / "filling"))
+    assert list((tmp_path / "cache").glob(".*-corner2-*/rows.u64")), "still filling"
+    resumed = train(**settings, cache_dir=str(tmp_path / "cache"), output_dir=str(tmp_path / "resumed"),
+                    resume_from_checkpoint=str(tmp_path / "off" / "checkpoint-3"))  # fmt: skip
+    first = load_file(expected / "policy.safetensors")
+    for run in (filling, resumed):
+        other = load_file(run.checkpoint / "policy.safetensors")
+        assert all(torch.equal(value, other[key]) for key, value in first.items())
+
+
+def test_without_direct_writes(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    source = open_source(str(SHIPPED), episodes="0:1")
+    frames = grow(source, tmp_path, [32, 128])
+    rows = torch.arange(source.rows)
+    assert torch.equal(frames.read(CAMERA, rows), Frames(source, [32, 128]).read(CAMERA, rows))
+    assert frames.growing[CAMERA].direct is None
+    frames.close()
+
+
+def test_both_decoders_fill_the_same_store_where_their_pixels_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "load_torchcodec", lambda: (None, None))
+    source = open_source(str(SHIPPED), episodes="0:1")
+    frames = grow(source, tmp_path, [32, 32])
+    rows = torch.arange(source.rows)
+    assert torch.equal(frames.read(CAMERA, rows), Frames(source, [32, 32]).read(CAMERA, rows))
+    frames.close()
