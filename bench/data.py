@@ -148,7 +148,7 @@ def lerobot_speed(root: Path, batch_size: int, seconds: float) -> Speed:
 
 
 def armature_speed(root: Path, batch_size: int, seconds: float, mode: str, cache: str) -> Speed:
-    """Armature's loader, with frames from a store (mode on, lossless or compact, built first but for `on`) or decoded at every use (off)."""
+    """Armature's loader, with frames from a store (lossless and compact are built first, `on` fills) or decoded at every use."""
     source = open_source(str(root))
     source.require()
     with PeakMemory() as peak:
