@@ -75,7 +75,10 @@ class TrainConfig:
         False, "do not download the videos of a Hub dataset, but read them over the network; those of a URL always are"
     )
     cache_gb: float | None = setting(
-        None, "GB of streamed videos that are kept on the disk (unset: a quarter of what is free)", above=0
+        None,
+        "GB of streamed videos that each process keeps on the disk (unset: a quarter of what is free)",
+        above=0,
+        below=1e6,
     )
     shuffle: str = setting(
         "full",

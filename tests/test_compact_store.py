@@ -178,7 +178,7 @@ def test_a_stopped_build_continues(made, tmp_path, monkeypatch):
         (build / "index.i64").unlink()
 
     def odd_index(build):
-        (build / "index.i64").write_bytes(os.urandom(16 * source.rows))
+        (build / "index.i64").write_bytes(os.urandom(24 * source.rows))
 
     def odd_journal(build):
         (build / "journal.txt").write_bytes(b"\xff0 1\n7 00000000\n-1 x\n1\n")
@@ -202,6 +202,31 @@ def test_a_full_disk_leaves_nothing_behind(made, mount, monkeypatch):
     assert folders(small_disk) == []
 
 
+def flip_a_bit(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_partial_store_survives_a_disk_that_fills(made, mount, monkeypatch):
+    source = open_source(str(made("video")))
+    disk = mount("size=10m")
+    whole = CompactStore.find(Decoder(source, None), TOP, disk, LOSSLESS).num_bytes
+    monkeypatch.setattr(module, "SPARE", 0)
+    usage = shutil.disk_usage(disk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(total=0, free=int(whole * 0.6)))
+        share = open_or_build(source, disk, "auto").packed[TOP].share
+        assert 0 < share < 1
+        (disk / "other").write_bytes(bytes(shutil.os.statvfs(disk).f_bavail * shutil.os.statvfs(disk).f_bsize))
+        patch.setattr(
+            module.shutil, "disk_usage", lambda path: usage._replace(total=0, free=int(whole * 0.3))
+        )  # no longer so
+        again = open_or_build(source, disk, "auto")
+    assert again.packed[TOP].share == share
+    assert torch.equal(all_frames(again), all_frames(Frames(source)))
+
+
 def test_damaged_stores_are_refused_by_name(made, tmp_path):
     source = open_source(str(made("video")))
     open_or_build(source, tmp_path / "cache")
@@ -218,6 +243,7 @@ def test_damaged_stores_are_refused_by_name(made, tmp_path):
     spoil("frames.bin", lambda path: os.truncate(path, 100))
     spoil("frames.bin", lambda path: path.write_bytes(bytes(path.stat().st_size)))
     spoil("frames.bin", lambda path: path.unlink())
+    spoil("frames.bin", flip_a_bit)
     spoil("index.i64", lambda path: os.truncate(path, 100))
     spoil("index.i64", lambda path: path.write_bytes(bytes(path.stat().st_size)))
     spoil("index.i64", lambda path: path.unlink())

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from data import decode
 from data.decode import Decoder
 from data.frames import Frames
+from data.growing_store import GrowingStore
 from data.opening import open_source
 from helpers.paths import ROOT, SHIPPED
 from helpers.runs import small
@@ -132,6 +133,25 @@ def test_a_disk_that_fills_ends_the_keeping_and_not_the_run(made, mount, capfd):
     assert capfd.readouterr().err.count("cannot be kept in") == 1
 
 
+def test_a_row_that_another_thread_has_just_written(made, tmp_path, monkeypatch):
+    source = open_source(str(made("video")))
+    frames = grow(source, tmp_path)
+    expected = Frames(source).read(TOP, torch.arange(source.rows))
+    runs = GrowingStore.runs
+
+    def late(store, rows):
+        if len(rows):
+            for run in runs(store, rows):
+                store.decode(run, lambda row, pixels: None)
+        return runs(store, rows)
+
+    monkeypatch.setattr(GrowingStore, "runs", late)
+    rows = torch.tensor([20, 3])
+    out = torch.full((2, *frames.shape(TOP)), 7, dtype=torch.uint8)
+    assert torch.equal(frames.read(TOP, rows, out), expected[rows])
+    frames.close()
+
+
 def test_two_runs_and_several_threads_at_once(made, tmp_path):
     source = open_source(str(made("two_cameras")))
     expected = Frames(source)
@@ -160,6 +180,7 @@ def test_two_runs_and_several_threads_at_once(made, tmp_path):
 FILL = """
 import sys, torch
 from data.frames import Frames
+from data.growing_store import GrowingStore
 from data.opening import open_source
 source = open_source(sys.argv[1], quiet=True)
 frames = Frames.open_or_build(source, [32, 128], mode="on", cache_dir=sys.argv[2], grow=True)

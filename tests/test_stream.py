@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +20,7 @@ from data.loader import Loader
 from data.opening import open_source
 from data.page_cache import PAGE, PageCache
 from errors import UserError
+from helpers.dataset_edits import edit_json
 from helpers.paths import SHIPPED
 from helpers.range_server import RangeServer
 from helpers.runs import small
@@ -100,7 +103,117 @@ def test_a_url_gives_the_batches_of_the_folder(made, serve, tmp_path, small_piec
 def test_older_formats(serve, tmp_path, small_pieces, version):
     folder = write_v2(tmp_path / "old", {0: 9, 1: 12}, version=version, cameras=(CAMERA,), by_episode=version == "v2.1")
     server = serve(folder)
-    assert_same(batches(open_source(str(folder))), batches(open_source(server.url, cache_dir=str(tmp_path / "cache"))))
+    local = open_source(str(folder))
+    streamed = open_source(server.url, cache_dir=str(tmp_path / "cache"))
+    assert streamed.warnings == local.warnings == []
+    assert_same(batches(local), batches(streamed))
+
+
+def test_older_files_that_are_not_where_info_json_says(serve, tmp_path, small_pieces):
+    folder = write_v2(tmp_path / "old", {0: 9, 1: 12}, cameras=(CAMERA,), chunks_size=1)
+    for path in sorted(folder.glob("*/**/chunk-001/**/*")):
+        if path.is_file():
+            os.replace(path, Path(str(path).replace("chunk-001", "chunk-000")))
+    local = open_source(str(folder))
+    streamed = open_source(serve(folder).url, cache_dir=str(tmp_path / "cache"))
+    assert local.problems == streamed.problems == []
+    assert streamed.warnings == local.warnings
+    assert_same(batches(local), batches(streamed))
+
+
+def test_metadata_in_several_files_that_info_json_undercounts(serve, tmp_path, copy_of):
+    root = copy_of("many_files")
+    (file,) = root.glob("meta/episodes/*/*.parquet")
+    table = pq.read_table(file)
+    for number in range(table.num_rows):
+        pq.write_table(table.slice(number, 1), file.with_name(f"file-{number:03d}.parquet"))
+    edit_json(root / "meta" / "info.json", lambda info: info.update(total_episodes=1))
+    streamed = open_source(serve(root).url, cache_dir=str(tmp_path / "cache"))
+    assert len(streamed.episodes) == table.num_rows
+    assert_same(batches(open_source(str(root))), batches(streamed))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"]
+)
+def test_damaged_metadata_is_a_line(serve, tmp_path, copy_of, content):
+    root = copy_of("video")
+    (file,) = root.glob("meta/episodes/*/*.parquet")
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"episodes/chunk-000/file-000\.parquet"):
+        open_source(serve(root).url, cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_video_that_changes_during_a_run(copy_of, serve, tmp_path, small_pieces):
+    root = copy_of("video")
+    server = serve(root)
+    source = open_source(server.url, cache_dir=str(tmp_path / "cache"))
+    for path in root.glob("videos/**/*.mp4"):
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"file-000\.mp4 has changed on the server since it was opened\. Start again"):
+        batches(source)
+
+
+def test_a_damaged_piece_is_fetched_again(serve, tmp_path):
+    server = serve(SHIPPED)
+    rows = torch.arange(0, 4000, 100)
+    source = open_source(server.url, cache_dir=str(tmp_path))
+    expected = Frames(source).read(CAMERA, rows)
+    pages = next(iter(source.videos[CAMERA].remote.values())).stream
+    pages.stop()
+    for path in tmp_path.glob("*/pages-0/*.data"):
+        path.write_bytes(bytes(path.stat().st_size))
+    assert torch.equal(Frames(source).read(CAMERA, rows), expected)
+
+
+def test_a_server_that_never_answers_does_not_keep_the_loader(serve, tmp_path):
+    server = serve(SHIPPED)
+    source = open_source(server.url, cache_dir=str(tmp_path))
+    loader = Loader(source, Frames(source), {}, 16, seed=3).start()
+    next(loader)
+    server.hangs = True
+    closing = threading.Thread(target=loader.close, daemon=True)
+    closing.start()
+    closing.join(timeout=20)
+    assert not closing.is_alive()
+    server.hangs = False
+
+
+def test_a_full_or_read_only_cache_is_a_line(serve, mount, tmp_path):
+    server = serve(SHIPPED)
+    disk = mount("size=600k")
+    with pytest.raises(
+        UserError, match=r"cannot be written: No space left on device\. Free some space, or pass another --cache_dir"
+    ):
+        batches(open_source(server.url, cache_dir=str(disk)))
+    subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+    expected = batches(open_source(server.url, cache_dir=str(disk)))
+    read_only = tmp_path / "read_only"
+    read_only.mkdir()
+    subprocess.run(["mount", "--bind", disk, read_only], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", read_only], check=True)
+        source = open_source(server.url, cache_dir=str(read_only))  # all that it needs is there
+        with pytest.raises(UserError, match=r"cannot be written: Read-only file system"):
+            batches(source)
+        subprocess.run(["mount", "-o", "remount,bind,rw", read_only], check=True)
+        assert_same(batches(source), expected)
+    finally:
+        subprocess.run(["umount", "--lazy", read_only], check=True)
+
+
+def test_pieces_of_processes_that_have_ended_are_deleted(serve, tmp_path):
+    server = serve(SHIPPED)
+    first = open_source(server.url, cache_dir=str(tmp_path))
+    second = open_source(server.url, cache_dir=str(tmp_path))
+    assert_same(batches(first), batches(second))
+    for source in (first, second):
+        Frames(source).read(CAMERA, torch.tensor([3000]))
+    assert len(list(tmp_path.glob("*/pages-*"))) == 2
+    for source in (first, second):
+        next(iter(source.videos[CAMERA].remote.values())).stream.stop()
+    Frames(second).read(CAMERA, torch.tensor([1000]))
+    assert len(list(tmp_path.glob("*/pages-*"))) == 1
 
 
 def test_only_what_is_needed_is_fetched(serve, tmp_path):
@@ -116,15 +229,13 @@ def test_only_what_is_needed_is_fetched(serve, tmp_path):
     Frames(source).read(CAMERA, torch.tensor([source.rows // 3]))
     assert server.served - before < 8 * PAGE
 
-    server.requests.clear()
     before = server.served
     del source
     gc.collect()  # its pieces are now another's to use
     again = open_source(server.url, cache_dir=str(tmp_path))
-    assert server.served == before, "what is on the disk is not fetched again"
-    assert {method for method, _ in server.requests} == {"HEAD"}
+    assert server.served == before + 1, "what is on the disk is not fetched again; one byte shows that there are ranges"
     Frames(again).read(CAMERA, torch.tensor([again.rows // 3]))
-    assert server.served == before, "nor pieces of videos"
+    assert server.served == before + 1, "nor pieces of videos"
 
 
 def test_what_has_changed_on_the_server_is_fetched_again(copy_of, serve, tmp_path, small_pieces):
@@ -246,6 +357,11 @@ def test_frame_stores_of_a_stream(serve, tmp_path):
         ),
         (lambda server: setattr(server, "is_down", True), r"info\.json: no answer for \d+ s"),
         (
+            lambda server: setattr(server, "status", 403),
+            r"no meta/info\.json, or you may not read it\. Check the URL and your login",
+        ),
+        (lambda server: setattr(server, "status", 503), r"info\.json: no answer for \d+ s \(503, .*start again"),
+        (
             lambda server: setattr(server, "serves_ranges", False),
             r"expected \d+ bytes, got \d+: the server does not serve ranges",
         ),
@@ -268,10 +384,51 @@ def test_flags_that_mean_nothing(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             open_source("http://localhost:1/x", cache_dir=str(tmp_path), **options)
-    with pytest.raises(UserError, match=r"expected a URL of s3, gs, .*, got ftp://"):
-        open_source("ftp://host/x", cache_dir=str(tmp_path))
+    for url, message in (
+        ("ftp://host/x", r"expected a URL of s3, gs, .*, got ftp://"),
+        ("http://", r"expected a URL with a host and a folder"),
+        ("http://host/a\0b", r"expected a URL with a host and a folder"),
+        ("http://host/x?token=1", r"expected the URL of a folder, got one with a query"),
+        ("http://me:secret@host/x", r"dataset host/x: expected a URL without a password"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_source(url, cache_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"--stream: expected a Hub id written user/name, or a URL, got no/such/folder"):
         open_source("no/such/folder", stream=True, cache_dir=str(tmp_path))
+
+
+def test_an_upper_case_scheme(serve, tmp_path):
+    server = serve(SHIPPED)
+    assert len(open_source(server.url.replace("http", "HTTP"), cache_dir=str(tmp_path)).episodes) == 40
+
+
+def test_errors_of_the_hubs_library_are_tried_again(impatient):
+    import httpcore
+    import httpx
+
+    folder = remote.RemoteFolder("hf://datasets/a/b@main")
+    tries = []
+
+    def request():
+        tries.append(1)
+        raise httpx.ConnectError("no route") from httpcore.ConnectError("no route")
+
+    with pytest.raises(UserError, match="no answer for"):
+        folder._retried("meta/info.json", request)
+    assert len(tries) == 9
+
+
+def test_missing_credentials_are_not_tried_again(impatient):
+    class NoCredentialsError(Exception):
+        pass
+
+    NoCredentialsError.__module__ = "botocore.exceptions"
+
+    def request():
+        raise NoCredentialsError("Unable to locate credentials")
+
+    with pytest.raises(UserError, match=r"Unable to locate credentials\. Check the URL and your login"):
+        remote.RemoteFolder("s3://bucket/x")._retried("meta/info.json", request)
 
 
 def test_a_protocol_whose_package_is_missing(tmp_path, monkeypatch):
@@ -372,7 +529,7 @@ def test_pages_are_kept_up_to_the_bound_and_over_restarts(tmp_path):
     assert smaller.get(b"a" * 16, 99) in (None, content_of(99))
 
 
-@pytest.mark.parametrize("spoil", ["cut", "cut_index", "zeros", "swapped"])
+@pytest.mark.parametrize("spoil", ["cut", "cut_index", "zeros", "swapped", "huge"])
 def test_damaged_pages_are_not_believed(tmp_path, spoil):
     filled(tmp_path, 1000 * PAGE, 20)
     data = sorted(tmp_path.glob("*.data"))[0]
@@ -383,6 +540,10 @@ def test_damaged_pages_are_not_believed(tmp_path, spoil):
         os.truncate(index, 50)
     if spoil == "zeros":
         data.write_bytes(bytes(data.stat().st_size))
+    if spoil == "huge":
+        content = bytearray(index.read_bytes())
+        content[16:20] = b"\xff" * 4  # the number of the first page
+        index.write_bytes(content)
     if spoil == "swapped":
         content = data.read_bytes()
         data.write_bytes(content[PAGE:] + content[:PAGE])

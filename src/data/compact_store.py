@@ -1,7 +1,8 @@
 """A frame store whose frames are compressed, each by itself: smaller than a raw store, and slower to read.
 
     frames.bin    encoded frames, in the order in which they were written
-    index.i64     (N, 2) int64: where in frames.bin each row's frame begins, and its length; 0, 0 for a row that is not there
+    index.i64     (N, 3) int64: where in frames.bin each row's frame begins, its length and its CRC-32; zeros for a row that is
+                  not there
     about.json    what it holds, for people
 
 It is built as a raw store is (data/frame_store.py). A store that may be partial stays in its build folder when the room is used
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from data.decode import CHUNK, Decoder
 from data.frame_store import FrameStore, NoRoomError, listed_episodes, mark_used, store_name, write_all
-from errors import UserError, one_line
+from errors import UserError
 
 SAMPLES = 24  # frames that are encoded to estimate the size of all
 MARGIN = 1.1  # of the estimate
@@ -110,11 +111,20 @@ class CompactStore(FrameStore):
         """About how many bytes all frames take, from some of them."""
         rows = torch.linspace(0, self.shape[0] - 1, min(SAMPLES, self.shape[0])).long().unique()
         lengths = [len(self.codec.encode(self.decoder.read(self.key, row[None])[0])) for row in rows]
-        return int(MARGIN * np.mean(lengths) * self.shape[0]) + 16 * self.shape[0]
+        return int(MARGIN * np.mean(lengths) * self.shape[0]) + 24 * self.shape[0]
 
     @property
     def what(self) -> str:
         return f"{self.codec.adjective} frames"
+
+    @property
+    def bytes_written(self) -> int:
+        has_any = bool(listed_episodes(self.build_folder / "journal.txt"))  # else a build starts from nothing
+        return super().bytes_written if has_any else 0
+
+    @property
+    def may_be_partial(self) -> bool:
+        return self.limit is not None
 
     def build(self, num_threads: int, quiet: bool) -> None:
         if self.limit is None or self.limit > self.bytes_written:
@@ -145,13 +155,13 @@ class CompactStore(FrameStore):
 
     def _open(self, folder: Path) -> "PackedFrames":
         path = folder / "index.i64"
-        expected = 16 * self.shape[0]
+        expected = 24 * self.shape[0]
         size = path.stat().st_size if path.exists() else 0
         if size != expected:
             raise UserError(f"{path} is damaged: expected {expected} bytes, got {size}. Delete {folder}")
-        index = np.fromfile(path, np.int64).reshape(-1, 2)
+        index = np.fromfile(path, np.int64).reshape(-1, 3)
         size = (folder / self.data_file).stat().st_size if (folder / self.data_file).exists() else 0
-        if size < index.sum(1).max():
+        if size < index[:, :2].sum(1).max():
             raise UserError(f"{folder / self.data_file} is damaged: it ends before its last frame. Delete {folder}")
         mark_used(folder)
         return PackedFrames(folder / self.data_file, self.codec, index, self.shape[1:])
@@ -160,8 +170,8 @@ class CompactStore(FrameStore):
         source = self.decoder.source
         index_path = self.build_folder / "index.i64"
         with open(index_path, "ab") as file:
-            file.truncate(16 * self.shape[0])
-        index = np.fromfile(index_path, np.int64).reshape(-1, 2)
+            file.truncate(24 * self.shape[0])
+        index = np.fromfile(index_path, np.int64).reshape(-1, 3)
         done = set()
         self._end = 0
         with open(self.build_folder / self.data_file, "a+b") as file:
@@ -170,7 +180,7 @@ class CompactStore(FrameStore):
                     continue
                 spans = index[int(source.starts[episode]) : int(source.ends[episode])]
                 found = 0
-                for start, length in spans.tolist():
+                for start, length, _ in spans.tolist():
                     if start < 0 or length <= 0:
                         break
                     file.seek(start)
@@ -178,7 +188,7 @@ class CompactStore(FrameStore):
                 else:
                     if found == crc:
                         done.add(episode)
-                        self._end = max(self._end, int(spans.sum(1).max()))
+                        self._end = max(self._end, int(spans[:, :2].sum(1).max()))
             file.truncate(self._end)  # of an episode that was not finished
         return done
 
@@ -193,7 +203,7 @@ class CompactStore(FrameStore):
                 start = self._reserve(sum(map(len, encoded)))
                 file.seek(start)
                 for content in encoded:
-                    spans.append((start, len(content)))
+                    spans.append((start, len(content), zlib.crc32(content)))
                     start += len(content)
                 written = b"".join(encoded)
                 crc = zlib.crc32(written, crc)
@@ -201,7 +211,7 @@ class CompactStore(FrameStore):
                 bar.update(len(rows))
             os.fsync(file.fileno())
         with open(self.build_folder / "index.i64", "r+b", buffering=0) as file:
-            file.seek(16 * first)
+            file.seek(24 * first)
             write_all(file, memoryview(np.array(spans, np.int64).tobytes()))
             os.fsync(file.fileno())
         return crc
@@ -225,7 +235,7 @@ class PackedFrames:
 
     Args:
         path: frames.bin.
-        index: (N, 2) int64, as in index.i64.
+        index: (N, 3) int64, as in index.i64.
         shape: (C, h, w).
     """
 
@@ -234,7 +244,7 @@ class PackedFrames:
         self.codec = codec
         self.index = index
         self.shape = shape
-        self.content = torch.from_numpy(np.memmap(path, np.uint8, "c"))
+        self.content = np.memmap(path, np.uint8, "c") if path.stat().st_size else np.empty(0, np.uint8)
 
     def holds(self, rows: Tensor) -> Tensor:
         """(n,) bool whether the frames at (n,) rows are there."""
@@ -251,17 +261,8 @@ class PackedFrames:
         Raises:
             UserError: the store is damaged.
         """
-        start, length = self.index[row].tolist()
-        try:
-            pixels = self.codec.decode(self.content[start : start + length])
-        except RuntimeError as error:
-            raise UserError(
-                f"{self.path} is damaged at byte {start}: {one_line(error)[:160]}. Delete {self.path.parent}"
-            ) from error
-        if pixels.shape != self.shape:
-            expected = "x".join(map(str, self.shape))
-            got = "x".join(map(str, pixels.shape))
-            raise UserError(
-                f"{self.path} is damaged at byte {start}: expected {expected}, got {got}. Delete {self.path.parent}"
-            )
-        return pixels
+        start, length, crc = self.index[row].tolist()
+        content = self.content[start : start + length]
+        if zlib.crc32(content) != crc:
+            raise UserError(f"{self.path} is damaged at byte {start}. Delete {self.path.parent}")
+        return self.codec.decode(torch.from_numpy(content))

@@ -6,6 +6,7 @@ n frames, C channels, H and W as recorded, h and w at training size.
 import contextlib
 import functools
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -141,6 +142,25 @@ def open_reader(file: str | BinaryIO, times: FrameTimes, video_decoder: type | N
     return PyavReader(av.open(file), times)
 
 
+@dataclass(eq=False)
+class OpenVideo:
+    """A reader, and what it reads from.
+
+    Attributes:
+        wanted: path, and torchcodec's VideoDecoder or None.
+        file: a path, or a VideoReader of a stream.
+        reader: None before it is open.
+    """
+
+    wanted: tuple
+    file: str | BinaryIO
+    reader: TorchcodecReader | PyavReader | None = None
+
+    def close(self) -> None:
+        if self.reader is not None:
+            self.reader.close()
+
+
 class Decoder:
     """Frames of a source by camera and row, decoded when asked for. Any thread may ask.
 
@@ -154,8 +174,9 @@ class Decoder:
     def __init__(self, source: Source, image_size: list[int] | None):
         self.source = source
         self.image_size = image_size
-        self.idle: list[tuple[tuple, TorchcodecReader | PyavReader]] = []  # open readers, least recently used first
+        self.idle: list[OpenVideo] = []  # least recently used first
         self.lock = threading.Lock()  # held while `idle` changes
+        self.is_closed = False
 
     @functools.cached_property
     def torchcodec(self) -> tuple[type | None, str | None]:
@@ -230,31 +251,39 @@ class Decoder:
         """Lend an open reader of a file to one thread. A reader that failed is not used again."""
         wanted = (path, video_decoder)
         with self.lock:
-            idle = next((entry for entry in reversed(self.idle) if entry[0] == wanted), None)
-            if idle is not None:
-                self.idle.remove(idle)
-        reader = idle[1] if idle is not None else open_reader(self._file(key, path), times, video_decoder)
+            opened = next((entry for entry in reversed(self.idle) if entry.wanted == wanted), None)
+            if opened is not None:
+                self.idle.remove(opened)
+        if opened is None:
+            opened = OpenVideo(wanted, self._file(key, path))
         try:
-            yield reader
+            if opened.reader is None:
+                opened.reader = open_reader(opened.file, times, video_decoder)
+            yield opened.reader
         except BaseException:
-            reader.close()
+            opened.close()
+            hidden = getattr(opened.file, "error", None)
+            if hidden is not None:  # what a stream raised, and the library turned into an error of its own
+                raise hidden from None
             raise
         with self.lock:
-            self.idle.append((wanted, reader))
+            self.idle.append(opened)
             surplus = self.idle[:-OPEN_READERS]
             del self.idle[:-OPEN_READERS]
-        for _, reader in surplus:
-            reader.close()
+        for unused in surplus:
+            unused.close()
 
     def _file(self, key: str, path: Path) -> str | BinaryIO:
         """What a library opens to read a video."""
+        if self.is_closed:
+            raise UserError(f"{path} was closed")
         remote = self.source.videos[key].remote.get(path)
         return str(path) if remote is None else remote.open()
 
     def close(self) -> None:
+        self.is_closed = True
         while self.idle:
-            _, reader = self.idle.pop()
-            reader.close()
+            self.idle.pop().close()
 
     def _read_picture(self, key: str, row: int) -> Tensor:
         """(C, H, W) uint8 picture of an `image` feature."""

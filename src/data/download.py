@@ -87,6 +87,13 @@ def best_revision(dataset_id: str) -> str:
     return next((version for version in VERSIONS if version in names), "main")
 
 
+def commit_of(dataset_id: str, revision: str) -> str:
+    """The commit that a branch or tag of a Hub dataset names now, so that a run reads the same files to its end."""
+    from huggingface_hub import HfApi
+
+    return HfApi().repo_info(dataset_id, repo_type="dataset", revision=revision).sha
+
+
 def has_all_files(meta) -> bool:
     """Whether every episode has its table, and its video of each camera."""
     return all(path.is_file() for path in needed_files(meta, meta.episodes["episode_index"][:]))

@@ -76,6 +76,11 @@ class FrameStore:
         return store_name(decoder, key, library)
 
     @property
+    def may_be_partial(self) -> bool:
+        """Whether what fits on the disk is worth keeping."""
+        return False
+
+    @property
     def is_finished(self) -> bool:
         return os.path.isdir(self.folder)  # also where its content may not be read
 
@@ -135,6 +140,8 @@ class FrameStore:
         except NoRoomError:
             pass  # what fits is in the build folder
         except OSError as error:
+            if self.may_be_partial:
+                return
             if lock.is_locked:
                 shutil.rmtree(self.build_folder, ignore_errors=True)
             raise UserError(

@@ -31,7 +31,8 @@ UNPACKED_AT_ONCE = 8  # frames of a thread's job
 class Frames:
     """Frames of every camera of a source, decoded when asked for, or from stores if made by `open_or_build`.
 
-    A Loader takes any object with `keys`, `dtype`, `shape`, `places`, `read`, `on_device`, `is_streamed` and `close`.
+    A Loader takes any object with `keys`, `dtype`, `shape`, `places`, `read`, `on_device`, `is_streamed`,
+    `stop_streams` and `close`.
 
     Args:
         source: the open dataset.
@@ -154,6 +155,13 @@ class Frames:
     def _decoded_videos(self) -> list[str]:
         return [key for key in self.source.videos if key not in self.stored]
 
+    def stop_streams(self) -> None:
+        """End what waits for the network, before `close`."""
+        self.decoder.is_closed = True
+        for videos in self.source.videos.values():
+            for stream in {video.stream for video in videos.remote.values()}:
+                stream.stop()
+
     def prefetch(self, rows: dict[str, Tensor]) -> float:
         """Bring what `read` will need of streamed videos to the disk.
 
@@ -179,6 +187,8 @@ class Frames:
                     arriving += futures
                     share += share_of_video
         for future in arriving:
+            if self.decoder.is_closed:
+                break
             future.result()
         return share
 

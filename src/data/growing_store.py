@@ -100,7 +100,8 @@ class GrowingStore:
         return torch.from_numpy(found)
 
     def runs(self, rows: Tensor) -> list[Tensor]:
-        """The rows to decode so that (n,) ascending rows are there: for a video, whole groups of frames from a key frame on."""
+        """The rows to decode for (n,) ascending rows that are not there: for a video, whole groups of frames from a key frame on,
+        in runs of consecutive rows."""
         key = self.store.key
         if key not in self.source.videos:
             return list(rows.split(1))
@@ -121,7 +122,8 @@ class GrowingStore:
         found = []
         for first_row, end_row in spans:
             group = torch.arange(first_row, end_row)
-            missing = group[~self.holds(group)]
+            # Those that were asked for in any case: another thread may have written one by now.
+            missing = group[~self.holds(group) | torch.isin(group, rows)]
             gaps = (torch.diff(missing) > 1).nonzero().flatten() + 1
             found += [run for run in missing.tensor_split(gaps) if len(run)]
         return found

@@ -266,6 +266,7 @@ class Loader:
         self._free.put((None, None))
         with self._is_assembled:
             self._is_assembled.notify()
+        self.frames.stop_streams()
         if self._prefetch_thread is not None:
             self._prefetch_thread.join()
         if self._thread is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import hub
 from data.checks import content_problems, content_warnings, table_problems
-from data.download import best_revision, download, open_hub
+from data.download import best_revision, commit_of, download, open_hub
 from data.episodes import counted, parse_episodes, ranges
 from data.files import (
     data_paths,
@@ -168,7 +168,7 @@ def open_stream(
         if not re.fullmatch(hub.HUB_ID, dataset_id):
             raise UserError(f"--stream: expected a Hub id written user/name, or a URL, got {dataset_id}")
         with opening(dataset_id):
-            revision = revision or best_revision(dataset_id)
+            revision = commit_of(dataset_id, revision or best_revision(dataset_id))
         return Stream(f"hf://datasets/{dataset_id}@{revision}", cache_dir, cache_gb, quiet)
     for flag, value in (("--dataset_root", dataset_root), ("--revision", revision)):
         if value is not None:
@@ -184,7 +184,7 @@ def fetch_files(meta, episodes: list[int]) -> None:
             wanted = dict.fromkeys(paths[episode] for episode in episodes)
             names[kind] = [path.relative_to(meta.root).as_posix() for path in wanted]
     meta.stream.fetch_tables(meta, names.pop("tables", None))
-    meta.stream.fetch_videos([name for of_camera in names.values() for name in of_camera])
+    meta.stream.fetch_videos(meta, [name for of_camera in names.values() for name in of_camera])
 
 
 def open_metadata(

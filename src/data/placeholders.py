@@ -15,13 +15,17 @@ HEAD = 256 * 2**10  # bytes at the beginning: the boxes' headers and the first f
 FIRST_FRAMES = 8  # that are kept, since one of them says how large the pictures are
 MIDDLE = 4096  # bytes in the middle, by which a checkpoint recognises its data
 AS_LISTED = {"fflags": "noparse+nofillin"}  # FFmpeg would correct the list by the packets' bytes, which are holes
-KEPT_SUFFIX = ".kept.json"
+
+
+def list_path(path: Path) -> Path:
+    """Where the list of what a placeholder holds is: a hidden file beside it."""
+    return path.with_name(f".{path.name}.kept.json")
 
 
 def kept_spans(path: Path) -> list[list[int]] | None:
     """[start, end) of the bytes that a placeholder holds; None for a file that is whole."""
     try:
-        return json.loads(path.with_suffix(KEPT_SUFFIX).read_text())
+        return json.loads(list_path(path).read_text())
     except FileNotFoundError:
         return None
 

@@ -12,28 +12,32 @@ Opening, checking and indexing read it as any other folder. Only the decoder rea
 what is missing. As the order of a run is known in advance, the loader asks for pages ahead of it.
 """
 
+import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
+import queue
+import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from data.files import is_v2
 from data.frame_times import FrameTimes
 from data.page_cache import PAGE, PageCache
-from data.placeholders import AS_LISTED, KEPT_SUFFIX, first_packets, is_kept, kept_spans, listing_spans
+from data.placeholders import AS_LISTED, first_packets, is_kept, kept_spans, list_path, listing_spans
 from data.remote import CONNECTIONS, RemoteFile, RemoteFolder, in_parallel
 from errors import UserError, read_json, reason_of_disk
 from runtime import frame_cache_dir, progress_interval
 
-EPISODES_FILE = "meta/episodes/chunk-{chunk:03d}/file-{file:03d}.parquet"  # of LeRobot v3.0
-TABLES = "data/chunk-{chunk:03d}/file-{file:03d}.parquet"
 V3_FILES = ("meta/tasks.parquet", "meta/stats.json")
 V2_FILES = ("meta/tasks.jsonl", "meta/episodes.jsonl", "meta/episodes_stats.jsonl", "meta/stats.json")
 AFTER = 3  # packets behind a frame's own that a decoder may want before it gives the frame
@@ -57,7 +61,9 @@ class Stream:
         self.cache_gb = cache_gb
         self.quiet = quiet
         self.checked: dict[str, RemoteFile | None] = {}  # what this process has asked the server about
-        self._lock = None  # of this process' pages, held while it lives
+        self._opening = threading.RLock()  # held while the pieces are opened
+        self._pages: Pages | None = None
+        self._lock = None  # a FileLock of the pieces, held while they are open
 
     def open(self) -> Path:
         """Fetch the metadata; returns the folder.
@@ -68,37 +74,34 @@ class Stream:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"{self.folder} cannot be written: {reason_of_disk(error)}. Pass another --cache_dir"
-            ) from error
+            raise self._refused(self.folder, error) from error
         if not self.fetch(["meta/info.json"]):
-            raise UserError(f"no dataset at {self.remote.url}: it has no meta/info.json. Check the URL")
+            raise UserError(
+                f"no dataset at {self.remote.url}: it has no meta/info.json, or you may not read it. Check the URL and your login"
+            )
+        self.remote.check_ranges("meta/info.json")
         info = read_json(self.folder / "meta" / "info.json")
-        about = {"dataset": self.remote.url, "camera": "pieces of its videos", "frames": info.get("total_frames") or 0}
-        (self.folder / "about.json").write_text(json.dumps({**about, "shape": ["streamed"]}))
+        about = {"dataset": self.remote.url, "camera": "pieces of its videos", "frames": 0, "shape": ["streamed"]}
+        with contextlib.suppress(OSError):  # the cache may be read-only
+            (self.folder / "about.json").write_text(json.dumps(about))
         if not str(info.get("codebase_version")).startswith("v3"):
             self.fetch(list(V2_FILES))
             return self.folder
         self.fetch(list(V3_FILES))
-        self._fetch_numbered(EPISODES_FILE, int(info.get("total_episodes") or 0))
+        self._fetch_numbered("meta/episodes")
         return self.folder
 
-    def _fetch_numbered(self, template: str, total_rows: int) -> None:
-        """Fetch the files of a template, counting up, until they have all rows or there is no other."""
-        import pyarrow.parquet
-
-        rows = 0
-        chunk = 0
-        file = 0
-        while rows < total_rows or chunk == file == 0:
-            name = template.format(chunk=chunk, file=file)
-            if self.fetch([name]):
-                rows += pyarrow.parquet.read_metadata(self.folder / name).num_rows
-                file += 1
-            elif file > 0:
-                chunk += 1
-                file = 0
-            else:
+    def _fetch_numbered(self, folder: str) -> None:
+        """Fetch the Parquet files below a folder: those of its listing; without one, counting up until there is no other."""
+        listed = self.remote.listing(folder)
+        if listed is not None:
+            self.fetch([name for name in listed if name.endswith(".parquet")])
+            return
+        for chunk in itertools.count():
+            for file in itertools.count():
+                if not self.fetch([f"{folder}/chunk-{chunk:03d}/file-{file:03d}.parquet"]):
+                    break
+            if file == 0:
                 return
 
     def fetch(self, names: list[str]) -> list[str]:
@@ -108,7 +111,8 @@ class Stream:
         missing = []
         for name in names:
             if found[name] is None:
-                (self.folder / name).unlink(missing_ok=True)
+                if (self.folder / name).exists():  # from before it was deleted there
+                    (self.folder / name).unlink()
             elif recorded.get(name) != entry_of(found[name]) or not (self.folder / name).is_file():
                 missing.append(name)
         total = sum(found[name].size for name in missing)
@@ -120,12 +124,13 @@ class Stream:
 
     def _download(self, file, name: str, size: int, bar) -> None:
         for start in range(0, size, 16 * 2**20):
-            content = self.remote.read_range(name, start, min(size, start + 16 * 2**20))
+            content = self._read(name, start, min(size, start + 16 * 2**20))
             file.write(content)
             bar.update(len(content))
 
-    def fetch_videos(self, names: list[str]) -> None:
+    def fetch_videos(self, meta, names: list[str]) -> None:
         """Make the placeholders of videos that have none yet, or an older one. What the server lacks is left out."""
+        names = self._where(meta, names)
         found = self._look_up(names)
         recorded = self._recorded()
         missing = []
@@ -137,7 +142,7 @@ class Stream:
 
         def make(name: str) -> None:
             size = found[name].size
-            spans = listing_spans(lambda start, end: self.remote.read_range(name, start, end), size)
+            spans = listing_spans(lambda start, end: self._read(name, start, end), size)
             if spans is None:
                 self.complete(self.folder / name, size)
                 return
@@ -155,27 +160,37 @@ class Stream:
                 for start, end in first_packets(path):
                     if not is_kept(kept, start, end):
                         file.seek(start)
-                        file.write(self.remote.read_range(name, start, end))
+                        file.write(self._read(name, start, end))
                         kept.append([start, end])
-            path.with_suffix(KEPT_SUFFIX).write_text(json.dumps(kept))
+            list_path(path).write_text(json.dumps(kept))
 
         with self._bar("reading the lists of videos", len(missing), "file") as bar:
             in_parallel(make, missing, bar)
         self._record({name: entry_of(found[name]) for name in missing})
 
+    def _where(self, meta, names: list[str]) -> list[str]:
+        """The names of files, in the first folder where the server does not have them in their own: so are some published v2.0
+        datasets."""
+        if not is_v2(meta):
+            return names
+        absent = [name for name, found in self._look_up(names).items() if found is None]
+        elsewhere = {name: re.sub(r"chunk-\d+", "chunk-000", name) for name in absent}
+        found = self._look_up(list(elsewhere.values()))
+        return [elsewhere[name] if found.get(elsewhere.get(name)) else name for name in names]
+
     def fetch_tables(self, meta, names: list[str] | None) -> None:
         """Fetch the tables of a dataset; `names` is None where its metadata do not name them."""
         if names is None:
-            self._fetch_numbered(TABLES, meta.info.total_frames)
+            self._fetch_numbered("data")
         else:
-            self.fetch(names)
+            self.fetch(self._where(meta, names))
 
     def complete(self, path: Path, size: int) -> None:
         """Download a video whole, since its frames cannot be listed without that."""
         name = path.relative_to(self.folder).as_posix()
         with self._bar(f"downloading {path.name}", size, "B") as bar:
             self._write(name, lambda file: self._download(file, name, size, bar))
-        path.with_suffix(KEPT_SUFFIX).unlink(missing_ok=True)
+        list_path(path).unlink(missing_ok=True)
 
     def video(self, path: Path, times: FrameTimes) -> "RemoteVideo | None":
         """What the decoder reads in place of a placeholder; None for a file that is whole."""
@@ -183,22 +198,55 @@ class Stream:
             return None
         return RemoteVideo(self, path, times)
 
-    @cached_property
+    @property
     def pages(self) -> "Pages":
-        """The pieces of videos of this process."""
+        """The pieces of videos of this process.
+
+        Raises:
+            UserError: the cache cannot be written to.
+        """
+        with self._opening:
+            if self._pages is None:
+                try:
+                    self._pages = self._open_pages()
+                except OSError as error:
+                    raise self._refused(self.folder, error) from error
+            return self._pages
+
+    def _open_pages(self) -> "Pages":
         from filelock import FileLock, Timeout
 
-        for number in range(1000):
-            folder = self.folder / f"pages-{number}"
-            lock = FileLock(self.folder / f".pages-{number}.lock")
+        for number in itertools.count():
+            # Not of this thread: any may open the pieces, and another may close them.
+            self._lock = FileLock(self.folder / f".pages-{number}.lock", thread_local=False)
             try:
-                lock.acquire(timeout=0)
+                self._lock.acquire(timeout=0)
+                break
             except Timeout:  # another process'
                 continue
-            self._lock = lock
-            break
+        # Those of processes that have ended.
+        for other in self.folder.glob("pages-*"):
+            if other.name != f"pages-{number}":
+                with contextlib.suppress(Timeout), FileLock(self.folder / f".{other.name}.lock", timeout=0):
+                    shutil.rmtree(other, ignore_errors=True)
         max_bytes = int(1e9 * self.cache_gb) if self.cache_gb else shutil.disk_usage(self.folder).free // 4
-        return Pages(PageCache(folder, max_bytes).open(), self.remote)
+        cache = PageCache(self.folder / f"pages-{number}", max_bytes).open()
+        return Pages(cache, RemoteFolder(self.remote.url))
+
+    def stop(self) -> None:
+        """End what waits for the network. Asking for a piece opens it again."""
+        with self._opening:
+            pages, self._pages = self._pages, None
+            if pages is not None:
+                pages.stop()
+                self._lock.release()
+
+    def __del__(self):
+        if sys is not None and not sys.is_finalizing():
+            self.stop()
+
+    def _read(self, name: str, start: int, end: int) -> bytes:
+        return self.remote.read_range(name, start, end, self.checked[name].version)
 
     def _look_up(self, names: list[str]) -> dict[str, RemoteFile | None]:
         new = [name for name in dict.fromkeys(names) if name not in self.checked]
@@ -231,9 +279,12 @@ class Stream:
             finally:
                 unfinished.unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(
-                f"{path} cannot be written: {reason_of_disk(error)}. Free some space, or pass another --cache_dir"
-            ) from error
+            raise self._refused(path, error) from error
+
+    def _refused(self, path: Path, error: OSError) -> UserError:
+        return UserError(
+            f"{path} cannot be written: {reason_of_disk(error)}. Free some space, or pass another --cache_dir"
+        )
 
     def _bar(self, text: str, total: int, unit: str):
         from tqdm.auto import tqdm
@@ -264,9 +315,43 @@ class Pages:
     def __init__(self, cache: PageCache, remote: RemoteFolder):
         self.cache = cache
         self.remote = remote
-        self.pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="fetch")
+        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
         self.lock = threading.Lock()  # held while `arriving` changes
         self.arriving: dict[tuple[bytes, int], Future] = {}  # pages that are asked for
+        # Daemons, unlike the threads of an executor: one that waits for a server must not keep the process alive.
+        for _ in range(CONNECTIONS):
+            threading.Thread(target=self._work, name="fetch", daemon=True).start()
+
+    def _work(self) -> None:
+        while self._do(self.jobs.get()):
+            pass
+
+    def _do(self, job: tuple | None) -> bool:
+        """Fetch a run of pages; False to end the thread."""
+        if job is None:
+            return False
+        video, run, arriving = job
+        try:
+            found = self._fetch_run(video, run)
+        except BaseException as error:
+            settle(arriving, error)
+        else:
+            settle(arriving, found)
+        finally:
+            with self.lock:
+                for page in run:
+                    self.arriving.pop((video.hash, page), None)
+        return True
+
+    def stop(self) -> None:
+        """End the threads, and whatever waits for a page."""
+        self.remote.stopped.set()
+        for _ in range(CONNECTIONS):
+            self.jobs.put(None)
+        with self.lock:
+            waited_for = set(self.arriving.values())
+        for arriving in waited_for:
+            settle(arriving, UserError(f"{self.remote.url} was closed"))
 
     @property
     def capacity(self) -> int:
@@ -275,6 +360,8 @@ class Pages:
 
     def request(self, video: "RemoteVideo", pages: list[int]) -> dict[int, Future]:
         """Ask for those of some pages that are not in the cache; returns what arrives for them, {page: bytes} each."""
+        if self.remote.stopped.is_set():
+            raise UserError(f"{self.remote.url} was closed")
         requested = {}
         with self.lock:
             runs: list[list[int]] = []
@@ -288,24 +375,20 @@ class Pages:
                     else:
                         runs.append([page])
             for run in runs:
-                arriving = self.pool.submit(self._fetch_run, video, run)
+                arriving = Future()
+                self.jobs.put((video, run, arriving))
                 for page in run:
                     self.arriving[video.hash, page] = requested[page] = arriving
         return requested
 
     def _fetch_run(self, video: "RemoteVideo", run: list[int]) -> dict[int, bytes]:
-        try:
-            start = run[0] * PAGE
-            content = self.remote.read_range(video.name, start, min(video.size, (run[-1] + 1) * PAGE))
-            found = {}
-            for page in run:
-                found[page] = content[page * PAGE - start : (page + 1) * PAGE - start]
-                self._keep(video, page, found[page])
-            return found
-        finally:
-            with self.lock:
-                for page in run:
-                    self.arriving.pop((video.hash, page), None)
+        start = run[0] * PAGE
+        content = self.remote.read_range(video.name, start, min(video.size, (run[-1] + 1) * PAGE), video.version)
+        found = {}
+        for page in run:
+            found[page] = content[page * PAGE - start : (page + 1) * PAGE - start]
+            self._keep(video, page, found[page])
+        return found
 
     def _keep(self, video: "RemoteVideo", page: int, content: bytes) -> None:
         try:
@@ -326,6 +409,15 @@ class Pages:
         return content
 
 
+def settle(future: Future, result) -> None:
+    """Give a future its result or exception, if it has none yet."""
+    with contextlib.suppress(InvalidStateError):
+        if isinstance(result, BaseException):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+
 class RemoteVideo:
     """A video of a streamed dataset.
 
@@ -341,16 +433,16 @@ class RemoteVideo:
         self.times = times
         self.name = path.relative_to(stream.folder).as_posix()
         self.size = path.stat().st_size
-        version = stream.checked[self.name].version
-        self.hash = hashlib.sha256(f"{self.name} {self.size} {version}".encode()).digest()[:16]
+        self.version = stream.checked[self.name].version
+        self.hash = hashlib.sha256(f"{self.name} {self.size} {self.version}".encode()).digest()[:16]
         self.kept = kept_spans(path)
         self._lock = threading.Lock()  # held while `_packets` is made
 
     def open(self) -> "VideoReader":
         """A file to read from, for one thread."""
-        return VideoReader(self)
+        return VideoReader(self, self.stream.pages)
 
-    def read(self, start: int, end: int) -> bytes:
+    def read(self, start: int, end: int, pages: Pages) -> bytes:
         """The bytes from `start` on, at most up to `end`: as many as are in one piece."""
         for first, last in self.kept:
             if first <= start < last:
@@ -358,7 +450,7 @@ class RemoteVideo:
                     file.seek(start)
                     return file.read(min(end, last) - start)
         page = start // PAGE
-        return self.stream.pages.read(self, page)[start - page * PAGE : end - page * PAGE]
+        return pages.read(self, page)[start - page * PAGE : end - page * PAGE]
 
     def request(self, numbers: np.ndarray) -> tuple[list[Future], float]:
         """Ask for what decoding these frames needs; returns what to wait for, and its share of the cache."""
@@ -394,9 +486,11 @@ class RemoteVideo:
 class VideoReader(io.RawIOBase):
     """A remote video as a file that libraries read from."""
 
-    def __init__(self, video: RemoteVideo):
+    def __init__(self, video: RemoteVideo, pages: Pages):
         self.video = video
+        self.pages = pages
         self.position = 0
+        self.error: UserError | None = None  # why a read failed, which a library may hide in an error of its own
 
     def readable(self) -> bool:
         return True
@@ -416,7 +510,11 @@ class VideoReader(io.RawIOBase):
         end = self.video.size if size is None or size < 0 else min(self.video.size, self.position + size)
         if end <= self.position:
             return b""
-        content = self.video.read(self.position, end)
+        try:
+            content = self.video.read(self.position, end, self.pages)
+        except UserError as error:
+            self.error = error
+            raise
         self.position += len(content)
         return content
 

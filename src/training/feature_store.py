@@ -175,6 +175,9 @@ class Features:
         self.frames.gather(columns, rows, out.flatten(1))
         return out
 
+    def stop_streams(self) -> None:
+        self.frames.stop_streams()
+
     def close(self) -> None:
         self.frames.close()
 

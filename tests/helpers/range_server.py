@@ -19,6 +19,8 @@ class RangeServer:
         cut: every how many answers the connection is cut halfway; 0 for never.
         is_down: whether all requests fail.
         serves_ranges: False to answer a range with the whole file.
+        hangs: whether requests get no answer.
+        status: of all answers, if not 0.
     """
 
     def __init__(self, folder: Path):
@@ -29,6 +31,8 @@ class RangeServer:
         self.cut = 0
         self.is_down = False
         self.serves_ranges = True
+        self.hangs = False
+        self.status = 0
         self.lock = threading.Lock()
         owner = self
 
@@ -44,14 +48,23 @@ class RangeServer:
                     owner.requests.append((self.command, self.path))
                     number = len(owner.requests)
                 time.sleep(owner.latency)
+                while owner.hangs:
+                    time.sleep(0.05)
                 path = owner.folder / self.path.lstrip("/")
                 if owner.is_down:
                     self.close_connection = True
+                    return
+                if owner.status:
+                    self.send_error(owner.status)
                     return
                 if not path.is_file():
                     self.send_error(404)
                     return
                 size = path.stat().st_size
+                version = f'"{size}-{path.stat().st_mtime_ns}"'
+                if self.headers.get("If-Match", version) != version:
+                    self.send_error(412)
+                    return
                 start, end = 0, size
                 asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
                 if asked and owner.serves_ranges:
@@ -62,7 +75,7 @@ class RangeServer:
                 else:
                     self.send_response(200)
                 self.send_header("Content-Length", str(end - start))
-                self.send_header("ETag", f'"{size}-{path.stat().st_mtime_ns}"')
+                self.send_header("ETag", version)
                 self.end_headers()
                 if self.command == "HEAD":
                     return
