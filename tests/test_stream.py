@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data import page_cache, placeholders, remote, stream
+from data import page_cache, placeholders, remote, remote_videos
 from data.frames import Frames
 from data.loader import Loader
 from data.opening import open_source
@@ -57,7 +57,7 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(placeholders, "HEAD", 2048)
     monkeypatch.setattr(placeholders, "MIDDLE", 64)
     monkeypatch.setattr(page_cache, "PAGE", 1024)
-    monkeypatch.setattr(stream, "PAGE", 1024)
+    monkeypatch.setattr(remote_videos, "PAGE", 1024)
 
 
 def batches(source, count=3, size=None, **options) -> list[dict]:

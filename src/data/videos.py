@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.files import video_paths
 from data.frame_times import FrameTimes
-from data.stream import RemoteVideo
+from data.remote_videos import RemoteVideo
 
 
 @dataclass
