@@ -81,7 +81,12 @@ class GrowingStore:
         (folder / "about.json").write_text(json.dumps(about))
         (folder / "journal.txt").unlink(missing_ok=True)  # of a build that was stopped
         self.data = open_sized(folder / self.store.data_file, self.store.num_bytes)
-        os.close(open_sized(folder / "rows.u64", 8 * self.shape[0]))
+        rows = open_sized(folder / "rows.u64", 8 * self.shape[0])
+        try:
+            # All on the disk from the start: a disk that is full when mapped memory is written to would end the process.
+            write_at(rows, os.pread(rows, 8 * self.shape[0], 0), 0)
+        finally:
+            os.close(rows)
 
     def holds(self, rows: Tensor) -> Tensor:
         """(n,) bool whether the frames at (n,) rows are there."""

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import threading
+import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -26,6 +27,7 @@ class Hub:
         self.read = []
         self.blobs = {}
         self.failures = 0
+        self.ranges = 0  # parts of files that were asked for
         self.tokens = set()
         self.lock = threading.Lock()
         hub = self
@@ -41,10 +43,16 @@ class Hub:
                 body = self.rfile.read(size)
                 hub.tokens.add(self.headers.get("Authorization"))
                 path = self.path.partition("?")[0]
+                asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
                 with hub.lock:  # two commits at a time would each drop the other's files
                     status, headers, answer = hub.answer(self.command, path, body, self.headers.get("Host"))
                 if not isinstance(answer, bytes):
                     headers, answer = {**headers, "Content-Type": "application/json"}, json.dumps(answer).encode()
+                if asked and status == 200:
+                    start, end = int(asked[1]), min(len(answer), int(asked[2]) + 1)
+                    headers = {**headers, "Content-Range": f"bytes {start}-{end - 1}/{len(answer)}"}
+                    status, answer = 206, answer[start:end]
+                    hub.ranges += 1
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(answer)), **headers}.items():
                     self.send_header(name, value)
@@ -81,6 +89,10 @@ class Hub:
             r"/api/(?:models|datasets)/([^/]+/[^/]+)/(preupload|commit|tree|revision)/([^/]+)", path
         ):
             return self.api(*match.groups(), body)
+        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/paths-info/([^/]+)", path):
+            return self.paths_info(*match.groups(), body)
+        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)/(.+)", path):
+            return self.tree(*match.groups())
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
             return self.api(match[1], "revision", "main", body)
         if match := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -145,6 +157,23 @@ class Hub:
         self.repos[repo].append(fresh)
         name = f"{len(self.repos[repo]) - 1:040x}"
         return 200, {}, {"commitUrl": f"{self.url}/{repo}/commit/{name}", "commitOid": name, "pullRequestUrl": None}
+
+    def paths_info(self, repo: str, revision: str, body: bytes):
+        """Facts of files and folders; those that are not there are left out."""
+        name, files = self.commit_of(repo, revision)
+        asked = urllib.parse.parse_qs(body.decode()).get("paths") or json.loads(body or b"{}").get("paths", [])
+        entries = []
+        for path in asked:
+            if path in files:
+                entries.append({"type": "file", "path": path, "size": len(files[path]), "oid": name})
+            elif any(other.startswith(f"{path}/") for other in files):
+                entries.append({"type": "directory", "path": path, "oid": name})
+        return 200, {}, entries
+
+    def tree(self, repo: str, revision: str, folder: str):
+        name, files = self.commit_of(repo, revision)
+        inside = {path: data for path, data in files.items() if path.startswith(f"{folder}/")}
+        return 200, {}, [{"type": "file", "path": p, "size": len(data), "oid": name} for p, data in inside.items()]
 
     def file(self, repo: str, revision: str, path: str):
         if repo not in self.repos:
