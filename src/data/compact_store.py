@@ -175,13 +175,14 @@ class CompactStore(FrameStore):
         done = set()
         self._end = 0
         with open(self.build_folder / self.data_file, "a+b") as file:
+            size = os.fstat(file.fileno()).st_size
             for episode, crc in listed.items():
                 if episode >= len(source.episodes):
                     continue
                 spans = index[int(source.starts[episode]) : int(source.ends[episode])]
                 found = 0
                 for start, length, _ in spans.tolist():
-                    if start < 0 or length <= 0:
+                    if not (0 <= start < size and 0 < length <= size):
                         break
                     file.seek(start)
                     found = zlib.crc32(file.read(length), found)

@@ -17,7 +17,7 @@ from data.windows import BLOCK, epoch_order, weighted_order
 LARGEST_LIST = 2**25  # rows: a list of 0.3 GB, made in a second
 ROUNDS = 6  # of the formula
 
-list_of_epoch = lru_cache(maxsize=4)(epoch_order)
+list_of_epoch = lru_cache(maxsize=3)(epoch_order)
 list_of_weighted_epoch = lru_cache(maxsize=2)(weighted_order)
 
 

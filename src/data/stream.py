@@ -48,6 +48,9 @@ class Stream:
     """
 
     def __init__(self, url: str, cache_dir: str | Path | None, cache_gb: float | None, quiet: bool):
+        self._opening = threading.RLock()  # held while the pieces are opened
+        self._pages: Pages | None = None
+        self._lock = None  # a FileLock of the pieces, held while they are open
         self.remote = RemoteFolder(url)
         digest = hashlib.sha256(self.remote.url.encode()).hexdigest()[:16]
         name = self.remote.url.rpartition("/")[2][:50]
@@ -55,9 +58,6 @@ class Stream:
         self.cache_gb = cache_gb
         self.quiet = quiet
         self.checked: dict[str, RemoteFile | None] = {}  # what this process has asked the server about
-        self._opening = threading.RLock()  # held while the pieces are opened
-        self._pages: Pages | None = None
-        self._lock = None  # a FileLock of the pieces, held while they are open
 
     def open(self) -> Path:
         """Fetch the metadata; returns the folder.
