@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data import decode
+from data import decode, growing_store
 from data.decode import Decoder
 from data.frames import Frames
 from data.growing_store import GrowingStore
@@ -43,9 +43,15 @@ def decoded(monkeypatch):
     return rows
 
 
+@pytest.fixture
+def direct(monkeypatch):
+    """Small frames are written past the page cache too, if their size allows that."""
+    monkeypatch.setattr(growing_store, "LEAST_DIRECT", 0)
+
+
 @pytest.mark.parametrize("name", ["video", "many_files", "two_cameras", "images"])
 @pytest.mark.parametrize("size", [None, [32, 128], [30, 40]])  # of which 32x128 is written past the page cache
-def test_pixels_are_those_of_decoding(made, tmp_path, name, size):
+def test_pixels_are_those_of_decoding(made, tmp_path, direct, name, size):
     source = open_source(str(made(name)))
     expected = Frames(source, size)
     growing = grow(source, tmp_path, size, num_threads=2)
@@ -74,7 +80,7 @@ def test_each_frame_is_decoded_once_with_those_of_its_group(tmp_path, decoded):
     frames.close()
 
 
-def test_another_run_continues(tmp_path, decoded):
+def test_another_run_continues(tmp_path, decoded, direct):
     source = open_source(str(SHIPPED), episodes="0:2")
     first = grow(source, tmp_path, [32, 32])
     some = torch.arange(0, source.rows, 7)
@@ -137,22 +143,21 @@ def test_a_row_that_another_thread_has_just_written(made, tmp_path, monkeypatch)
     source = open_source(str(made("video")))
     frames = grow(source, tmp_path)
     expected = Frames(source).read(TOP, torch.arange(source.rows))
-    runs = GrowingStore.runs
+    jobs = GrowingStore.jobs
 
     def late(store, rows):
-        if len(rows):
-            for run in runs(store, rows):
-                store.decode(run, lambda row, pixels: None)
-        return runs(store, rows)
+        for job in jobs(store, rows):
+            store.decode(job, lambda row, pixels: None)
+        return jobs(store, rows)
 
-    monkeypatch.setattr(GrowingStore, "runs", late)
+    monkeypatch.setattr(GrowingStore, "jobs", late)
     rows = torch.tensor([20, 3])
     out = torch.full((2, *frames.shape(TOP)), 7, dtype=torch.uint8)
     assert torch.equal(frames.read(TOP, rows, out), expected[rows])
     frames.close()
 
 
-def test_two_runs_and_several_threads_at_once(made, tmp_path):
+def test_two_runs_and_several_threads_at_once(made, tmp_path, direct):
     source = open_source(str(made("two_cameras")))
     expected = Frames(source)
     runs = [grow(source, tmp_path, num_threads=2) for _ in range(2)]
@@ -212,7 +217,7 @@ def test_killed_while_it_fills(tmp_path):
         frames.close()
 
 
-def test_weights_and_a_resume_are_the_same_while_the_store_fills(tmp_path):
+def test_weights_and_a_resume_are_the_same_while_the_store_fills(tmp_path, direct):
     settings = small(dataset_id=str(SHIPPED), episodes="0:4", image_size=[32, 128], steps=6, save_freq=3)
     expected = train(**settings, frame_cache="off", output_dir=str(tmp_path / "off")).checkpoint
     filling = train(**settings, cache_dir=str(tmp_path / "cache"), output_dir=str(tmp_path / "filling"))

@@ -249,7 +249,7 @@ class Frames:
         jobs = [self.pool.submit(unpack, some) for some in wanted[is_there].split(UNPACKED_AT_ONCE) if len(some)]
         others = wanted[~is_there]
         if growing is not None:
-            jobs += [self.pool.submit(growing.decode, run, put) for run in growing.runs(others)]
+            jobs += [self.pool.submit(growing.decode, some, put) for some in growing.jobs(others)]
         elif len(others):
             jobs += [self.pool.submit(decode, some) for some in self.decoder.jobs(key, others, self.num_threads)]
         for job in jobs:

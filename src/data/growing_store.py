@@ -14,9 +14,12 @@ N rows, n frames, C channels, h and w pixels at training size.
 import json
 import mmap
 import os
+import queue
 import sys
 import threading
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +28,14 @@ from torch import Tensor
 
 from data.decode import CHUNK
 from data.frame_store import FrameStore
+from data.frame_times import FrameTimes
 from data.page_cache import write_at
 from errors import printable, reason_of_disk
 
 BLOCK = 4096  # bytes: direct writes begin and end at multiples
 WRITTEN = 1 << 32  # in rows.u64
+LEAST_DIRECT = 2**20  # bytes of a write: smaller ones are sooner in the page cache than on the disk
+WRITERS = 2
 CHECK_EVERY = 64  # writes between two looks at whether all rows are there
 
 
@@ -47,7 +53,8 @@ class GrowingStore:
         self.source = store.decoder.source
         self.is_full = False  # the disk has no more room
         self.lock = threading.Lock()  # held while the store is finished
-        self.of_thread = threading.local()  # a buffer for direct writes
+        self.writer = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")  # starts its threads at its first job
+        self.buffers: queue.SimpleQueue = queue.SimpleQueue()  # for direct writes, at addresses that these take
         self.writes = 0
 
     def start(self) -> "GrowingStore":
@@ -68,6 +75,8 @@ class GrowingStore:
         self.direct = None
         if self.frame_bytes % BLOCK == 0:
             self.direct = open_direct(folder / self.store.data_file)
+        for _ in range(2 * WRITERS if self.direct is not None else 0):
+            self.buffers.put(mmap.mmap(-1, CHUNK * self.frame_bytes))
         return self
 
     def _make_files(self, folder: Path) -> None:
@@ -104,78 +113,84 @@ class GrowingStore:
                 found[i] = False
         return torch.from_numpy(found)
 
-    def runs(self, rows: Tensor) -> list[Tensor]:
-        """The rows to decode for (n,) ascending rows that are not there: for a video, whole groups of frames from a key frame on,
-        in runs of consecutive rows."""
+    def jobs(self, rows: Tensor) -> list[Tensor]:
+        """The rows to decode for (n,) ascending rows that are not there, with those around them in their video: at most CHUNK
+        ascending rows of one file each."""
         key = self.store.key
         if key not in self.source.videos:
             return list(rows.split(1))
         videos = self.source.videos[key]
         files, numbers = self.source.locate(key, rows)
         episodes = self.source.episode_of(rows)
+        # A piece of CHUNK frames at a time: decoding these in one go takes less than one after the other.
+        pieces = torch.stack([files, episodes, numbers // CHUNK], dim=1).unique(dim=0)
         spans = {}
-        for file, number, episode in zip(files.tolist(), numbers.tolist(), episodes.tolist(), strict=True):
-            times = videos.times[file]
-            group = int(np.searchsorted(times.key_pts, times.pts[number], side="right"))
-            edges = times.key_pts[max(group - 1, 0) : group + 1]
-            first, *after = np.searchsorted(times.pts, edges).tolist() or [0]
-            end = after[0] if after else len(times.pts)
-            # The frames of the group that belong to this episode, as rows.
+        for file, episode, piece in pieces.tolist():
+            first, end = whole_groups(videos.times[file], piece * CHUNK, (piece + 1) * CHUNK)
+            # As rows, as far as they belong to this episode.
             first_row = int(self.source.starts[episode])
             offset = first_row - int(videos.first_frame[episode])
-            spans[max(first + offset, first_row), min(end + offset, int(self.source.ends[episode]))] = None
-        found = []
-        for first_row, end_row in spans:
+            spans[max(first + offset, first_row), min(end + offset, int(self.source.ends[episode]))] = file
+        by_file: dict[int, list[Tensor]] = {}
+        for (first_row, end_row), file in spans.items():
             group = torch.arange(first_row, end_row)
             # Those that were asked for in any case: another thread may have written one by now.
-            missing = group[~self.holds(group) | torch.isin(group, rows)]
-            gaps = (torch.diff(missing) > 1).nonzero().flatten() + 1
-            found += [run for run in missing.tensor_split(gaps) if len(run)]
-        return found
+            by_file.setdefault(file, []).append(group[~self.holds(group) | torch.isin(group, rows)])
+        jobs = []
+        for groups in by_file.values():
+            jobs += torch.cat(groups).sort().values.split(CHUNK)
+        return jobs
 
-    def decode(self, run: Tensor, use) -> None:
-        """Decode consecutive rows and keep them.
+    def decode(self, rows: Tensor, use: Callable[[int, Tensor], None]) -> None:
+        """Decode some of `jobs` and keep them.
 
         Args:
             use: called with each row's number and its (C, h, w) pixels.
         """
-        for rows in run.split(CHUNK):
-            pixels = self.store.decoder.read(self.store.key, rows).contiguous()  # (n, C, h, w)
-            for row, of_row in zip(rows.tolist(), pixels, strict=True):
-                use(row, of_row)
+        pixels = self.store.decoder.read(self.store.key, rows).contiguous()  # (n, C, h, w)
+        for row, of_row in zip(rows.tolist(), pixels, strict=True):
+            use(row, of_row)
+        gaps = (torch.diff(rows) > 1).nonzero().flatten() + 1
+        for run, of_run in zip(rows.tensor_split(gaps), pixels.tensor_split(gaps), strict=True):
             if not self.is_full:
-                self._put(int(rows[0]), pixels)
+                self._put(int(run[0]), of_run)
 
     def _put(self, first_row: int, pixels: Tensor) -> None:
-        try:
-            position = first_row * self.frame_bytes
-            if self.direct is not None:
-                write_at(self.direct, self._aligned(pixels), position)
-            else:
-                write_at(self.data, memoryview(pixels.numpy()).cast("B"), position)
-        except OSError as error:
-            self.is_full = True
-            line = (
-                f"the frames of {self.store.key} cannot be kept in {self.store.folder.parent}: {reason_of_disk(error)}. "
-                "Frames are decoded as they are needed"
-            )
-            print(printable(line), file=sys.stderr, flush=True)
+        """Keep the pixels of consecutive rows."""
+        if self.direct is None or pixels.nbytes < LEAST_DIRECT:
+            self._write(self.data, first_row, memoryview(pixels.numpy()).cast("B"))
             return
-        for row, of_row in enumerate(pixels, start=first_row):
-            self.rows[row] = WRITTEN + zlib.crc32(of_row.numpy())
-            self.is_checked[row] = True
-        self.writes += 1
-        if self.writes % CHECK_EVERY == 0 or first_row + len(pixels) == self.shape[0]:
-            self.finish()
+        # A direct write waits for the disk: in another thread, so that this one decodes meanwhile.
+        buffer = self.buffers.get()
+        torch.frombuffer(buffer, dtype=torch.uint8, count=pixels.numel()).copy_(pixels.flatten())
+        self.writer.submit(self._write_buffer, first_row, buffer, pixels.numel())
 
-    def _aligned(self, pixels: Tensor) -> memoryview:
-        """The bytes of pixels at an address that direct writes take, in a buffer of this thread."""
-        if not hasattr(self.of_thread, "buffer"):
-            self.of_thread.buffer = mmap.mmap(-1, CHUNK * self.frame_bytes)
-        buffer = self.of_thread.buffer
-        count = pixels.numel()
-        torch.frombuffer(buffer, dtype=torch.uint8, count=count).copy_(pixels.flatten())
-        return memoryview(buffer)[:count]
+    def _write_buffer(self, first_row: int, buffer: mmap.mmap, count: int) -> None:
+        try:
+            with memoryview(buffer) as whole, whole[:count] as content:
+                self._write(self.direct, first_row, content)
+        finally:
+            self.buffers.put(buffer)
+
+    def _write(self, file: int, first_row: int, content: memoryview) -> None:
+        try:
+            write_at(file, content, first_row * self.frame_bytes)
+        except OSError as error:
+            if not self.is_full:
+                self.is_full = True
+                line = (
+                    f"the frames of {self.store.key} cannot be kept in {self.store.folder.parent}: {reason_of_disk(error)}. "
+                    "Frames are decoded as they are needed"
+                )
+                print(printable(line), file=sys.stderr, flush=True)
+            return
+        for row in range(len(content) // self.frame_bytes):
+            crc = zlib.crc32(content[row * self.frame_bytes : (row + 1) * self.frame_bytes])
+            self.rows[first_row + row] = WRITTEN + crc
+            self.is_checked[first_row + row] = True
+        self.writes += 1
+        if self.writes % CHECK_EVERY == 0:
+            self.finish()
 
     def finish(self) -> None:
         """Make it a finished store if all rows are there."""
@@ -192,11 +207,24 @@ class GrowingStore:
                 return  # another process was faster
 
     def close(self) -> None:
+        self.writer.shutdown(wait=True)
         if not self.is_full:
             self.finish()
         for file in (self.data, self.direct):
             if file is not None:
                 os.close(file)
+
+
+def whole_groups(times: FrameTimes, first: int, end: int) -> tuple[int, int]:
+    """The frames [first, end) of a video; where key frames are farther apart than that, from a key frame to the next one, so that
+    no frame is decoded twice on the way to another."""
+    keys = np.searchsorted(times.pts, times.key_pts)  # numbers of the key frames
+    before = keys[keys <= first]
+    after = keys[keys >= end]
+    start = int(before[-1]) if len(before) else 0
+    stop = int(after[0]) if len(after) else len(times.pts)
+    has_key = ((keys > first) & (keys < end)).any()
+    return (first, end) if has_key or stop - start <= end - first else (start, stop)
 
 
 def open_sized(path: Path, size: int) -> int:
