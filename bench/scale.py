@@ -1,4 +1,4 @@
-"""Start-up, memory and the cost of the order for a dataset of a million episodes and a billion frames, by made-up metadata alone.
+"""Start-up time, sample order and memory for a synthetic dataset of a million episodes and a billion frames. Only metadata is made.
 
     python bench/scale.py [--episodes 1000000] [--json]
 

@@ -18,9 +18,9 @@ from data.episodes import parse_episodes
 from data.frames import Frames
 from data.loader import Loader
 from data.opening import open_source
-from data.order import Order, TrainableRows, list_of_epoch
+from data.order import Order, TrainableRows, list_of_epoch, weighted_order
 from data.union import unite
-from data.windows import weighted_order, window_rows
+from data.windows import window_rows
 from errors import UserError
 from helpers.dataset_edits import edit_json
 from helpers.paths import REAL

@@ -52,7 +52,7 @@ def direct(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["video", "many_files", "two_cameras", "images"])
-@pytest.mark.parametrize("size", [None, [32, 128], [30, 40]])  # of which 32x128 is written past the page cache
+@pytest.mark.parametrize("size", [None, [32, 128], [30, 40]])  # 32x128 bypasses the page cache
 def test_pixels_are_those_of_decoding(made, tmp_path, direct, name, size):
     source = open_source(str(made(name)))
     expected = Frames(source, size)
@@ -189,6 +189,20 @@ def test_two_runs_and_several_threads_at_once(made, tmp_path, direct):
         frames.close()
     assert wrong == []
     assert set(grow(source, tmp_path).stored) == set(source.videos)
+
+
+def test_files_made_after_another_process_has_finished_are_deleted(made, tmp_path):
+    source = open_source(str(made("video")))
+    first = grow(source, tmp_path)
+    store = first.growing[TOP].store
+    first.read(TOP, torch.arange(source.rows))
+    first.close()
+    assert store.is_finished
+    late = GrowingStore(store).start()
+    assert store.build_folder.is_dir()
+    late.close()
+    assert not store.build_folder.exists()
+    assert TOP in grow(source, tmp_path).stored
 
 
 FILL = """

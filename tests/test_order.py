@@ -10,8 +10,15 @@ from safetensors.torch import load_file
 
 from data import order as module
 from data.loader import Loader
-from data.order import Order, TrainableRows, list_of_epoch, list_of_weighted_epoch, permuted_by_formula
-from data.windows import BLOCK, weighted_order
+from data.order import (
+    BLOCK,
+    Order,
+    TrainableRows,
+    list_of_epoch,
+    list_of_weighted_epoch,
+    permuted_by_formula,
+    weighted_order,
+)
 from errors import UserError
 from helpers.paths import SHIPPED
 from helpers.runs import small

@@ -28,6 +28,7 @@ from data.decode import CHUNK, Decoder
 from data.frame_store import FrameStore, NoRoomError, listed_episodes, mark_used, store_name, write_all
 from errors import UserError
 
+INDEX_BYTES = 24  # of a row in index.i64
 SAMPLES = 24  # frames that are encoded to estimate the size of all
 MARGIN = 1.1  # of the estimate
 JPEG_QUALITY = 95
@@ -55,9 +56,8 @@ def encode_webp(pixels: Tensor) -> bytes:
 
     encoded = io.BytesIO()
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    image.save(
-        encoded, "WEBP", lossless=True, quality=0, method=0
-    )  # more effort gains 5 to 20 % in 3 to 8 times the time
+    # More effort makes the file a little smaller, and takes several times as long.
+    image.save(encoded, "WEBP", lossless=True, quality=0, method=0)
     return encoded.getvalue()
 
 
@@ -111,7 +111,7 @@ class CompactStore(FrameStore):
         """About how many bytes all frames take, from some of them."""
         rows = torch.linspace(0, self.shape[0] - 1, min(SAMPLES, self.shape[0])).long().unique()
         lengths = [len(self.codec.encode(self.decoder.read(self.key, row[None])[0])) for row in rows]
-        return int(MARGIN * np.mean(lengths) * self.shape[0]) + 24 * self.shape[0]
+        return int(MARGIN * np.mean(lengths) * self.shape[0]) + INDEX_BYTES * self.shape[0]
 
     @property
     def what(self) -> str:
@@ -155,7 +155,7 @@ class CompactStore(FrameStore):
 
     def _open(self, folder: Path) -> "PackedFrames":
         path = folder / "index.i64"
-        expected = 24 * self.shape[0]
+        expected = INDEX_BYTES * self.shape[0]
         size = path.stat().st_size if path.exists() else 0
         if size != expected:
             raise UserError(f"{path} is damaged: expected {expected} bytes, got {size}. Delete {folder}")
@@ -164,13 +164,13 @@ class CompactStore(FrameStore):
         if size < index[:, :2].sum(1).max():
             raise UserError(f"{folder / self.data_file} is damaged: it ends before its last frame. Delete {folder}")
         mark_used(folder)
-        return PackedFrames(folder / self.data_file, self.codec, index, self.shape[1:])
+        return PackedFrames(folder / self.data_file, self.codec, index)
 
     def _prepare(self, listed: dict[int, int]) -> set[int]:
         source = self.decoder.source
         index_path = self.build_folder / "index.i64"
         with open(index_path, "ab") as file:
-            file.truncate(24 * self.shape[0])
+            file.truncate(INDEX_BYTES * self.shape[0])
         index = np.fromfile(index_path, np.int64).reshape(-1, 3)
         done = set()
         self._end = 0
@@ -212,7 +212,7 @@ class CompactStore(FrameStore):
                 bar.update(len(rows))
             os.fsync(file.fileno())
         with open(self.build_folder / "index.i64", "r+b", buffering=0) as file:
-            file.seek(24 * first)
+            file.seek(INDEX_BYTES * first)
             write_all(file, memoryview(np.array(spans, np.int64).tobytes()))
             os.fsync(file.fileno())
         return crc
@@ -237,24 +237,17 @@ class PackedFrames:
     Args:
         path: frames.bin.
         index: (N, 3) int64, as in index.i64.
-        shape: (C, h, w).
     """
 
-    def __init__(self, path: Path, codec: Codec, index: np.ndarray, shape: tuple[int, ...]):
+    def __init__(self, path: Path, codec: Codec, index: np.ndarray):
         self.path = path
         self.codec = codec
         self.index = index
-        self.shape = shape
         self.content = np.memmap(path, np.uint8, "c") if path.stat().st_size else np.empty(0, np.uint8)
 
     def holds(self, rows: Tensor) -> Tensor:
         """(n,) bool whether the frames at (n,) rows are there."""
         return torch.from_numpy(self.index[rows.numpy(), 1] > 0)
-
-    @property
-    def share(self) -> float:
-        """How many of all frames are there, 0 to 1."""
-        return float((self.index[:, 1] > 0).mean())
 
     def read(self, row: int) -> Tensor:
         """(C, h, w) uint8, not contiguous.

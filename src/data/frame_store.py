@@ -160,8 +160,7 @@ class FrameStore:
 
         source = self.decoder.source
         self.build_folder.mkdir(exist_ok=True)
-        about = {"dataset": source.name, "camera": self.key, "frames": source.rows, "shape": self.shape[1:]}
-        (self.build_folder / "about.json").write_text(json.dumps(about))
+        self.write_about()
         journal = self.build_folder / "journal.txt"
         done = self._prepare(listed_episodes(journal))
 
@@ -187,6 +186,12 @@ class FrameStore:
                 pool.shutdown(cancel_futures=True)  # else the block would end after all the jobs
                 raise
         journal.unlink()
+
+    def write_about(self) -> None:
+        """Note in the build folder what it holds, for `runs.py cache list`."""
+        source = self.decoder.source
+        about = {"dataset": source.name, "camera": self.key, "frames": source.rows, "shape": self.shape[1:]}
+        (self.build_folder / "about.json").write_text(json.dumps(about))
 
     def _prepare(self, listed: dict[int, int]) -> set[int]:
         """Make the file of the frames.

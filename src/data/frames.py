@@ -17,7 +17,7 @@ from torch import Tensor
 from data.compact_store import COMPACT, LOSSLESS, CompactStore, PackedFrames
 from data.decode import LIBRARIES, Decoder
 from data.frame_store import FrameStore
-from data.growing_store import GrowingStore
+from data.growing_store import CAN_GROW, GrowingStore
 from data.source import Source
 from errors import UserError, reason_of_disk
 from runtime import frame_cache_dir, is_out_of_memory, to_device
@@ -85,7 +85,7 @@ class Frames:
         frames = cls(source, image_size, num_threads)
         folder = frame_cache_dir(cache_dir)
         stores = frames.find_stores(mode, folder)
-        missing = [key for key in frames.keys if key not in stores or not stores[key].is_finished]
+        missing = [key for key in frames.keys if key not in stores]
 
         if source.videos and missing:
             _, reason_for_pyav = frames.decoder.torchcodec
@@ -95,7 +95,8 @@ class Frames:
             stores |= choose_stores(frames.decoder, missing, mode, folder, say)
         for key in missing:
             if key in stores:
-                if grow and mode != "device" and type(stores[key]) is FrameStore:
+                is_raw = not isinstance(stores[key], CompactStore)
+                if grow and CAN_GROW and is_raw and mode != "device":
                     frames.growing[key] = start_growing(stores.pop(key))
                 else:
                     stores[key].build(num_threads, quiet)

@@ -11,10 +11,10 @@ write the same bytes to the same places.
 N rows, n frames, C channels, h and w pixels at training size.
 """
 
-import json
 import mmap
 import os
 import queue
+import shutil
 import sys
 import threading
 import zlib
@@ -29,12 +29,12 @@ from torch import Tensor
 from data.decode import CHUNK
 from data.frame_store import FrameStore
 from data.frame_times import FrameTimes
-from data.page_cache import write_at
 from errors import printable, reason_of_disk
 
+CAN_GROW = hasattr(os, "pwrite")  # which Windows has not
 BLOCK = 4096  # bytes: direct writes begin and end at multiples
 WRITTEN = 1 << 32  # in rows.u64
-LEAST_DIRECT = 2**20  # bytes of a write: smaller ones are sooner in the page cache than on the disk
+LEAST_DIRECT = 2**20  # bytes of a write: smaller ones reach the page cache sooner than the disk
 WRITERS = 2
 CHECK_EVERY = 64  # writes between two looks at whether all rows are there
 
@@ -81,13 +81,7 @@ class GrowingStore:
 
     def _make_files(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        about = {
-            "dataset": self.source.name,
-            "camera": self.store.key,
-            "frames": self.shape[0],
-            "shape": self.shape[1:],
-        }
-        (folder / "about.json").write_text(json.dumps(about))
+        self.store.write_about()
         (folder / "journal.txt").unlink(missing_ok=True)  # of a build that was stopped
         self.data = open_sized(folder / self.store.data_file, self.store.num_bytes)
         rows = open_sized(folder / "rows.u64", 8 * self.shape[0])
@@ -122,12 +116,12 @@ class GrowingStore:
         videos = self.source.videos[key]
         files, numbers = self.source.locate(key, rows)
         episodes = self.source.episode_of(rows)
-        # A piece of CHUNK frames at a time: decoding these in one go takes less than one after the other.
+        # Pieces of CHUNK frames: decoding these together is faster than one by one.
         pieces = torch.stack([files, episodes, numbers // CHUNK], dim=1).unique(dim=0)
         spans = {}
         for file, episode, piece in pieces.tolist():
             first, end = whole_groups(videos.times[file], piece * CHUNK, (piece + 1) * CHUNK)
-            # As rows, as far as they belong to this episode.
+            # Their rows, without those of other episodes.
             first_row = int(self.source.starts[episode])
             offset = first_row - int(videos.first_frame[episode])
             spans[max(first + offset, first_row), min(end + offset, int(self.source.ends[episode]))] = file
@@ -210,14 +204,16 @@ class GrowingStore:
         self.writer.shutdown(wait=True)
         if not self.is_full:
             self.finish()
+        if self.store.is_finished:  # by another process, before this one made the files again
+            shutil.rmtree(self.store.build_folder, ignore_errors=True)
         for file in (self.data, self.direct):
             if file is not None:
                 os.close(file)
 
 
 def whole_groups(times: FrameTimes, first: int, end: int) -> tuple[int, int]:
-    """The frames [first, end) of a video; where key frames are farther apart than that, from a key frame to the next one, so that
-    no frame is decoded twice on the way to another."""
+    """The frames [first, end) of a video, or the whole group between two key frames if that is longer: then no frame is decoded
+    again on the way to another."""
     keys = np.searchsorted(times.pts, times.key_pts)  # numbers of the key frames
     before = keys[keys <= first]
     after = keys[keys >= end]
@@ -234,6 +230,14 @@ def open_sized(path: Path, size: int) -> int:
         os.ftruncate(file, 0)
         os.ftruncate(file, size)
     return file
+
+
+def write_at(file: int, content: bytes | memoryview, position: int) -> None:
+    """Write all bytes at a position of a file, given its descriptor."""
+    while content:
+        written = os.pwrite(file, content, position)
+        content = content[written:]
+        position += written
 
 
 def open_direct(path: Path) -> int | None:

@@ -161,10 +161,7 @@ class Loader:
         """(B,) number of unpadded actions of each sample, divided by the mean over the batch."""
         if "action" not in self.deltas:
             return torch.ones(len(rows))
-        episode = self.source.episode_of(rows)
-        starts = self.source.starts[episode]
-        ends = self.source.ends[episode]
-        _, padded = window_rows(rows, self.deltas["action"], starts, ends)  # (B, T)
+        _, padded = self._window("action", rows)  # (B, T)
         valid = (~padded).sum(1).float()
         return valid / valid.mean()
 
@@ -174,14 +171,11 @@ class Loader:
         Args:
             samples: (B,) positions in the run, which choose among a frame's versions; None for the first version.
         """
-        episode = self.source.episode_of(rows)
-        starts = self.source.starts[episode]
-        ends = self.source.ends[episode]
         batch = {}
         for key in [*self.source.columns, *self.frames.keys]:
             wanted = rows  # (B,)
             if key in self.deltas:
-                wanted, padded = window_rows(rows, self.deltas[key], starts, ends)  # (B, T)
+                wanted, padded = self._window(key, rows)  # (B, T)
                 batch[f"{key}_is_pad"] = padded
             if key in self.frames.keys:
                 places = self.frames.places(wanted, samples)
@@ -190,6 +184,11 @@ class Loader:
                 batch[key] = self._read_column(key, wanted)
         batch["task"] = [self.tasks[index] for index in batch["task_index"].tolist()]
         return batch
+
+    def _window(self, key: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T) rows that a key's window reads for samples at (B,) rows, and (B, T) bool, true where it leaves the episode."""
+        episode = self.source.episode_of(rows)
+        return window_rows(rows, self.deltas[key], self.source.starts[episode], self.source.ends[episode])
 
     def _read_column(self, key: str, rows: Tensor) -> Tensor | list[str]:
         column = self.source.columns[key]
@@ -244,21 +243,16 @@ class Loader:
                 if self._stop.is_set():
                     return
                 rows = self.rows_at(samples_seen)[self._local]
-                share = self.frames.prefetch({key: self._windows(key, rows).flatten() for key in self.frames.keys})
+                wanted = {}
+                for key in self.frames.keys:
+                    wanted[key] = self._window(key, rows)[0].flatten() if key in self.deltas else rows
+                share = self.frames.prefetch(wanted)
                 # What comes early must not push out what comes first: at most half of the cache is ahead.
                 ahead = min(LOOK_AHEAD, max(1, int(0.5 / max(share, 1e-9))))
                 samples_seen += self.batch_size
                 prefetched += 1
         except BaseException as error:  # raised by the loop's next call
             self._ready.put((error, None))
-
-    def _windows(self, key: str, rows: Tensor) -> Tensor:
-        """(B, T) or (B,) rows of a key that samples at (B,) rows read."""
-        if key not in self.deltas:
-            return rows
-        episode = self.source.episode_of(rows)
-        wanted, _ = window_rows(rows, self.deltas[key], self.source.starts[episode], self.source.ends[episode])
-        return wanted
 
     def close(self) -> None:
         """Stop the threads; safe to call twice and after any error."""

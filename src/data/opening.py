@@ -75,8 +75,10 @@ def open_source(
         UserError: there is no such dataset, it is in another format, or an episode is not there.
     """
     # The metadata: features, fps, tasks, and which episodes there are.
-    opened = open_stream(dataset_id, dataset_root, revision, stream, cache_dir, cache_gb, quiet)
-    meta = open_metadata(dataset_id, dataset_root, revision, opened)
+    opened_stream = open_stream(
+        dataset_id, dataset_root, revision, stream=stream, cache_dir=cache_dir, cache_gb=cache_gb, quiet=quiet
+    )
+    meta = open_metadata(dataset_id, dataset_root, revision, opened_stream)
     left_out = leave_out_unreadable(meta, observations)
     if observations is not None:
         left_out += choose_observations(meta, observations)
@@ -129,7 +131,22 @@ def open_source(
     source.images = {key: read_pictures(rows[key]) for key in meta.image_keys}
     open_videos(source, cache_dir, quiet)
 
-    # What is wrong with the content, or doubtful.
+    whole = check_content(source, incomplete, not_downloaded)
+    if whole is not None:
+        source.remedy = remedy_of(flags, lengths, whole)
+    return source
+
+
+def check_content(source: Source, incomplete: list[str], not_downloaded: list[str]) -> set[int] | None:
+    """Complete the statistics of an opened dataset, and note what is wrong with its content, or doubtful.
+
+    Args:
+        incomplete: why episodes of the table are not whole, a line each; those of the videos are added.
+        not_downloaded: lines to add where files are missing.
+
+    Returns:
+        The whole episodes, if others are the only problem; else None.
+    """
     problems = content_problems(source) + statistics_problems(source)
     if not problems:
         source.warnings += complete_statistics(source)
@@ -139,19 +156,18 @@ def open_source(
         of_videos += not_downloaded
     incomplete += of_videos
     source.problems = problems + incomplete
-    if incomplete and not problems:
-        source.remedy = remedy_of(flags, lengths, whole_episodes(source, faults))
     if not source.problems:
         source.warnings += content_warnings(source) + statistics_warnings(source) + video_warnings(source)
-        if not is_v2(meta):
+        if not is_v2(source.meta):
             source.warnings += placement_warnings(source)
-    return source
+    return whole_episodes(source, faults) if incomplete and not problems else None
 
 
 def open_stream(
     dataset_id: str,
     dataset_root: str | None,
     revision: str | None,
+    *,
     stream: bool,
     cache_dir: str | None,
     cache_gb: float | None,
@@ -178,13 +194,15 @@ def open_stream(
 
 def fetch_files(meta, episodes: list[int]) -> None:
     """Fetch the tables of `episodes` of a streamed dataset, and what lists the frames of their videos."""
-    names = {}
-    for kind, paths in {"tables": data_paths(meta), **{key: video_paths(meta, key) for key in meta.video_keys}}.items():
-        if paths is not None:
-            wanted = dict.fromkeys(paths[episode] for episode in episodes)
-            names[kind] = [path.relative_to(meta.root).as_posix() for path in wanted]
-    meta.stream.fetch_tables(meta, names.pop("tables", None))
-    meta.stream.fetch_videos(meta, [name for of_camera in names.values() for name in of_camera])
+
+    def names_of(paths: dict[int, Path]) -> list[str]:
+        wanted = dict.fromkeys(paths[episode] for episode in episodes)
+        return [path.relative_to(meta.root).as_posix() for path in wanted]
+
+    tables = data_paths(meta)
+    meta.stream.fetch_tables(meta, None if tables is None else names_of(tables))
+    for key in meta.video_keys:
+        meta.stream.fetch_videos(meta, names_of(video_paths(meta, key)))
 
 
 def open_metadata(

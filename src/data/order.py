@@ -6,16 +6,57 @@ that is kept in memory. The order of a larger dataset is a permutation by formul
 M trainable rows, E episodes, n positions.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.windows import BLOCK, epoch_order, weighted_order
-
+BLOCK = 32  # episodes that --shuffle blocks reads at a time
 LARGEST_LIST = 2**25  # rows: a list of 0.3 GB, made in a second
 ROUNDS = 6  # of the formula
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """(count,) int64 permutation, a function of (seed, epoch).
+
+    Source: LeRobot 0.6.1 `EpisodeAwareSampler`, so that both read a dataset in the same order.
+    """
+    entropy = np.random.SeedSequence([seed, epoch]).generate_state(1, dtype=np.uint64)[0]
+    return torch.randperm(count, generator=torch.Generator().manual_seed(int(entropy)))
+
+
+def weighted_order(counts: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> Tensor:
+    """(M,) int64 positions of one epoch over several datasets, one after the other in the rows, sampled by weight.
+
+    An epoch has as many samples as there are rows, M = sum(counts), divided by weight. Each dataset is read in shuffles of
+    its own, one after the other and across epochs, so that its rows are read equally often.
+
+    Args:
+        counts: trainable rows of each dataset, above 0.
+        weights: relative share of each dataset in the samples, above 0.
+        seed, epoch: the order is a function of these.
+    """
+    total = sum(counts)
+    bounds = [round(total * share) for share in np.cumsum(weights) / sum(weights)]
+    quotas = np.diff([0, *bounds]).tolist()  # each dataset's number of samples in an epoch
+    slots = epoch_order(total, seed, epoch).split(quotas)  # and which of the epoch's samples they are
+    order = torch.empty(total, dtype=torch.int64)
+    offset = 0
+    for dataset, (count, quota) in enumerate(zip(counts, quotas, strict=True)):
+        dataset_seed = int(np.random.SeedSequence([seed, dataset, 0xDA7A]).generate_state(1)[0])
+        dataset_slots = slots[dataset].sort().values  # (quota,)
+        # Sample n of a dataset, counted over all epochs, is row n % count of its shuffle n // count.
+        samples = torch.arange(epoch * quota, (epoch + 1) * quota)  # (quota,)
+        shuffles = samples // count
+        for shuffle in torch.unique(shuffles).tolist():
+            chosen = shuffles == shuffle
+            rows = epoch_order(count, dataset_seed, shuffle)[samples[chosen] % count]
+            order[dataset_slots[chosen]] = offset + rows
+        offset += count
+    return order
+
 
 list_of_epoch = lru_cache(maxsize=3)(epoch_order)
 list_of_weighted_epoch = lru_cache(maxsize=2)(weighted_order)

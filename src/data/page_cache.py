@@ -9,7 +9,6 @@ A page whose CRC does not fit is read again from the server, so that a process t
 """
 
 import contextlib
-import os
 import threading
 import zlib
 from pathlib import Path
@@ -69,8 +68,9 @@ class Segment:
         """A page; None if its bytes are not those that were written."""
         record = self.records[position]
         try:
-            with open(self.data_path, "rb", buffering=0) as data:
-                content = os.pread(data.fileno(), int(record["length"]), position * PAGE)
+            with open(self.data_path, "rb") as data:
+                data.seek(position * PAGE)
+                content = data.read(int(record["length"]))
         except FileNotFoundError:  # it was the oldest, and has just been deleted
             return None
         is_right = record["file"].tobytes() == file and record["page"] == page
@@ -84,19 +84,10 @@ class Segment:
 
 def write_into(path: Path, content: bytes, position: int) -> None:
     """Write bytes at a position of a file, which is made if it is missing."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        write_at(file, content, position)
-    finally:
-        os.close(file)
-
-
-def write_at(file: int, content: bytes | memoryview, position: int) -> None:
-    """Write all bytes at a position of a file, given its descriptor."""
-    while content:
-        written = os.pwrite(file, content, position)
-        content = content[written:]
-        position += written
+    path.touch()
+    with open(path, "r+b") as file:
+        file.seek(position)
+        file.write(content)
 
 
 class PageCache:

@@ -163,8 +163,7 @@ class Stream:
         self._record({name: entry_of(found[name]) for name in missing})
 
     def _where(self, meta, names: list[str]) -> list[str]:
-        """The names of files, in the first folder where the server does not have them in their own: so are some published v2.0
-        datasets."""
+        """The names of files, with those that are missing looked for in chunk-000: some published v2.0 datasets have them all there."""
         if not is_v2(meta):
             return names
         absent = [name for name, found in self._look_up(names).items() if found is None]
@@ -228,7 +227,7 @@ class Stream:
         return Pages(cache, RemoteFolder(self.remote.url))
 
     def stop(self) -> None:
-        """End what waits for the network. Asking for a piece opens it again."""
+        """End whatever waits for the network. The next request opens the pieces again."""
         with self._opening:
             pages, self._pages = self._pages, None
             if pages is not None:

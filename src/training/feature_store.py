@@ -33,9 +33,16 @@ LAYOUT = 1  # part of the hash
 ONE_AT_A_TIME = threading.Lock()  # LeRobot's processing steps keep the batch that they work on in themselves
 
 
-def can_store_features(policy, config: TrainConfig, distributed: Distributed) -> bool:
+def frame_cache_mode(config: TrainConfig, source: Source) -> str:
+    """--frame_cache as it applies to a dataset: `auto` keeps nothing of a stream, since a store would wait for all of it."""
+    if source.is_streamed and config.frame_cache == "auto":
+        return "off"
+    return config.frame_cache
+
+
+def can_store_features(policy, config: TrainConfig, source: Source, distributed: Distributed) -> bool:
     """Whether this run can read features from a store, if its policy's backbone is frozen."""
-    if config.frame_cache == "off" or config.camera_dropout > 0 or distributed.is_sharded:
+    if frame_cache_mode(config, source) == "off" or config.camera_dropout > 0 or distributed.is_sharded:
         return False
     return hasattr(policy, "frozen_features") and bool(policy.config.image_features)
 

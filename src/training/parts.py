@@ -52,7 +52,7 @@ from processors.pipelines import (
 from processors.statistics import IMAGENET, needed_statistics, stats_problems, usable_stats
 from runtime import thread_count
 from training.distributed import Distributed
-from training.feature_store import can_store_features, open_features
+from training.feature_store import can_store_features, frame_cache_mode, open_features
 from training.memory import Memory, estimate_memory
 from trust import read_adapter_config
 
@@ -106,7 +106,13 @@ def observations_of(config: TrainConfig, folders: list) -> list[list[str] | None
     names = []
     for dataset_id, folder in zip(config.dataset_id, folders, strict=True):
         stream = open_stream(
-            dataset_id, folder, config.revision, config.stream, config.cache_dir, config.cache_gb, config.quiet
+            dataset_id,
+            folder,
+            config.revision,
+            stream=config.stream,
+            cache_dir=config.cache_dir,
+            cache_gb=config.cache_gb,
+            quiet=config.quiet,
         )
         names.append(observation_names(open_metadata(dataset_id, folder, config.revision, stream)))
     check_patterns(patterns, list(dict.fromkeys(chain.from_iterable(names))), "the datasets")
@@ -499,15 +505,15 @@ def open_loader(
 ) -> Loader:
     """The batches of the run from `samples_seen` on, of the given positions in `source.episodes`."""
     num_threads = thread_count(config.num_threads)
-    if source.is_streamed and config.frame_cache == "auto":  # a store would wait for the whole dataset
-        config = replace(config, frame_cache="off")
+    mode = frame_cache_mode(config, source)
+    if mode != config.frame_cache:
         say(
             "streaming: frames are decoded as they are needed (--frame_cache lossless keeps them: the dataset is read once first)"
         )
     frames = Frames.open_or_build(
         source,
         resize_of(preprocess),
-        mode=config.frame_cache,
+        mode=mode,
         cache_dir=config.cache_dir,
         num_threads=num_threads,
         device=distributed.device,
@@ -517,7 +523,7 @@ def open_loader(
     )
     deltas = window_deltas(policy.config, source.meta)
     features = None
-    if can_store_features(policy, config, distributed):
+    if can_store_features(policy, config, source, distributed):
         features = open_features(policy, preprocess, source, frames, config, distributed.device, num_threads, say)
     if features is not None:
         window = next((deltas[key] for key in frames.keys if key in deltas), None)  # the same for every camera

@@ -574,7 +574,7 @@ def seconds_of_step(
     loader = open_loader(one_batch, source, episodes, model, preprocess, 0, distributed, say=lambda line: None)
     with contextlib.closing(loader):
         batch = loader.batch_at(0)
-    if can_store_features(model, config, distributed):
+    if can_store_features(model, config, source, distributed):
         features = encode(model, preprocess, batch, source.meta, distributed.device)
         if features:  # the run reads them from its store
             batch = {key: value for key, value in batch.items() if key not in source.meta.camera_keys} | features
