@@ -17,4 +17,4 @@ flags: # the tables in docs/flags.md, from the settings in src/config.py
 	  page = Path("docs/flags.md"); page.write_text(page.read_text().split("\n## ")[0] + "\n" + flags_table())'
 
 requirements: # pin the dependencies in pyproject.toml, and all of theirs
-	uv pip compile --quiet --universal --python-version 3.12 --no-emit-index-url --no-emit-find-links --no-header --extra sim --extra export --extra serve --extra vision --extra dev pyproject.toml -o requirements.txt
+	uv pip compile --quiet --universal --python-version 3.12 --no-emit-index-url --no-emit-find-links --no-header --extra sim --extra export --extra serve --extra vision --extra lance --extra dev pyproject.toml -o requirements.txt

@@ -7,12 +7,14 @@ a core (at least two) and is timed once they run.
 
 Prints samples/s and memory of
     LeRobot        LeRobotDataset behind a DataLoader
+    Lance reader   LanceDBDataset behind a DataLoader (with `uv pip install lerobot-lancedb`; it needs torchcodec)
     off            frames decoded at every use
     first epoch    the first epoch, in which frames are decoded and kept
     second epoch   frames read from the disk
     warm           frames read from the store, which the system has in memory by now
     lossless       frames read from a store that is compressed without loss
     compact        frames read from a store of JPEGs
+    from Lance     frames decoded at every use, out of Lance tables
     streamed       frames fetched by ranges from an HTTP server in another process, which waits before each answer, and decoded
 with the bytes of each store, and how warm compares with copying batches between memory that no cache holds and buffers that are
 used again. Memory is anonymous memory (without the page cache) above what the process had before; LeRobot's is that of its
@@ -115,15 +117,32 @@ def median_speed(batches, batch_size: int, seconds: float) -> float:
 
 
 def lerobot_speed(root: Path, batch_size: int, seconds: float) -> Speed:
-    """LeRobot 0.6.1's loader, built as in its scripts/lerobot_train.py."""
-    fps = json.loads((root / "meta" / "info.json").read_text())["fps"]
+    """LeRobot 0.6.1's loader."""
     dataset = LeRobotDataset(
         "bench",
         root=root,
-        delta_timestamps={"action": [i / fps for i in range(CHUNK)]},
+        delta_timestamps=chunk_of_actions(root),
         video_backend="torchcodec" if decode.load_torchcodec()[0] else "pyav",
         return_uint8=True,
     )
+    return data_loader_speed(dataset, batch_size, seconds)
+
+
+def lance_reader_speed(root: Path, tables: Path, batch_size: int, seconds: float) -> Speed:
+    """LeRobot's reader of Lance tables, as lerobot-lancedb 0.3.1 has it."""
+    from lerobot_lancedb import LanceDBDataset
+
+    dataset = LanceDBDataset(root=tables, delta_timestamps=chunk_of_actions(root), return_uint8=True)
+    return data_loader_speed(dataset, batch_size, seconds)
+
+
+def chunk_of_actions(root: Path) -> dict[str, list[float]]:
+    fps = json.loads((root / "meta" / "info.json").read_text())["fps"]
+    return {"action": [i / fps for i in range(CHUNK)]}
+
+
+def data_loader_speed(dataset, batch_size: int, seconds: float) -> Speed:
+    """A DataLoader, built as in LeRobot's scripts/lerobot_train.py."""
     episodes = dataset.meta.episodes
     sampler = EpisodeAwareSampler(episodes["dataset_from_index"], episodes["dataset_to_index"], shuffle=True, seed=1000)
     # the options of lerobot-train
@@ -149,7 +168,7 @@ def lerobot_speed(root: Path, batch_size: int, seconds: float) -> Speed:
 
 def armature_speed(root: Path, batch_size: int, seconds: float, mode: str, cache: str) -> Speed:
     """Armature's loader, with frames from a store (lossless and compact are built first, `on` fills) or decoded at every use."""
-    source = open_source(str(root))
+    source = open_source(str(root), cache_dir=cache)
     source.require()
     with PeakMemory() as peak:
         frames = Frames.open_or_build(source, mode=mode, cache_dir=cache, num_threads=CORES, grow=True)
@@ -161,6 +180,24 @@ def armature_speed(root: Path, batch_size: int, seconds: float, mode: str, cache
     loader.close()
     store_bytes = sum(path.stat().st_size for path in Path(cache).glob("*/frames.*"))
     return Speed(speed, peak.mb, *epochs or (0.0, 0.0), store_bytes)
+
+
+def lance_speeds(root: Path, batch_size: int, seconds: float) -> dict[str, Speed]:
+    """LeRobot's reader and Armature's loader on a copy of the dataset in Lance tables; none where the first is not installed."""
+    try:
+        from lerobot_lancedb.convert import convert
+    except ImportError:
+        return {}
+    folder = tempfile.mkdtemp(prefix="armature-bench-")
+    try:
+        tables = Path(folder) / "tables"
+        convert(tables, root=root)
+        speeds = {"lance": armature_speed(tables, batch_size, seconds, "off", folder)}
+        if decode.load_torchcodec()[0]:
+            speeds["lance_reader"] = lance_reader_speed(root, tables, batch_size, seconds)
+        return speeds
+    finally:
+        shutil.rmtree(folder)
 
 
 def epoch_speed(loader: Loader) -> float:
@@ -223,6 +260,7 @@ def measure(root: Path, batch_size: int, seconds: float) -> dict:
         finally:
             shutil.rmtree(cache)
     if any(feature["dtype"] == "video" for feature in info["features"].values()):
+        speeds |= lance_speeds(root, batch_size, seconds)
         for milliseconds in LATENCIES:
             speeds[f"streamed_{milliseconds}"] = streamed_speed(root, batch_size, seconds, milliseconds / 1000)
     off = speeds["off"]
@@ -252,18 +290,20 @@ def print_table(name: str, batch_size: int, result: dict) -> None:
     print(f"{'':<38}{'samples/s':>12}{'x LeRobot':>11}{'peak MB':>9}{'store MB':>10}")
     for label, speed, memory, store in (
         ("LeRobot's DataLoader", "lerobot_samples_per_s", "lerobot_peak_mb", None),
+        ("LeRobot's Lance reader", "lance_reader_samples_per_s", "lance_reader_peak_mb", None),
         ("Armature, off", "off_samples_per_s", "off_peak_mb", None),
         ("Armature, first epoch", "first_epoch_samples_per_s", None, None),
         ("Armature, second epoch", "second_epoch_samples_per_s", None, None),
         ("Armature, warm", "warm_samples_per_s", "peak_mb", "on_mb"),
         ("Armature, lossless", "lossless_samples_per_s", "lossless_peak_mb", "lossless_mb"),
         ("Armature, compact", "compact_samples_per_s", "compact_peak_mb", "compact_mb"),
+        ("Armature, from Lance", "lance_samples_per_s", "lance_peak_mb", None),
         *(
             (f"Armature, streamed, {n} ms", f"streamed_{n}_samples_per_s", f"streamed_{n}_peak_mb", None)
             for n in LATENCIES
         ),
     ):
-        if speed not in result:  # pictures in tables are not streamed
+        if speed not in result:  # pictures in tables are not streamed, and a package may be missing
             continue
         row = f"{label:<38}{result[speed]:>12,.1f}{result[speed] / result['lerobot_samples_per_s']:>11.1f}"
         for name, width in ((memory, 9), (store, 10)):

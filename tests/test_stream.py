@@ -21,6 +21,7 @@ from data.opening import open_source
 from data.page_cache import PAGE, PageCache
 from errors import UserError
 from helpers.dataset_edits import edit_json
+from helpers.hub_server import Hub, connect
 from helpers.paths import SHIPPED
 from helpers.range_server import RangeServer
 from helpers.runs import small
@@ -425,7 +426,7 @@ def test_errors_of_the_hubs_library_are_tried_again(impatient):
         raise httpx.ConnectError("no route") from httpcore.ConnectError("no route")
 
     with pytest.raises(UserError, match="no answer for"):
-        folder._retried("meta/info.json", request)
+        folder.retried("meta/info.json", request)
     assert len(tries) == 9
 
 
@@ -439,7 +440,7 @@ def test_missing_credentials_are_not_tried_again(impatient):
         raise NoCredentialsError("Unable to locate credentials")
 
     with pytest.raises(UserError, match=r"Unable to locate credentials\. Check the URL and your login"):
-        remote.RemoteFolder("s3://bucket/x")._retried("meta/info.json", request)
+        remote.RemoteFolder("s3://bucket/x").retried("meta/info.json", request)
 
 
 def test_a_protocol_whose_package_is_missing(tmp_path, monkeypatch):
@@ -565,3 +566,13 @@ def test_damaged_pages_are_not_believed(tmp_path, spoil):
     for page in range(20):
         cache.put(b"a" * 16, page, content_of(page))
     assert all(cache.get(b"a" * 16, page) == content_of(page) for page in range(20))
+
+
+def test_from_the_hub(made, tmp_path, monkeypatch):
+    hub = Hub()
+    connect(monkeypatch, hub)
+    hub.add_dataset("me/cup", made("many_files"))
+    source = open_source("me/cup", cache_dir=str(tmp_path), stream=True)
+    assert source.is_streamed
+    assert_same(batches(open_source(str(made("many_files")))), batches(source))
+    assert hub.ranges

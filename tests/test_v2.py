@@ -97,7 +97,7 @@ def test_another_format_is_refused_by_name(tmp_path, version):
     ("change", "said"),
     [
         (lambda info: info.pop("codebase_version"), "has no codebase_version"),
-        (lambda info: info.update(storage_format="lance"), "expected storage_format parquet or none, got 'lance'"),
+        (lambda info: info.update(storage_format="zarr"), "expected storage_format parquet, lance or none, got 'zarr'"),
         (lambda info: info.update(chunks_size="many"), "expected chunks_size of 1 or more, got 'many'"),
     ],
 )

@@ -78,6 +78,20 @@ def fetch(dataset_id: str, dataset_root: str | None, revision: str | None, patte
     return Path(folder)
 
 
+def fetch_lance(dataset_id: str, dataset_root: str | None, revision: str | None, folder: Path) -> Path:
+    """Download the Lance tables of a Hub dataset; returns where they are.
+
+    Args:
+        folder: where its metadata is. If the download fails, tables in there are taken.
+    """
+    try:
+        return fetch(dataset_id, dataset_root, revision, ["meta/*", "frames.lance/*", "videos.lance/*"])
+    except UserError:
+        if not (folder / "frames.lance").is_dir():
+            raise
+        return folder
+
+
 def best_revision(dataset_id: str) -> str:
     """The branch or tag of a Hub dataset that has the best of VERSIONS as its name, else main."""
     from huggingface_hub import HfApi

@@ -151,7 +151,7 @@ class Frames:
     @property
     def is_streamed(self) -> bool:
         """Whether frames come over the network, so that `prefetch` is worth a call."""
-        return any(self.source.videos[key].remote for key in self._decoded_videos())
+        return any(self.source.videos[key].is_streamed for key in self._decoded_videos())
 
     def _decoded_videos(self) -> list[str]:
         return [key for key in self.source.videos if key not in self.stored]

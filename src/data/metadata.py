@@ -77,10 +77,15 @@ def read_info(path: Path) -> tuple[dict, dict[str, str]]:
             f"{path}: expected codebase_version {', '.join(VERSIONS[:-1])} or {VERSIONS[-1]}, got {version!r}. "
             "Use a copy of the dataset in one of these formats"
         )
-    if info.get("storage_format") not in (None, "parquet"):
+    if info.get("storage_format") not in (None, "parquet", "lance"):
         raise UserError(
-            f"{path}: expected storage_format parquet or none, got {info['storage_format']!r}, which is not read. "
+            f"{path}: expected storage_format parquet, lance or none, got {info['storage_format']!r}, which is not read. "
             "Use a copy of the dataset that is stored as Parquet"
+        )
+    if info.get("storage_format") == "lance" and not version.startswith("v3"):
+        raise UserError(
+            f"{path}: expected codebase_version v3.0 of a dataset in Lance tables, got {version!r}. "
+            "Convert the dataset to v3.0 before you convert it to Lance"
         )
     chunks_size = info.get("chunks_size", 1)
     if not isinstance(chunks_size, int) or chunks_size < 1:

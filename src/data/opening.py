@@ -6,7 +6,7 @@ from pathlib import Path
 
 import hub
 from data.checks import content_problems, content_warnings, table_problems
-from data.download import best_revision, commit_of, download, open_hub
+from data.download import best_revision, commit_of, download, fetch_lance, open_hub
 from data.episodes import counted, parse_episodes, ranges
 from data.files import (
     data_paths,
@@ -19,12 +19,13 @@ from data.files import (
     video_paths,
 )
 from data.frame_times import frame_times_of
+from data.lance_stream import LanceFolder, LanceStream, has_only_tables, is_lance
 from data.metadata import opening, read_metadata
 from data.names import joint_names
 from data.observations import choose_observations, matches, observation_names, observations_flag, rename_features
 from data.pictures import read_pictures
 from data.placeholders import kept_spans
-from data.remote import is_remote
+from data.remote import RemoteFolder, is_remote
 from data.source import Source, read_columns
 from data.statistics import complete_statistics, statistics_file, statistics_problems, statistics_warnings
 from data.stream import Stream
@@ -75,10 +76,9 @@ def open_source(
         UserError: there is no such dataset, it is in another format, or an episode is not there.
     """
     # The metadata: features, fps, tasks, and which episodes there are.
-    opened_stream = open_stream(
+    meta = open_metadata(
         dataset_id, dataset_root, revision, stream=stream, cache_dir=cache_dir, cache_gb=cache_gb, quiet=quiet
     )
-    meta = open_metadata(dataset_id, dataset_root, revision, opened_stream)
     left_out = leave_out_unreadable(meta, observations)
     if observations is not None:
         left_out += choose_observations(meta, observations)
@@ -173,23 +173,53 @@ def open_stream(
     cache_gb: float | None,
     quiet: bool,
 ) -> Stream | None:
-    """The stream of a URL, or of a Hub dataset with --stream; None for a dataset that is read from the disk.
+    """The stream of a URL, of a Hub dataset with --stream, or of a folder's Lance tables, with its metadata in the cache.
+
+    Returns:
+        None for a dataset whose own files are read from the disk.
 
     Raises:
-        UserError: a flag has no meaning for it.
+        UserError: a flag has no meaning for it, or there is no such dataset.
     """
-    if not is_remote(dataset_id):
-        if not stream or Path(os.path.expanduser(dataset_id)).is_dir():
-            return None
-        if not re.fullmatch(hub.HUB_ID, dataset_id):
-            raise UserError(f"--stream: expected a Hub id written user/name, or a URL, got {dataset_id}")
-        with opening(dataset_id):
-            revision = commit_of(dataset_id, revision or best_revision(dataset_id))
-        return Stream(f"hf://datasets/{dataset_id}@{revision}", cache_dir, cache_gb, quiet)
-    for flag, value in (("--dataset_root", dataset_root), ("--revision", revision)):
-        if value is not None:
-            raise UserError(f"{flag} {value}: it is for datasets of the Hub, and {dataset_id} is a URL. Leave it out")
-    return Stream(dataset_id, cache_dir, cache_gb, quiet)
+    cache = (cache_dir, cache_gb, quiet)
+    folder = Path(os.path.expanduser(dataset_id))
+    if is_remote(dataset_id):
+        for flag, value in (("--dataset_root", dataset_root), ("--revision", revision)):
+            if value is not None:
+                raise UserError(
+                    f"{flag} {value}: it is for datasets of the Hub, and {dataset_id} is a URL. Leave it out"
+                )
+        return open_url(dataset_id, *cache)
+    if folder.is_dir():
+        return open_folder(folder, *cache)
+    if not stream:
+        return None
+    if not re.fullmatch(hub.HUB_ID, dataset_id):
+        raise UserError(f"--stream: expected a Hub id written user/name, or a URL, got {dataset_id}")
+    with opening(dataset_id):
+        revision = commit_of(dataset_id, revision or best_revision(dataset_id))
+    return open_url(f"hf://datasets/{dataset_id}@{revision}", *cache)
+
+
+def open_url(url: str, *cache) -> Stream:
+    """The open stream of a URL. Arguments after `url` are those of Stream."""
+    stream = Stream(RemoteFolder(url), *cache)
+    if not has_only_tables(stream.remote):
+        stream.open()
+        if not is_lance(stream.folder):
+            return stream
+    stream = LanceStream(LanceFolder(url), *cache)
+    stream.open()
+    return stream
+
+
+def open_folder(folder: Path, *cache) -> LanceStream | None:
+    """The open stream of a folder's Lance tables; None if it has none. Arguments after `folder` are those of Stream."""
+    if not is_lance(folder):
+        return None
+    stream = LanceStream(LanceFolder(str(folder.resolve())), *cache)
+    stream.open()
+    return stream
 
 
 def fetch_files(meta, episodes: list[int]) -> None:
@@ -206,21 +236,29 @@ def fetch_files(meta, episodes: list[int]) -> None:
 
 
 def open_metadata(
-    dataset_id: str, dataset_root: str | None = None, revision: str | None = None, stream: Stream | None = None
+    dataset_id: str,
+    dataset_root: str | None = None,
+    revision: str | None = None,
+    *,
+    stream: bool = False,
+    cache_dir: str | None = None,
+    cache_gb: float | None = None,
+    quiet: bool = True,
 ):
     """LeRobot's metadata of a dataset, with cameras' shapes and axes as LeRobot's decoders give them.
 
-    Args:
-        stream: of a dataset that is not downloaded.
+    Arguments as for `open_source`.
 
     Raises:
         UserError: there is no such dataset, or it is in another format.
     """
-    folder = None if stream else find_path(dataset_id, "dataset")
-    if stream is not None:
-        folder = stream.open()
-        meta = read_metadata(dataset_id, folder, stream.remote.url.rpartition("/")[2])
-        meta.stream = stream
+    folder = None if is_remote(dataset_id) else find_path(dataset_id, "dataset")
+    opened = open_stream(
+        dataset_id, dataset_root, revision, stream=stream, cache_dir=cache_dir, cache_gb=cache_gb, quiet=quiet
+    )
+    if opened is not None:
+        meta = read_metadata(dataset_id, opened.folder, opened.remote.url.rpartition("/")[2])
+        meta.stream = opened
     elif folder is not None and folder.is_dir():
         meta = read_metadata(dataset_id, folder, folder.resolve().name)
     elif re.fullmatch(hub.HUB_ID, dataset_id) and folder is None:
@@ -231,6 +269,11 @@ def open_metadata(
                 f"than train.py, a folder: hf download {name} --repo-type dataset --revision {given} --local-dir FOLDER"
             )
         meta = open_hub(dataset_id, dataset_root, revision)
+        if is_lance(meta.root):
+            root = fetch_lance(dataset_id, dataset_root, revision, meta.root)
+            opened = open_folder(root, cache_dir, cache_gb, quiet)
+            meta = read_metadata(dataset_id, opened.folder, dataset_id)
+            meta.stream = opened
     elif folder is not None:
         raise UserError(f"dataset {dataset_id} is a file: expected the folder of a LeRobot dataset, or a Hub id")
     else:

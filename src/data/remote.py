@@ -4,6 +4,7 @@ A server need not list its folders. A request that fails is tried again for a mi
 fsspec uses for the protocol (s3fs: ~/.aws or AWS_*, gcsfs, huggingface_hub's login).
 """
 
+import copy
 import random
 import sys
 import threading
@@ -51,6 +52,8 @@ class RemoteFolder:
         UserError: it is not such a URL.
     """
 
+    is_local = False
+
     def __init__(self, url: str):
         scheme, _, rest = url.partition("://")
         self.protocol = scheme.lower()
@@ -68,6 +71,12 @@ class RemoteFolder:
         if wrong is not None:
             name = url.partition("@")[2] if "@" in url else url
             raise UserError(f"dataset {name}: {wrong}. Check the URL")
+
+    def reopened(self) -> "RemoteFolder":
+        """The same folder, with tries that are stopped apart from this one's."""
+        other = copy.copy(self)
+        other.stopped = threading.Event()
+        return other
 
     @property
     def is_http(self) -> bool:
@@ -102,7 +111,7 @@ class RemoteFolder:
     def look_up(self, name: str) -> RemoteFile | None:
         """A file's size and version; None if there is no such file."""
         try:
-            info = self._retried(name, lambda: self.file_system.info(f"{self.url}/{name}"))
+            info = self.retried(name, lambda: self.file_system.info(f"{self.url}/{name}"))
         except FileNotFoundError:
             return None
         if info.get("size") is None or info.get("type") == "directory":
@@ -115,7 +124,7 @@ class RemoteFolder:
         if self.is_http:
             return None
         try:
-            found = self._retried(folder, lambda: self.file_system.find(f"{self.url}/{folder}"))
+            found = self.retried(folder, lambda: self.file_system.find(f"{self.url}/{folder}"))
         except FileNotFoundError:
             return []
         return [f"{folder}/{path.rpartition(f'/{folder}/')[2]}" for path in found]
@@ -146,7 +155,7 @@ class RemoteFolder:
         if start == end:
             return b""
         try:
-            content = self._retried(name, request)
+            content = self.retried(name, request)
         except FileNotFoundError:
             raise UserError(f"{self.url}/{name} is not there any more. Start again") from None
         if len(content) > end - start:
@@ -156,7 +165,7 @@ class RemoteFolder:
             )
         return content
 
-    def _retried(self, name: str, request: Callable):
+    def retried(self, name: str, request: Callable):
         """The result of a request, tried again while the connection fails.
 
         Raises:

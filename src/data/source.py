@@ -64,7 +64,7 @@ class Source:
     @property
     def is_streamed(self) -> bool:
         """Whether frames of videos come over the network."""
-        return any(videos.remote for videos in self.videos.values())
+        return any(videos.is_streamed for videos in self.videos.values())
 
     @property
     def rows(self) -> int:

@@ -41,17 +41,17 @@ class Stream:
     """A dataset behind a URL, and its folder in the cache.
 
     Args:
-        url: of the dataset's folder.
+        remote: the dataset's folder.
         cache_dir: the frame cache; None for the user's.
         cache_gb: bound of the pieces of videos, in 1e9 bytes; None for a quarter of the free disk.
         quiet: no progress bar.
     """
 
-    def __init__(self, url: str, cache_dir: str | Path | None, cache_gb: float | None, quiet: bool):
+    def __init__(self, remote: RemoteFolder, cache_dir: str | Path | None, cache_gb: float | None, quiet: bool):
         self._opening = threading.RLock()  # held while the pieces are opened
         self._pages: Pages | None = None
         self._lock = None  # a FileLock of the pieces, held while they are open
-        self.remote = RemoteFolder(url)
+        self.remote = remote
         digest = hashlib.sha256(self.remote.url.encode()).hexdigest()[:16]
         name = self.remote.url.rpartition("/")[2][:50]
         self.folder = frame_cache_dir(cache_dir) / f"{name}-stream-{digest}"
@@ -65,25 +65,29 @@ class Stream:
         Raises:
             UserError: the server has no such dataset, or does not answer; or the cache cannot be written to.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._refused(self.folder, error) from error
+        self._make_folder("pieces of its videos")
         if not self.fetch(["meta/info.json"]):
             raise UserError(
                 f"no dataset at {self.remote.url}: it has no meta/info.json, or you may not read it. Check the URL and your login"
             )
         self.remote.check_ranges("meta/info.json")
         info = read_json(self.folder / "meta" / "info.json")
-        about = {"dataset": self.remote.url, "camera": "pieces of its videos", "frames": 0, "shape": ["streamed"]}
-        with contextlib.suppress(OSError):  # the cache may be read-only
-            (self.folder / "about.json").write_text(json.dumps(about))
         if not str(info.get("codebase_version")).startswith("v3"):
             self.fetch(list(V2_FILES))
             return self.folder
         self.fetch(list(V3_FILES))
         self._fetch_numbered("meta/episodes")
         return self.folder
+
+    def _make_folder(self, content: str) -> None:
+        """Make the folder in the cache, with what `runs.py cache list` says of it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._refused(self.folder, error) from error
+        about = {"dataset": self.remote.url, "camera": content, "frames": 0, "shape": ["streamed"]}
+        with contextlib.suppress(OSError):  # the cache may be read-only
+            (self.folder / "about.json").write_text(json.dumps(about))
 
     def _fetch_numbered(self, folder: str) -> None:
         """Fetch the Parquet files below a folder: those of its listing; without one, counting up until there is no other."""
@@ -224,7 +228,7 @@ class Stream:
                     shutil.rmtree(other, ignore_errors=True)
         max_bytes = int(1e9 * self.cache_gb) if self.cache_gb else shutil.disk_usage(self.folder).free // 4
         cache = PageCache(self.folder / f"pages-{number}", max_bytes).open()
-        return Pages(cache, RemoteFolder(self.remote.url))
+        return Pages(cache, self.remote.reopened())
 
     def stop(self) -> None:
         """End whatever waits for the network. The next request opens the pieces again."""

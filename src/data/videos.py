@@ -25,7 +25,7 @@ class Videos:
         file_index: (E,) position in `files` of each selected episode's video.
         first_frame: (E,) number of each selected episode's first frame in that video.
         times: when the frames of each file are shown, or why it cannot be read; empty until the files are read.
-        remote: what the decoder reads in place of a file, if the dataset is streamed.
+        remote: what the decoder reads in place of a file, of a dataset that is streamed or stored in Lance tables.
     """
 
     files: list[Path]
@@ -34,6 +34,11 @@ class Videos:
     first_frame: Tensor
     times: list[FrameTimes | str] = field(default_factory=list)
     remote: dict[Path, RemoteVideo] = field(default_factory=dict)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether frames come over the network."""
+        return any(not video.stream.remote.is_local for video in self.remote.values())
 
 
 def find_videos(meta, key: str, episodes: list[int]) -> Videos:

@@ -15,7 +15,7 @@ from data.frames import Frames
 from data.loader import Loader
 from data.names import joint_names, order_warnings
 from data.observations import check_patterns, matches, name_before, observation_names, rename_source
-from data.opening import open_metadata, open_source, open_stream
+from data.opening import open_metadata, open_source
 from data.source import Source
 from data.statistics import fill_statistics
 from data.union import size_problems, unite
@@ -105,7 +105,7 @@ def observations_of(config: TrainConfig, folders: list) -> list[list[str] | None
         return [patterns for _ in config.dataset_id]
     names = []
     for dataset_id, folder in zip(config.dataset_id, folders, strict=True):
-        stream = open_stream(
+        meta = open_metadata(
             dataset_id,
             folder,
             config.revision,
@@ -114,7 +114,7 @@ def observations_of(config: TrainConfig, folders: list) -> list[list[str] | None
             cache_gb=config.cache_gb,
             quiet=config.quiet,
         )
-        names.append(observation_names(open_metadata(dataset_id, folder, config.revision, stream)))
+        names.append(observation_names(meta))
     check_patterns(patterns, list(dict.fromkeys(chain.from_iterable(names))), "the datasets")
     return [[pattern for pattern in patterns if any(matches(name, pattern) for name in of_one)] for of_one in names]
 

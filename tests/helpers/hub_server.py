@@ -11,6 +11,7 @@ import re
 import threading
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
 class Hub:
@@ -42,7 +43,7 @@ class Hub:
                 size = int(self.headers.get("Content-Length") or 0)
                 body = self.rfile.read(size)
                 hub.tokens.add(self.headers.get("Authorization"))
-                path = self.path.partition("?")[0]
+                path = urllib.parse.unquote(self.path.partition("?")[0])
                 asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
                 with hub.lock:  # two commits at a time would each drop the other's files
                     status, headers, answer = hub.answer(self.command, path, body, self.headers.get("Host"))
@@ -65,6 +66,11 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def add_dataset(self, repo: str, folder: Path) -> None:
+        """Publish the files of a folder."""
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        self.repos[repo] = [files]
 
     def answer(self, method: str, path: str, body: bytes, host: str):
         """(status, headers, body) of a request."""
