@@ -16,6 +16,7 @@ FOREIGN = {
     "RLDS": ("*.tfrecord*", "*/*.tfrecord*", "*/*/*.tfrecord*"),
     "Zarr": (".zgroup", "*.zarr", "*.zarr.zip", "*/.zgroup"),
     "rosbag": ("*.bag", "*.mcap", "*.db3", "*/*.bag", "*/*.mcap", "*/*.db3"),
+    "Lance": ("*.lance", "*/*.lance"),
     "LeRobot v1": ("meta_data/info.json",),
 }
 
