@@ -84,6 +84,11 @@ class DebugFlag(argparse.Action):
         os.environ[DEBUG] = "1"
 
 
+TRAINED_ON = (
+    "of a policy trained with --pad_datasets: the dataset whose robot it acts for, by name or number [the first]"
+)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser that answers a mistake in one line, and has --debug."""
 

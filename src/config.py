@@ -50,6 +50,11 @@ class TrainConfig:
         above=0,
         below=float("inf"),
     )
+    pad_datasets: bool = setting(
+        False,
+        "let datasets differ in cameras and in the widths of state and action: what one lacks is padded, and each is normalised "
+        "by its own statistics",
+    )
     dataset_root: str | None = setting(None, "folder to download a Hub dataset to (unset: LeRobot's cache)")
     revision: str | None = setting(None, "branch, tag or commit of a Hub dataset")
     episodes: str | None = setting(None, 'episodes to train on, such as "0:40,45" (unset: all)')
@@ -292,6 +297,13 @@ class TrainConfig:
         for name in ("episodes", "val_episodes"):
             if count > 1 and getattr(self, name) is not None:
                 raise UserError(f"--{name} chooses from one dataset, got {count}. Leave it out")
+        if self.pad_datasets and count == 1:
+            raise UserError("--pad_datasets makes several datasets alike, got one. Leave it out")
+        if self.pad_datasets and self.eval_env is not None:
+            raise UserError(
+                "--pad_datasets: a simulation has the features of one robot. Leave --eval_env out, and evaluate the checkpoints "
+                "with evaluate.py --trained_on"
+            )
         if self.dataset_weights is not None and len(self.dataset_weights) != count:
             raise UserError(
                 f"--dataset_weights: expected one number per dataset, {count}, got {len(self.dataset_weights)}"

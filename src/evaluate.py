@@ -18,7 +18,7 @@ import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from command_line import OneLineParser, command, print_warnings
+from command_line import TRAINED_ON, OneLineParser, command, print_warnings
 from errors import UserError, find_path, printable, reason_of_disk
 from printing import command_output
 from sim.environments import OURS
@@ -70,6 +70,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     flag("--output_dir", metavar="FOLDER", help="where reports are written [evaluation/ beside the checkpoint]")
     flag("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
     flag("--n_action_steps", type=int, metavar="N", help="actions executed of each predicted chunk [as trained]")
+    flag("--trained_on", metavar="DATASET", help=TRAINED_ON)
     flag("--ahead", type=int, metavar="N", help=AHEAD)
     args = parser.parse_args(argv)
 
@@ -241,6 +242,7 @@ def evaluate_simulated(args: argparse.Namespace, name: str) -> None:
         env_args=args.env_args,
         max_steps=args.max_steps,
         rename=args.rename,
+        trained_on=args.trained_on,
     )
     make_runner = functools.partial(Runner, setup)
     pool = InProcess(make_runner) if count == 1 else Workers(make_runner, count)
@@ -392,7 +394,8 @@ def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
     name = "/".join(Path(args.checkpoint).parts[-2:])
     if args.dataset_id:
-        evaluate_recorded(load_policy(args.checkpoint, args.device, args.n_action_steps), args, name)
+        policy = load_policy(args.checkpoint, args.device, args.n_action_steps, trained_on=args.trained_on)
+        evaluate_recorded(policy, args, name)
     if args.env:
         evaluate_simulated(args, name)
     return 0

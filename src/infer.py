@@ -7,7 +7,7 @@ import argparse
 import signal
 import sys
 
-from command_line import OneLineParser, command, print_warnings
+from command_line import TRAINED_ON, OneLineParser, command, print_warnings
 from errors import printable
 from printing import command_output
 
@@ -30,6 +30,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
     parser.add_argument("--n_action_steps", type=int, help="actions executed of each predicted chunk [as trained]")
+    parser.add_argument("--trained_on", metavar="DATASET", help=TRAINED_ON)
     parser.add_argument("--ahead", action="store_true", help=AHEAD)
     return parser.parse_args(argv)
 
@@ -81,7 +82,7 @@ def print_chunks(result: EpisodeComparison) -> None:
 @command
 def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
-    policy = load_policy(args.checkpoint, args.device, args.n_action_steps)
+    policy = load_policy(args.checkpoint, args.device, args.n_action_steps, trained_on=args.trained_on)
     source = open_for_policy(policy, args.dataset_id, str(args.episode), args.rename, flag="--episode")
     print_warnings(source.warnings)
     fps = None

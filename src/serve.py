@@ -32,7 +32,7 @@ import numpy as np
 import psutil
 from aiohttp import http_exceptions, web
 
-from command_line import OneLineParser, command
+from command_line import TRAINED_ON, OneLineParser, command
 from errors import UserError, one_line
 
 DTYPES = ("uint8", "float32", "float64", "int64", "int32")
@@ -410,6 +410,7 @@ def main(argv: list[str]) -> int:
         metavar="OLD=NEW",
         help="names that clients give observations, and those that the policy takes",
     )
+    parser.add_argument("--trained_on", metavar="DATASET", help=TRAINED_ON)
     args = parser.parse_args(argv)
     if args.ahead is not None and not 0 < args.ahead < math.inf:
         parser.error(f"--ahead must be a number of actions a second, got {args.ahead:g}")
@@ -420,7 +421,9 @@ def main(argv: list[str]) -> int:
     # Slow: torch and lerobot, which --help and a wrong flag do not need.
     from policy.loaded import load_policy
 
-    policy = load_policy(args.checkpoint, args.device, args.n_action_steps, args.task, args.rename)
+    policy = load_policy(
+        args.checkpoint, args.device, args.n_action_steps, args.task, args.rename, trained_on=args.trained_on
+    )
     if args.ahead:
         policy = policy.ahead(args.ahead)
     needed = observation_bytes(policy.expected) / 1e6

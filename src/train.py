@@ -326,6 +326,7 @@ class Run:
                 **position,
                 "train_seconds": train_seconds,
                 "joint_names": self.plan.policy.joint_names,
+                "datasets": self.plan.policy.datasets or None,
             },
         )
 

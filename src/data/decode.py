@@ -17,6 +17,7 @@ from torch import Tensor
 from data.frame_times import FrameTimes
 from data.pictures import decode_picture
 from data.source import Source
+from data.videos import BLANK
 from errors import UserError, one_line
 
 LIBRARIES = ("torchcodec", "pyav")  # they may round a pixel differently
@@ -226,6 +227,8 @@ class Decoder:
         assert (files == file).all()
         path = self.source.videos[key].files[file]
         times = self.source.videos[key].times[file]
+        if path == BLANK:
+            return torch.zeros(len(rows), 3, times.height, times.width, dtype=torch.uint8)
         frames = None
         # PyAV finds frames that torchcodec does not, such as the last of an open group. Pixels differ by rounding at most.
         for video_decoder in dict.fromkeys([self.torchcodec[0], None]):

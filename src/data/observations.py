@@ -66,6 +66,12 @@ def matches(name: str, pattern: str) -> bool:
     return pattern in known_as or any(fnmatchcase(text, pattern) for text in known_as)
 
 
+def is_vector(key: str, feature: dict) -> bool:
+    """Whether a feature is a plain list of numbers that a policy takes or gives."""
+    is_taken = key == "action" or key.startswith("observation.")
+    return is_taken and len(feature["shape"]) == 1 and feature["dtype"] not in ("video", "image", "string", "language")
+
+
 def leave_out(source: Source, keys: list[str]) -> None:
     """Drop observations that the policy does not take from an open dataset, so that their frames are not decoded.
 

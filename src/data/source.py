@@ -41,6 +41,7 @@ class Source:
         remedy: how to leave out the faulty episodes, where the problems are only theirs; else empty.
         left_out: observations that --observations leaves out.
         renamed: {name in the files: name here} of features that were renamed since.
+        own_features: what each of several datasets has by itself, of padded ones (padding.py); else empty.
         recorded_sizes: (height, width) of each camera's pictures in each of several datasets; None for a single dataset.
     """
 
@@ -59,6 +60,7 @@ class Source:
     remedy: str = ""
     left_out: list[str] = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)
+    own_features: list = field(default_factory=list)
     recorded_sizes: dict[str, list[tuple[int, int]]] | None = None
 
     @property

@@ -43,12 +43,25 @@ def split_episodes(source: Source, config: TrainConfig, state=None) -> Split:
         held_out = {i for i, episode in enumerate(source.episodes) if episode in wanted}
     elif config.val_fraction:
         flag = f"--val_fraction {config.val_fraction}"
-        order = np.random.default_rng([config.seed, VALIDATE]).permutation(count).tolist()
-        held_out = held_out_before(source, config, state) or set(order[: max(1, round(config.val_fraction * count))])
+        held_out = held_out_before(source, config, state) or drawn(source, config)
     if held_out and len(held_out) == count:
         raise UserError(f"{flag} holds out all {count} episodes: leave some to train on")
     train = sorted(set(range(count)) - held_out)
     return Split(torch.tensor(train, dtype=torch.int64), torch.tensor(sorted(held_out), dtype=torch.int64))
+
+
+def drawn(source: Source, config: TrainConfig) -> set[int]:
+    """Positions of the episodes that --val_fraction holds out: at least one of a dataset, unless that is all of several."""
+    counts = source.episodes_per_dataset or [len(source.episodes)]
+    held_out = set()
+    first = 0
+    for dataset, count in enumerate(counts):
+        address = [config.seed, VALIDATE, dataset] if len(counts) > 1 else [config.seed, VALIDATE]
+        order = first + np.random.default_rng(address).permutation(count)
+        if count > 1 or len(counts) == 1:
+            held_out.update(order[: max(1, round(config.val_fraction * count))].tolist())
+        first += count
+    return held_out
 
 
 def held_out_before(source: Source, config: TrainConfig, state) -> set[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.names import joint_names
-from data.observations import observation_names, observations_flag
+from data.observations import is_vector, observation_names, observations_flag
 from data.pictures import with_full_paths
 from data.source import Source
 from data.statistics import merge_statistics
@@ -67,6 +67,7 @@ def unite(sources: list[Source], rename: dict[str, str] | None = None) -> Source
         warnings=[f"{source.name}: {warning}" for source in sources for warning in source.warnings],
         left_out=[name for source in sources for name in source.left_out],
         renamed={old: new for source in sources for old, new in source.renamed.items()},
+        own_features=[own for source in sources for own in source.own_features],
         recorded_sizes={key: [source.recorded_size(key, 0) for source in sources] for key in first.meta.camera_keys},
     )
 
@@ -98,15 +99,32 @@ def remedy_for(first: Source, other: Source, expected: dict, got: dict, rename: 
     differences -= {*pairs, *pairs.values()}
     observations = dict.fromkeys([*observation_names(first.meta), *observation_names(other.meta)])
     kept = [name for name in observations if name not in differences]
-    if not kept or not differences <= observations.keys():
-        return "Train on each by itself"
+    remedies = []
+    if kept and differences <= observations.keys():
+        flags = []
+        if pairs:
+            flags.append(rename_flag(pairs, rename))
+        if differences:
+            flags.append(observations_flag(kept, first.renamed | other.renamed))
+        remedies.append(f"pass {' '.join(flags)}")
+    if can_be_padded(first, other):
+        remedies.append("pass --pad_datasets to pad what one of them lacks")
+    remedies.append("train on each by itself")
+    text = ", or ".join(remedies)
+    return text[0].upper() + text[1:]
 
-    flags = []
-    if pairs:
-        flags.append(rename_flag(pairs, rename))
-    if differences:
-        flags.append(observations_flag(kept, first.renamed | other.renamed))
-    return f"Pass {' '.join(flags)}, or train on each by itself"
+
+def can_be_padded(first: Source, other: Source) -> bool:
+    """Whether --pad_datasets makes two datasets alike: each feature that both have differs at most in its width."""
+    if first.meta.fps != other.meta.fps:
+        return False
+    expected = described(first)
+    got = described(other)
+    for name in expected.keys() & got.keys():
+        features = (first.meta.features.get(name), other.meta.features.get(name))
+        if expected[name] != got[name] and name != "fps" and not all(is_vector(name, feature) for feature in features):
+            return False
+    return "action" in expected and "action" in got
 
 
 def other_action(has: dict, lacks: dict) -> dict[str, str]:

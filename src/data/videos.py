@@ -14,6 +14,8 @@ from data.files import video_paths
 from data.frame_times import FrameTimes
 from data.remote_videos import RemoteVideo
 
+BLANK = Path("blank")  # in place of the video of a camera that a dataset lacks: its frames are black
+
 
 @dataclass
 class Videos:

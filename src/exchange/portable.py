@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from errors import UserError, first_of
 from policy.quiet import quiet_lerobot
+from processors.padding import padding_of
 from processors.pipelines import resize_of
 
 # The largest difference from the policy that is accepted, in normalised actions.
@@ -133,6 +134,10 @@ def export(loaded, path: Path, file_format: str) -> Exported:
         raise UserError(
             f"policy {config.type} does not export with these settings: expected act, or flow with n_obs_steps=1 and "
             "without task_embedding. Run it with src/serve.py instead"
+        )
+    if padding_of(loaded.preprocess) is not None:
+        raise UserError(
+            "a policy trained with --pad_datasets does not export. Run it with src/serve.py --trained_on instead"
         )
     if getattr(config, "reads_words", False) and not loaded.task:
         raise UserError(

@@ -23,6 +23,7 @@ from policy.migration import resolve_policy_folder
 from policy.requirements import check_requirements, fetch_policy
 from processors.bases import AUTO, cameras_of, does_without_cameras, match_statistics, resizes_pictures, trained_cameras
 from processors.features import NEED_STATE, parse_rename
+from processors.padding import CutAction, act_for, is_record, padding_of
 from processors.pipelines import load_processors, name_before_rename, resize_of, set_rename
 from processors.state_only import StateToEnvironmentState
 from processors.statistics import EMPTY_CAMERA, rename_map_of, require_statistics
@@ -130,6 +131,12 @@ class LoadedPolicy:
             return self.planned.popleft()
 
     @property
+    def action_width(self) -> int:
+        """A, how many numbers an action has."""
+        widths = [step.width for step in self.postprocess.steps if isinstance(step, CutAction)]
+        return widths[0] if widths else self.policy.config.action_feature.shape[0]
+
+    @property
     def looks(self) -> bool:
         """Whether the next `select` uses the pictures of its observation; True where that is not known.
 
@@ -188,6 +195,7 @@ def load_policy(
     n_action_steps: int | None = None,
     task: str = "",
     rename: list[str] | None = None,
+    trained_on: str | None = None,
 ) -> LoadedPolicy:
     """Load a trained policy to act.
 
@@ -197,6 +205,8 @@ def load_policy(
         n_action_steps: actions to carry out of each predicted chunk; by default as trained.
         task: task text for observations without one.
         rename: OLD=NEW, from names that observations come with to those that the policy takes.
+        trained_on: of a policy that was trained with --pad_datasets, the dataset whose robot it acts for, by name or number; by
+            default the first.
 
     Raises:
         UserError: there is no policy, it does not load, it lacks the statistics that it normalises by, or it does not take
@@ -220,6 +230,11 @@ def load_policy(
     check_processors(config, preprocess, postprocess, folder)
     if rename:
         take_other_names(config, preprocess, rename)
+    records = trained_datasets(folder)
+    if records:
+        act_for(records, trained_on, config, preprocess, postprocess)
+    elif trained_on is not None:
+        raise UserError(f"--trained_on {trained_on}: {folder} was not trained with --pad_datasets. Leave the flag out")
     policy = build_policy(config, None, folder, quiet=False).eval()
     require_finite(policy, folder)
     return LoadedPolicy(
@@ -277,6 +292,22 @@ def trained_joint_names(folder: Path, config) -> dict[str, list[str]]:
     return {key: list(names_of_key) for key, names_of_key in names.items() if is_list_of_text(names_of_key)}
 
 
+def trained_datasets(folder: Path) -> list[dict]:
+    """What a policy's folder records of the padded datasets that it was trained on; empty for others.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    if not (folder / "training_info.json").is_file():
+        return []
+    records = read_json(folder / "training_info.json").get("datasets") or []
+    if not (isinstance(records, list) and all(map(is_record, records))):
+        raise UserError(
+            f"{folder / 'training_info.json'}: expected the datasets of --pad_datasets, got something else. {OTHER_COPY}"
+        )
+    return records
+
+
 def trained_rename(folder: Path) -> list[str]:
     """The --rename of the run that wrote a policy's folder, if the folder records it."""
     path = folder / "train_config.json"
@@ -299,12 +330,18 @@ def expected_observation(config, preprocess) -> dict[str, tuple[str, tuple]]:
     has_any_size = resize_of(preprocess) is not None or resizes_pictures(config)
     copies_state = any(isinstance(step, StateToEnvironmentState) for step in preprocess.steps)
     untrained = untrained_cameras(config, preprocess)
+    padding = padding_of(preprocess)
     for key, feature in config.input_features.items():
         if EMPTY_CAMERA in key or key in untrained or (copies_state and key == "observation.environment_state"):
             continue  # made by the policy or its preprocessor
         name = name_before_rename(preprocess, key)
+        if padding is not None and name in padding.cameras:
+            continue
         if feature.type is not FeatureType.VISUAL:
-            expected[name] = ("float", tuple(feature.shape))
+            shape = tuple(feature.shape)
+            if padding is not None and name in padding.own_widths:
+                shape = (padding.own_widths[name],)
+            expected[name] = ("float", shape)
             continue
         channels, height, width = feature.shape
         expected[name] = ("uint8", (None, None, channels) if has_any_size else (height, width, channels))

@@ -40,7 +40,7 @@ POLICY_FIELDS = (
 )
 # Another value of these makes a resumed run another run: it is reported.
 RUN_FIELDS = (
-    "dataset_id", "dataset_weights", "observations", "rename", "revision", "episodes", "val_fraction", "val_episodes",
+    "dataset_id", "dataset_weights", "pad_datasets", "observations", "rename", "revision", "episodes", "val_fraction", "val_episodes",
     "batch_size", "shuffle", "compile", "deterministic", "ema_decay", "augment", "augment_style",
     "state_noise", "state_dropout", "camera_dropout", "seed", "precision", "grad_accumulation_steps",
 )  # fmt: skip

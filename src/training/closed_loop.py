@@ -35,6 +35,7 @@ class Setup:
     env_args: list[str] | None = None
     max_steps: int | None = None
     rename: Sequence[str] = ()
+    trained_on: str | None = None
 
 
 @dataclass
@@ -63,7 +64,12 @@ class Runner:
         """The episode of a job; None if it is stopped."""
         with one_thread():
             if self.policy is None and self.setup.checkpoint is not None:
-                self.policy = load_policy(self.setup.checkpoint, self.setup.device, self.setup.n_action_steps)
+                self.policy = load_policy(
+                    self.setup.checkpoint,
+                    self.setup.device,
+                    self.setup.n_action_steps,
+                    trained_on=self.setup.trained_on,
+                )
                 if self.setup.ahead:
                     self.policy = AsyncPolicy(self.policy, self.setup.ahead)
             if self.simulation is None or job.task != self.task:

@@ -26,7 +26,7 @@ from data.loader import Loader
 from data.source import Source
 from processors.augment import RANGES, uniform, vary_pictures
 from processors.pipelines import to_float_batch
-from runtime import frame_cache_dir, to_device
+from runtime import MASK, frame_cache_dir, to_device
 from training.distributed import Distributed
 
 LAYOUT = 1  # part of the hash
@@ -58,7 +58,10 @@ def encode(policy, preprocess, batch: dict, meta, device, change=None) -> dict[s
 
 def prepared(preprocess, batch: dict, meta, device, change=None) -> dict:
     """The observations of a loader's batch as the policy gets them."""
-    observations = {key: value for key, value in batch.items() if key.startswith("observation.") or key == "task"}
+    observations = {}
+    for key, value in batch.items():
+        if (key.startswith("observation.") and not key.endswith(MASK)) or key == "task":
+            observations[key] = value
     observations = to_float_batch(observations, meta, device)
     if change is not None:
         observations = change(observations)

@@ -19,6 +19,7 @@ from policy.adapters import has_adapters, load_adapter_state_dict
 from policy.losses import loss_averages_over_actions, set_vqbet_phase
 from policy.presets import optimizer_preset, scheduler_preset
 from processors.augment import augment
+from processors.padding import preprocess_batch
 from processors.pipelines import to_float_batch
 from runtime import ROUND, STEP, NoHostSync, make_scaler, seed_all
 from training.distributed import Distributed, copy_unsharded
@@ -101,7 +102,7 @@ class Learner:
         # Compiled kernels do not survive NoHostSync, and read sub-losses without waiting for the device.
         no_host_sync = contextlib.nullcontext() if self.config.compile else NoHostSync()
         with no_host_sync, self.distributed.autocast(self.config.precision):
-            loss, sub_losses = self.model(self.preprocess(batch))
+            loss, sub_losses = self.model(preprocess_batch(self.preprocess, batch))
         # A loss that is a mean over unpadded actions is weighted by how many of the whole batch's this micro-batch has.
         if num_micro_batches(self.config, self.distributed) > 1 and loss_averages_over_actions(self.policy.config):
             return loss * weight, scalars(sub_losses, weight)

@@ -26,6 +26,7 @@ from policy.chunk import predict_chunk
 from policy.losses import is_training_quantizer, loss_averages_over_actions, set_vqbet_phase
 from processors.bases import AUTO, pair_cameras, pairs_line
 from processors.features import parse_rename
+from processors.padding import preprocess_batch
 from processors.pipelines import name_before_rename, to_float_batch
 from processors.statistics import is_still
 from runtime import EVAL, VALIDATE, seed_all
@@ -301,7 +302,7 @@ def compare(policy, source: Source, episode: int, fps: float | None = None) -> E
     features = source.meta.features
     check_observations(policy, features, source.name, source.renamed)
     joints = features["action"]["shape"][0]
-    expected = policy.policy.config.action_feature.shape[0]
+    expected = policy.action_width
     if joints != expected:
         raise UserError(f"dataset {source.name} has other actions: expected {expected}, got {joints}. {remedy}")
 
@@ -367,7 +368,7 @@ def measure(
             return None
         seed_all(seed, VALIDATE, number)
         batch = loader.batch_of(batch_rows)
-        inputs = policy.preprocess(to_float_batch(batch, meta, policy.device))
+        inputs = preprocess_batch(policy.preprocess, to_float_batch(batch, meta, policy.device))
         padded = batch.get("action_is_pad")  # (B, window)
 
         if has_loss:

@@ -16,6 +16,7 @@ from data.loader import Loader
 from data.names import joint_names, order_warnings
 from data.observations import check_patterns, matches, name_before, observation_names, rename_source
 from data.opening import open_metadata, open_source
+from data.padding import pad_sources
 from data.source import Source
 from data.statistics import fill_statistics
 from data.union import size_problems, unite
@@ -23,7 +24,7 @@ from errors import UserError, as_user_error, first_of
 from policy.adapter_settings import adapter_settings
 from policy.adapters import add_adapters, freeze
 from policy.factory import build_policy, load_policy_config, policy_config
-from policy.loaded import check_processors, trained_joint_names
+from policy.loaded import check_processors, trained_datasets, trained_joint_names
 from policy.migration import resolve_policy_folder
 from policy.presets import apply_training_flags, check_presets
 from policy.quantize import check_quantize
@@ -40,6 +41,7 @@ from processors.features import (
     twice_named,
     window_deltas,
 )
+from processors.padding import check_records, to_common_units
 from processors.pipelines import (
     adapt_processors,
     has_processors,
@@ -88,7 +90,10 @@ def build_source(config: TrainConfig) -> Source:
         )
         sources.append(source)
     rename_apart(sources, rename)
-    return unite(sources, rename)
+    lines = pad_sources(sources) if config.pad_datasets else []
+    source = unite(sources, rename)
+    source.warnings += lines
+    return source
 
 
 def observations_of(config: TrainConfig, folders: list) -> list[list[str] | None]:
@@ -149,6 +154,7 @@ class PolicyPlan:
         joint_names: names of the state's and the action's numbers in the dataset, under the policy's names.
         warnings: how these differ from the names that the policy was trained with, a line each.
         notes: how cameras were paired, and which stay empty, a line each.
+        datasets: what a checkpoint records of each of several padded datasets; else empty.
     """
 
     config: object
@@ -163,6 +169,7 @@ class PolicyPlan:
     joint_names: dict[str, list[str]]
     warnings: list[str]
     notes: list[str]
+    datasets: list[dict]
 
 
 def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, distributed: Distributed) -> PolicyPlan:
@@ -225,6 +232,11 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
     check_adapters(policy, folder, config, distributed.kind)
 
     # Statistics to normalise by; a checkpoint's processors hold their own.
+    datasets = []
+    if source.own_features:
+        datasets = to_common_units(source, policy, rename)
+        if checkpoint is not None:
+            check_records(datasets, trained_datasets(checkpoint), checkpoint)
     stats = None
     if checkpoint is None:
         stats = complete_stats(policy, source, rename, config)
@@ -246,6 +258,7 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
         joint_names=names,
         warnings=warnings,
         notes=notes,
+        datasets=datasets,
     )
 
 
