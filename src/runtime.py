@@ -25,6 +25,7 @@ STEP = 2
 EVAL = 3
 VALIDATE = 4
 ROUND = 5
+
 MASK = "_padding_mask"  # after a camera's name in a batch: whether a sample has its picture. LeRobot's smolvla reads it
 
 

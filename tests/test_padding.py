@@ -16,6 +16,7 @@ from data.padding import pad_sources
 from data.split import split_episodes
 from data.union import unite
 from errors import UserError
+from evaluate import main as evaluate
 from helpers.dataset_edits import edit_json
 from helpers.runs import small
 from infer import load_policy
@@ -250,6 +251,20 @@ def test_comparing_with_recorded_episodes(arms, runs, capsys):
         command = [str(runs("act")), "--dataset_id", name, "--trained_on", name, "--device", "cpu"]
         assert infer(command) == 0
         assert capsys.readouterr().out.count("joint_") == width
+
+
+def test_another_arms_episodes_are_refused_with_the_flag(arms, runs, capsys):
+    assert infer([str(runs("act")), "--dataset_id", arms[1], "--device", "cpu"]) == 2
+    assert "with --trained_on which of them this is" in capsys.readouterr().err
+
+
+def test_the_report_of_recorded_episodes(arms, runs, tmp_path, capsys):
+    for name in arms:
+        command = [str(runs("act")), "--dataset_id", name, "--trained_on", name, "--output_dir", str(tmp_path)]
+        assert evaluate([*command, "--device", "cpu"]) == 0
+        printed = capsys.readouterr()
+        assert "action error" in printed.out
+        assert "other joints" not in printed.err
 
 
 def test_episodes_of_each_are_held_out(arms):

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from data.frame_times import FrameTimes
+from data.names import joint_names
 from data.observations import is_vector, leave_out
 from data.pictures import PICTURE
 from data.source import Source
@@ -37,12 +38,14 @@ class OwnFeatures:
         name: the dataset as the user wrote it.
         cameras: its cameras.
         widths: {state or action: how many numbers it has}, 0 for none.
+        joint_names: {state or action: their names}, where they have some.
         stats: {state or action: its statistics}, padded.
     """
 
     name: str
     cameras: list[str]
     widths: dict[str, int]
+    joint_names: dict[str, list[str]]
     stats: dict[str, dict[str, np.ndarray]]
 
 
@@ -106,7 +109,14 @@ def widest_descriptions(sources: list[Source]) -> dict[str, dict]:
 def own_features(source: Source, vectors: dict[str, dict]) -> OwnFeatures:
     features = source.meta.features
     widths = {key: features[key]["shape"][0] if key in features else 0 for key in vectors}
-    return OwnFeatures(name=source.name, cameras=list(source.meta.camera_keys), widths=widths, stats={})
+    names = {key: joint_names(features[key]) for key in vectors if key in features}
+    return OwnFeatures(
+        name=source.name,
+        cameras=list(source.meta.camera_keys),
+        widths=widths,
+        joint_names={key: names_of_key for key, names_of_key in names.items() if names_of_key},
+        stats={},
+    )
 
 
 def not_in_all(source: Source, sources: list[Source], padded: set[str]) -> list[str]:

@@ -23,7 +23,7 @@ from policy.migration import resolve_policy_folder
 from policy.requirements import check_requirements, fetch_policy
 from processors.bases import AUTO, cameras_of, does_without_cameras, match_statistics, resizes_pictures, trained_cameras
 from processors.features import NEED_STATE, parse_rename
-from processors.padding import CutAction, act_for, is_record, padding_of
+from processors.padding import CutAction, act_for, is_record, number_of, padding_of
 from processors.pipelines import load_processors, name_before_rename, resize_of, set_rename
 from processors.state_only import StateToEnvironmentState
 from processors.statistics import EMPTY_CAMERA, rename_map_of, require_statistics
@@ -231,8 +231,11 @@ def load_policy(
     if rename:
         take_other_names(config, preprocess, rename)
     records = trained_datasets(folder)
+    names = trained_joint_names(folder, config)
     if records:
-        act_for(records, trained_on, config, preprocess, postprocess)
+        number = number_of(records, trained_on)
+        names = records[number]["joint_names"]
+        act_for(records[number], number, config, preprocess, postprocess)
     elif trained_on is not None:
         raise UserError(f"--trained_on {trained_on}: {folder} was not trained with --pad_datasets. Leave the flag out")
     policy = build_policy(config, None, folder, quiet=False).eval()
@@ -242,7 +245,7 @@ def load_policy(
         preprocess,
         postprocess,
         task,
-        joint_names=trained_joint_names(folder, config),
+        joint_names=names,
         trained_rename=trained_rename(folder),
     )
 

@@ -10,8 +10,9 @@ import torch
 from lerobot.configs import FeatureType
 from lerobot.processor import (
     NormalizerProcessorStep,
-    ObservationProcessorStep,
     PolicyActionProcessorStep,
+    ProcessorStep,
+    TransitionKey,
     UnnormalizerProcessorStep,
 )
 from torch import Tensor
@@ -33,7 +34,8 @@ def to_common_units(source, config, rename: dict[str, str]) -> list[dict]:
         rename: {name in the source: name that the policy knows}.
 
     Returns:
-        What a checkpoint records of each dataset: name, cameras, widths, and statistics, under the policy's names.
+        What a checkpoint records of each dataset: name, cameras, widths, names of joints, and statistics, under the policy's
+        names of features.
     """
     needed = needed_statistics(config)
     stats = dict(source.meta.stats)
@@ -44,6 +46,7 @@ def to_common_units(source, config, rename: dict[str, str]) -> list[dict]:
                 "name": own.name,
                 "cameras": [rename.get(key, key) for key in own.cameras],
                 "widths": {rename.get(key, key): width for key, width in own.widths.items()},
+                "joint_names": {rename.get(key, key): names for key, names in own.joint_names.items()},
                 "statistics": {},
             }
         )
@@ -103,6 +106,8 @@ def is_record(value) -> bool:
     statistics = value.get("statistics")
     if not isinstance(value.get("cameras"), list) or not isinstance(widths, dict) or not isinstance(statistics, dict):
         return False
+    if not isinstance(value.get("joint_names"), dict):
+        return False
     if not all(isinstance(width, int) and width >= 0 for width in widths.values()) or not widths.get("action"):
         return False
     lists = [values for of_key in statistics.values() if isinstance(of_key, dict) for values in of_key.values()]
@@ -146,32 +151,44 @@ def preprocess_batch(preprocess, batch: dict) -> dict:
 # Acting for one of the datasets.
 
 
-class PadObservation(ObservationProcessorStep):
+class PadFeatures(ProcessorStep):
     """Appends the numbers that a robot does not have, and adds black pictures for cameras that it does not have.
 
     Args:
         widths: {state: W}, under the names that observations come with.
         own_widths: {state: how many numbers the robot has}.
-        cameras: {camera: (C, H, W)} that it does not have, under the same names.
+        action_width: W of a recorded action.
+        cameras: {camera: (C, H, W)} that the robot does not have.
     """
 
-    def __init__(self, widths: dict[str, int], own_widths: dict[str, int], cameras: dict[str, tuple]):
+    def __init__(
+        self, widths: dict[str, int], own_widths: dict[str, int], action_width: int, cameras: dict[str, tuple]
+    ):
         self.widths = widths
         self.own_widths = own_widths
+        self.action_width = action_width
         self.cameras = cameras
 
-    def observation(self, observation: dict) -> dict:
-        padded = dict(observation)
+    def __call__(self, transition: dict) -> dict:
+        padded = dict(transition[TransitionKey.OBSERVATION])
         for key, width in self.widths.items():
             if key in padded:
-                padded[key] = functional.pad(padded[key], (0, width - padded[key].shape[-1]))
+                padded[key] = widened(padded[key], width)
         example = next(iter(padded.values()))
         for key, shape in self.cameras.items():
             padded[key] = torch.zeros(len(example), *shape, device=example.device)
-        return padded
+        action = transition.get(TransitionKey.ACTION)
+        if action is not None:
+            action = widened(action, self.action_width)
+        return {**transition, TransitionKey.OBSERVATION: padded, TransitionKey.ACTION: action}
 
     def transform_features(self, features):
         return features
+
+
+def widened(values: Tensor, width: int) -> Tensor:
+    """(..., W) numbers, with zeros appended."""
+    return functional.pad(values, (0, width - values.shape[-1]))
 
 
 class CutAction(PolicyActionProcessorStep):
@@ -191,25 +208,20 @@ class CutAction(PolicyActionProcessorStep):
         return features
 
 
-def padding_of(preprocess) -> PadObservation | None:
+def padding_of(preprocess) -> PadFeatures | None:
     """The step of a preprocessor that pads observations; None if it has none."""
-    return next((step for step in preprocess.steps if isinstance(step, PadObservation)), None)
+    return next((step for step in preprocess.steps if isinstance(step, PadFeatures)), None)
 
 
-def act_for(records: list[dict], wanted: str | None, config, preprocess, postprocess) -> None:
+def act_for(record: dict, number: int, config, preprocess, postprocess) -> None:
     """Change a policy's processors so that it acts for the robot of one of the padded datasets that it was trained on.
 
     Args:
-        records: of `to_common_units`.
-        wanted: name or number of the dataset; None for the first.
+        record: of `to_common_units`.
+        number: of the dataset.
         config: the policy's.
         preprocess, postprocess: LeRobot's pipelines, which are changed.
-
-    Raises:
-        UserError: the policy was trained on no such dataset.
     """
-    number = number_of(records, wanted)
-    record = records[number]
     for step in (*preprocess.steps, *postprocess.steps):
         if isinstance(step, (NormalizerProcessorStep, UnnormalizerProcessorStep)):
             set_statistics(step, record["statistics"])
@@ -227,12 +239,17 @@ def act_for(records: list[dict], wanted: str | None, config, preprocess, postpro
         elif record["widths"].get(key, feature.shape[0]) < feature.shape[0]:
             widths[name] = feature.shape[0]
             own_widths[name] = record["widths"][key]
-    preprocess.steps = [PadObservation(widths, own_widths, cameras), *preprocess.steps]
+    action_width = config.output_features["action"].shape[0]
+    preprocess.steps = [PadFeatures(widths, own_widths, action_width, cameras), *preprocess.steps]
     postprocess.steps = [*postprocess.steps, CutAction(record["widths"]["action"])]
 
 
 def number_of(records: list[dict], wanted: str | None) -> int:
-    """The number of a dataset, by its name, the last part of its name, or its number."""
+    """The number of a dataset, by its name, the last part of its name, or its number; the first for None.
+
+    Raises:
+        UserError: the policy was trained on no such dataset.
+    """
     if wanted is None:
         return 0
     found = []
