@@ -234,7 +234,7 @@ def load_policy(
     names = trained_joint_names(folder, config)
     if records:
         number = number_of(records, trained_on)
-        names = records[number]["joint_names"]
+        names = {key: names for key, names in records[number]["joint_names"].items() if is_list_of_text(names)}
         act_for(records[number], number, config, preprocess, postprocess)
     elif trained_on is not None:
         raise UserError(f"--trained_on {trained_on}: {folder} was not trained with --pad_datasets. Leave the flag out")
