@@ -79,7 +79,7 @@ def test_compact_is_smaller_and_looks_the_same(tmp_path):
     compact = all_frames(open_or_build(source, tmp_path, "compact"), key).double()
     noise = (decoded - compact).pow(2).mean()
     assert 10 * torch.log10(255**2 / noise) > 38  # dB of signal to noise
-    packed = next(tmp_path.glob("*-jpeg-*/frames.bin"))
+    packed = next(tmp_path.glob("*-jpeg92-*/frames.bin"))
     assert packed.stat().st_size < decoded.numel() / 6
 
 
@@ -288,9 +288,9 @@ def test_list_and_prune(made, tmp_path, capsys):
     open_or_build(source, tmp_path, "compact")
     assert main(["cache", "list", "--cache_dir", str(tmp_path)]) == 0
     assert "33 frames of 3x64x96" in capsys.readouterr().out
-    before = next(tmp_path.glob("[!.]*-jpeg-*")).stat().st_mtime
+    before = next(tmp_path.glob("[!.]*-jpeg92-*")).stat().st_mtime
     time.sleep(0.01)
     open_or_build(source, tmp_path, "compact")
-    assert next(tmp_path.glob("[!.]*-jpeg-*")).stat().st_mtime > before, "used just now"
+    assert next(tmp_path.glob("[!.]*-jpeg92-*")).stat().st_mtime > before, "used just now"
     assert main(["cache", "prune", "--cache_dir", str(tmp_path)]) == 0
     assert folders(tmp_path) == []

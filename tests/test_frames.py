@@ -19,6 +19,7 @@ from data import frames as module
 from data.frame_store import FrameStore, store_name
 from data.frames import Frames, Room
 from data.opening import open_source
+from data.pixels import contiguous_pictures, copy_picture
 from errors import UserError
 from helpers.dataset_edits import edit_json
 from helpers.paths import ROOT, SHIPPED
@@ -441,3 +442,14 @@ def test_an_unfinished_store_is_believed_only_where_its_bytes_are_right(unfinish
         spoil(next(copy.glob(".*/")))
         assert torch.equal(all_frames(open_or_build(source, copy)), expected)
         shutil.rmtree(copy)
+
+
+def test_copies_of_pictures():
+    side_by_side = torch.randint(0, 255, (3, 5, 7, 3), dtype=torch.uint8).permute(0, 3, 1, 2)  # as decoders give them
+    copies = contiguous_pictures(side_by_side)
+    assert copies.is_contiguous()
+    assert torch.equal(copies, side_by_side)
+    for pixels in (side_by_side[0], copies[0], side_by_side[0, :, :, ::2]):
+        out = torch.zeros(pixels.shape, dtype=torch.uint8)
+        copy_picture(pixels, out)
+        assert torch.equal(out, pixels)

@@ -31,7 +31,7 @@ from errors import UserError
 INDEX_BYTES = 24  # of a row in index.i64
 SAMPLES = 24  # frames that are encoded to estimate the size of all
 MARGIN = 1.1  # of the estimate
-JPEG_QUALITY = 95
+JPEG_QUALITY = 92  # above 38 dB of signal to noise at 128x128, 44 dB at 480x640; a frame of quality 95 takes a sixth longer to read
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def decode_jpeg(content: Tensor) -> Tensor:
 
 
 LOSSLESS = Codec("webp", "losslessly compressed", encode_webp, decode_webp)
-COMPACT = Codec("jpeg", "compressed", encode_jpeg, decode_jpeg)
+COMPACT = Codec(f"jpeg{JPEG_QUALITY}", "compressed", encode_jpeg, decode_jpeg)
 
 
 @dataclass

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from data.decode import CHUNK, LIBRARIES, Decoder
 from data.frame_times import file_identity
+from data.pixels import contiguous_pictures
 from errors import UserError, one_line, printable
 from runtime import progress_interval
 
@@ -232,7 +233,7 @@ class FrameStore:
         with open(self.build_folder / self.data_file, "r+b", buffering=0) as file:
             file.seek(first * int(np.prod(self.shape[1:])))
             for rows in torch.arange(first, end).split(CHUNK):
-                pixels = self.decoder.read(self.key, rows).contiguous()  # (n, C, h, w)
+                pixels = contiguous_pictures(self.decoder.read(self.key, rows))  # (n, C, h, w)
                 written = memoryview(pixels.numpy()).cast("B")
                 crc = zlib.crc32(written, crc)
                 write_all(file, written)

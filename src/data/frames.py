@@ -18,6 +18,7 @@ from data.compact_store import COMPACT, LOSSLESS, CompactStore, PackedFrames
 from data.decode import LIBRARIES, Decoder
 from data.frame_store import FrameStore
 from data.growing_store import CAN_GROW, GrowingStore
+from data.pixels import copy_picture
 from data.source import Source
 from errors import UserError, reason_of_disk
 from runtime import frame_cache_dir, is_out_of_memory, to_device
@@ -232,7 +233,7 @@ class Frames:
 
         def put(row: int, pixels: Tensor) -> None:
             for slot in slots.get(row, []):
-                out[slot].copy_(pixels)
+                copy_picture(pixels, out[slot])
 
         def unpack(rows: Tensor) -> None:
             for row in rows.tolist():

@@ -29,6 +29,7 @@ from torch import Tensor
 from data.decode import CHUNK
 from data.frame_store import FrameStore
 from data.frame_times import FrameTimes
+from data.pixels import contiguous_pictures
 from errors import printable, reason_of_disk
 
 CAN_GROW = hasattr(os, "pwrite")  # which Windows has not
@@ -141,7 +142,7 @@ class GrowingStore:
         Args:
             use: called with each row's number and its (C, h, w) pixels.
         """
-        pixels = self.store.decoder.read(self.store.key, rows).contiguous()  # (n, C, h, w)
+        pixels = contiguous_pictures(self.store.decoder.read(self.store.key, rows))  # (n, C, h, w)
         for row, of_row in zip(rows.tolist(), pixels, strict=True):
             use(row, of_row)
         gaps = (torch.diff(rows) > 1).nonzero().flatten() + 1

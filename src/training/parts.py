@@ -90,7 +90,9 @@ def build_source(config: TrainConfig) -> Source:
         )
         sources.append(source)
     rename_apart(sources, rename)
-    lines = pad_sources(sources) if config.pad_datasets else []
+    if not config.pad_datasets:
+        return unite(sources, rename)
+    lines = pad_sources(sources)
     source = unite(sources, rename)
     source.warnings += lines
     return source
