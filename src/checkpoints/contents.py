@@ -123,6 +123,7 @@ TRAINING_INFO = {
     "batch_size": COUNT,
     "train_seconds": SECONDS,
     "joint_names": MAPPING.or_null(),
+    "depth": MAPPING.or_null(),
     "device_name": TEXT,
     "versions": MAPPING,
 }
