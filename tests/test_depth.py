@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import export
 import infer
 from data import open_dataset
 from data.depth import DepthRange
@@ -21,6 +23,7 @@ from data.union import unite
 from errors import UserError
 from helpers.dataset_edits import edit_json, rewrite_column
 from helpers.depth_dataset import CAMERA, CLOSE, SIDE, depth_of_frame, record_depth
+from helpers.paths import ROOT
 from helpers.recording import usual_scheduling
 from helpers.runs import assert_same_run, small
 from policy.loaded import load_policy
@@ -62,6 +65,11 @@ def run(recorded, tmp_path_factory):
     """A checkpoint of a policy that was trained on a depth camera."""
     output = tmp_path_factory.mktemp("run") / "run"
     return train(**small(dataset_id=str(recorded("video")), output_dir=str(output), steps=2)).checkpoint
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The code blocks of a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def lerobot_codes(root: Path) -> np.ndarray:
@@ -174,6 +182,22 @@ def test_act_takes_what_a_robot_gives(recorded, run):
             policy.act({**observation, CAMERA: wrong})
 
 
+def test_the_picture_of_the_docs():
+    block = next(text for text in blocks(ROOT / "docs" / "data.md", "python") if "quantize_depth" in text)
+    names = {}
+    exec(block, names)
+    for in_metres in (False, True):
+        depth = depth_of_frame(2, in_metres)
+        assert (names["grey_picture"](depth) == DEFAULT.picture(depth)).all()
+
+
+def test_a_run_that_lerobot_cannot_resume(run, tmp_path, capsys):
+    assert export.main([str(run), str(tmp_path / "out"), "--format", "lerobot"]) == 2
+    assert (
+        "was trained with depth cameras as grey pictures, which LeRobot reads as millimetres" in capsys.readouterr().err
+    )
+
+
 def test_a_policy_under_other_names(recorded, tmp_path):
     new = "observation.images.camera1"
     result = train(
@@ -186,9 +210,10 @@ def test_a_policy_under_other_names(recorded, tmp_path):
     policy = load_policy(result.checkpoint, device="cpu", rename=[f"observation.mine={CAMERA}"])
     observation = observations_of(recorded("close"), 3)
     observation["observation.mine"] = observation.pop(CAMERA)
-    expected = policy.act(observation)
-    policy.reset()
-    assert (policy.act({**observation, "observation.mine": depth_of_frame(3, in_metres=False)}) == expected).all()
+    expected = policy.batch_of(observation)["observation.mine"]
+    frame = {**observation, "observation.mine": depth_of_frame(3, in_metres=False)}
+    assert torch.equal(policy.batch_of(frame)["observation.mine"], expected)
+    assert np.isfinite(policy.act(frame)).all()
 
 
 def test_a_checkpoint_without_a_range(run, tmp_path):
