@@ -23,7 +23,9 @@ from data.union import unite
 from errors import UserError
 from helpers.dataset_edits import edit_json, rewrite_column
 from helpers.depth_dataset import CAMERA, CLOSE, SIDE, depth_of_frame, record_depth
+from helpers.lance_dataset import to_lance
 from helpers.paths import ROOT
+from helpers.range_server import RangeServer
 from helpers.recording import usual_scheduling
 from helpers.runs import assert_same_run, small
 from policy.loaded import load_policy
@@ -114,6 +116,22 @@ def test_the_same_through_every_store(recorded, tmp_path, name):
                 frames = Frames.open_or_build(source, size, mode=mode, cache_dir=tmp_path / f"{mode}{grow}", grow=grow)
                 assert torch.equal(frames.read(CAMERA, rows), expected), mode
                 frames.close()
+
+
+@pytest.mark.parametrize("name", ["video", "images"])
+def test_streamed_and_in_lance_tables(recorded, tmp_path, name):
+    rows = torch.arange(11)
+    expected = Frames(open_source(str(recorded(name)))).read(CAMERA, rows)
+    server = RangeServer(recorded(name))
+    try:
+        source = open_source(server.url, cache_dir=str(tmp_path / "cache"))
+        assert source.is_streamed == (name == "video")
+        assert torch.equal(Frames(source).read(CAMERA, rows), expected)
+    finally:
+        server.close()
+    pytest.importorskip("lance", reason="needs pylance")
+    source = open_source(str(to_lance(recorded(name), tmp_path / "tables")), cache_dir=str(tmp_path / "cache"))
+    assert torch.equal(Frames(source).read(CAMERA, rows), expected)
 
 
 def test_a_store_is_that_of_its_range(copy_of, tmp_path):
