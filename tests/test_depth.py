@@ -362,6 +362,26 @@ def test_a_damaged_video_is_a_line(copy_of):
         open_dataset(root).require()
 
 
+@pytest.mark.parametrize(
+    "marks",
+    [
+        {"info": {"is_depth_map": True}},
+        {"info": {"video.is_depth_map": True}},
+        {"video_info": {"video.is_depth_map": True}},
+    ],
+)
+def test_the_marks_of_older_versions(copy_of, marks):
+    root = copy_of("images")
+    expected = open_dataset(root)[[0]][CAMERA]
+
+    def mark(info: dict) -> None:
+        info["features"][CAMERA].pop("info")
+        info["features"][CAMERA].update(marks)
+
+    edit_json(root / "meta" / "info.json", mark)
+    assert torch.equal(open_dataset(root)[[0]][CAMERA], expected)
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("recorded_range", [DEFAULT, DepthRange(0.2, 1.4, 3.5, False), DepthRange(0.1, 2.0, 0.0, True)])
 def test_numbers_that_are_no_distance(recorded_range):

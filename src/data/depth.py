@@ -53,8 +53,9 @@ class DepthRange:
         if unit is None:
             unit = "m" if np.issubdtype(depth.dtype, np.floating) else "mm"
         # Clipped first: LeRobot's codes of NaN and of negative distances are undefined.
-        bounds = (self.depth_min * UNITS[unit], self.depth_max * UNITS[unit])
-        depth = np.nan_to_num(depth.astype(np.float32), nan=bounds[0]).clip(*bounds)
+        nearest = self.depth_min * UNITS[unit]
+        farthest = self.depth_max * UNITS[unit]
+        depth = np.nan_to_num(depth.astype(np.float32), nan=nearest).clip(nearest, farthest)
         return grey_picture(quantize_depth(depth, **asdict(self), video_backend=None, input_unit=unit))
 
 
@@ -168,10 +169,11 @@ def depth_lines(features: dict) -> list[str]:
     """How each depth camera of an open dataset is read, a line each."""
     lines = []
     for key, recorded in depth_ranges(features).items():
-        low, high = recorded.depth_min, recorded.depth_max
-        near, far = (f"{100 * recorded.step(distance):.2g} cm" for distance in (low, high))
-        steps = near if near == far else f"{near} (near) to {far} (far)"
-        lines.append(f"{key}: depth from {low:g} m to {high:g} m as a grey picture, in steps of {steps}")
+        steps = f"{100 * recorded.step(recorded.depth_min):.2g} cm"
+        if recorded.use_log:
+            steps += f" (near) to {100 * recorded.step(recorded.depth_max):.2g} cm (far)"
+        covered = f"{recorded.depth_min:g} m to {recorded.depth_max:g} m"
+        lines.append(f"{key}: depth from {covered} as a grey picture, in steps of {steps}")
     return lines
 
 
@@ -183,9 +185,11 @@ def range_warnings(trained: dict, now: dict, holder: str, dataset: str) -> list[
         now: {camera: DepthRange} of a dataset, with cameras under the policy's names.
         holder, dataset: what to call the policy and the dataset.
     """
-    return [
-        f"the depth of {key} has another range: {holder} was trained with {trained[key]}, {dataset} has {now[key]}. Equal "
-        "greys mean other distances"
-        for key in trained
-        if key in now and trained[key] != now[key]
-    ]
+    warnings = []
+    for key in trained.keys() & now.keys():
+        if trained[key] != now[key]:
+            warnings.append(
+                f"the depth of {key} has another range: {holder} was trained with {trained[key]}, {dataset} has {now[key]}. "
+                "Equal greys mean other distances"
+            )
+    return sorted(warnings)
