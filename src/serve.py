@@ -35,7 +35,7 @@ from aiohttp import http_exceptions, web
 from command_line import TRAINED_ON, OneLineParser, command
 from errors import UserError, one_line
 
-DTYPES = ("uint8", "float32", "float64", "int64", "int32")
+DTYPES = ("uint8", "uint16", "float32", "float64", "int64", "int32")
 MOST_PIXELS = 4096  # a side of a picture
 # Items in the lists and dicts of a request, besides what its arrays hold. An empty list takes 1 byte there, 64 in memory.
 MOST_ITEMS = 10_000

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from command_line import parse_command_line, print_error
@@ -327,6 +327,7 @@ class Run:
                 "train_seconds": train_seconds,
                 "joint_names": self.plan.policy.joint_names,
                 "datasets": self.plan.policy.datasets or None,
+                "depth": {key: asdict(recorded) for key, recorded in self.plan.policy.depth.items()},
             },
         )
 

@@ -13,6 +13,7 @@ CAMERAS = ["observation.images.0", "observation.images.1"]
 STATE = "observation.state"
 META = SimpleNamespace(
     camera_keys=CAMERAS,
+    depth_keys=[],
     stats={
         STATE: {"mean": np.array([5.0, -5.0]), "std": np.array([2.0, 0.0])},
         CAMERAS[0]: {"mean": np.full((3, 1, 1), 0.25)},
@@ -66,6 +67,15 @@ def test_state_dropout_and_noise_are_as_many_and_as_large_as_asked():
     assert (noise[:, 1] == 0).all()  # a joint that is still
 
 
+@pytest.mark.parametrize("style", ["full", "fast"])
+def test_depth_is_moved_only(style):
+    meta = SimpleNamespace(camera_keys=CAMERAS, depth_keys=CAMERAS[1:], stats={})
+    changed = augment(a_batch(50, pixels=16), meta, settings(augment=True, augment_style=style))
+    middle = [changed[key][..., 8, 8] for key in CAMERAS]
+    torch.testing.assert_close(middle[1], torch.full((50, 3), 0.75))
+    assert (middle[0] - 0.75).abs().mean() > 0.02
+
+
 def test_camera_dropout_leaves_a_camera():
     changed = augment(a_batch(4000), META, settings(augment=False, camera_dropout=0.4))
     means = torch.stack([changed[key].mean((1, 2, 3)) for key in CAMERAS], dim=1)  # (B, cameras)
@@ -73,7 +83,7 @@ def test_camera_dropout_leaves_a_camera():
     assert set(means[dropped].tolist()) == {0.25, 0.5}  # the camera's mean, or grey where there are no statistics
     assert dropped.any(1).float().mean() == pytest.approx(0.4, abs=0.03)
     assert not dropped.all(1).any()
-    alone = SimpleNamespace(camera_keys=CAMERAS[:1], stats=META.stats)
+    alone = SimpleNamespace(camera_keys=CAMERAS[:1], depth_keys=[], stats=META.stats)
     same = augment(a_batch(100), alone, settings(augment=False, camera_dropout=0.4))
     assert (same[CAMERAS[0]] == 0.75).all()
 

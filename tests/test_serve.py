@@ -170,6 +170,7 @@ def test_actions_are_the_policys(client, checkpoint):
             "observation.state: expected numbers of shape",
         ),
         ({"observation.state": STATE, "observation.images.top": PICTURE[:, :, 0]}, "expected uint8 of shape"),
+        ({"observation.state": STATE, "observation.images.top": PICTURE.astype(np.uint16)}, "expected uint8 of shape"),
         ({"observation.state": STATE, "observation.images.top": PICTURE, "x": STATE}, "the observation has 'x'"),
         (
             {"observation.state": STATE * np.nan, "observation.images.top": PICTURE},

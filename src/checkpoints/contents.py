@@ -124,6 +124,7 @@ TRAINING_INFO = {
     "train_seconds": SECONDS,
     "joint_names": MAPPING.or_null(),
     "datasets": MAPPING.listed().or_null(),
+    "depth": MAPPING.or_null(),
     "device_name": TEXT,
     "versions": MAPPING,
 }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data.column_checks import column_problems
+from data.depth import depth_lines, depth_problems, is_depth
 from data.episodes import ranges
 from data.observations import observation_names, observations_flag
 from data.pictures import picture_problems
@@ -31,7 +32,7 @@ def content_problems(source: Source) -> list[str]:
 
 def content_warnings(source: Source) -> list[str]:
     """What is doubtful about the values, and can be trained on."""
-    return text_warnings(source) + clock_warnings(source)
+    return text_warnings(source) + clock_warnings(source) + depth_lines(source.meta.features)
 
 
 def text_warnings(source: Source) -> list[str]:
@@ -75,6 +76,8 @@ def description_problems(key: str, feature) -> list[str]:
     if not isinstance(shape, (list, tuple)) or not all(is_size(size) for size in shape):
         expected = "expected a shape such as [6] or [480, 640, 3]"
         problems.append(f"feature {key}: {expected}, got {feature.get('shape', 'none')!r}. Write it into info.json")
+    if not problems and is_depth(feature):
+        problems += depth_problems(key, feature)
     return problems
 
 
@@ -112,8 +115,6 @@ def metadata_problems(meta) -> list[str]:
         known = needed <= set(meta.episodes.column_names)
         if not known or any(value is None or value != value for name in needed for value in meta.episodes[name][:]):
             reasons[key] = f"info.json has a camera {key}, but meta/episodes does not say where its videos are"
-    for key in meta.depth_keys:
-        reasons[key] = f"{key} is a depth map, which no policy here reads"
     others = [name for name in observation_names(meta) if name not in reasons]
     remedy = f". Leave it out: {observations_flag(others, {})}" if others else ""
     return problems + [reason + remedy for reason in reasons.values()]

@@ -6,6 +6,7 @@ n frames, C channels, H and W as recorded, h and w at training size.
 import contextlib
 import functools
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.depth import depth_ranges, depth_unit, grey_picture
 from data.frame_times import FrameTimes
 from data.pictures import decode_picture
 from data.source import Source
@@ -68,11 +70,16 @@ class TorchcodecReader:
 
 
 class PyavReader:
-    """One open video, read by frame number: seek to the key frame before it and decode from there."""
+    """One open video, read by frame number: seek to the key frame before it and decode from there.
 
-    def __init__(self, container, times: FrameTimes):
+    Args:
+        pixels_of: makes (H, W, 3) uint8 of PyAV's frame.
+    """
+
+    def __init__(self, container, times: FrameTimes, pixels_of: Callable):
         self.container = container
         self.times = times
+        self.pixels_of = pixels_of
         self.stream = container.streams.best("video")
         self.frames = iter(())  # the decoder's output since the last seek
         self.frame = None  # the newest of them
@@ -86,7 +93,7 @@ class PyavReader:
         pixels = []
         for number in numbers:
             self._go_to(number)
-            pixels.append(torch.from_numpy(rgb_of(self.frame)))  # (H, W, C)
+            pixels.append(torch.from_numpy(self.pixels_of(self.frame)))  # (H, W, C)
         frames = torch.stack(pixels).permute(0, 3, 1, 2)  # (n, C, H, W)
         if self.times.rotation:
             frames = frames.rot90(self.times.rotation // 90, dims=(2, 3))
@@ -132,15 +139,26 @@ def rgb_of(frame) -> np.ndarray:
     return rgb.to_ndarray()
 
 
-def open_reader(file: str | BinaryIO, times: FrameTimes, video_decoder: type | None) -> TorchcodecReader | PyavReader:
-    """Open a video with torchcodec's VideoDecoder, or with PyAV if it is None."""
+def grey_of(frame) -> np.ndarray:
+    """(H, W, 3) uint8 pixels of PyAV's frame of a depth video, whose codes are read as LeRobot reads them."""
+    return grey_picture(frame.to_ndarray(format="gray12le"))
+
+
+def open_reader(
+    file: str | BinaryIO, times: FrameTimes, video_decoder: type | None, depth: bool
+) -> TorchcodecReader | PyavReader:
+    """Open a video with torchcodec's VideoDecoder, or with PyAV if it is None.
+
+    Args:
+        depth: whether it is a depth camera's, which only PyAV decodes.
+    """
     # Some versions of torchcodec apply a rotation flag, others ignore it.
     if video_decoder is not None and not times.rotation:
         decoder = video_decoder(file, custom_frame_mappings=times.mappings(), num_ffmpeg_threads=1)
         return TorchcodecReader(decoder, times)
     import av
 
-    return PyavReader(av.open(file), times)
+    return PyavReader(av.open(file), times, grey_of if depth else rgb_of)
 
 
 @dataclass(eq=False)
@@ -175,6 +193,7 @@ class Decoder:
     def __init__(self, source: Source, image_size: list[int] | None):
         self.source = source
         self.image_size = image_size
+        self.depth = depth_ranges(source.meta.features)  # of each depth camera
         self.idle: list[OpenVideo] = []  # least recently used first
         self.lock = threading.Lock()  # held while `idle` changes
         self.is_closed = False
@@ -231,7 +250,10 @@ class Decoder:
             return torch.zeros(len(rows), 3, times.height, times.width, dtype=torch.uint8)
         frames = None
         # PyAV finds frames that torchcodec does not, such as the last of an open group. Pixels differ by rounding at most.
-        for video_decoder in dict.fromkeys([self.torchcodec[0], None]):
+        decoders = dict.fromkeys([self.torchcodec[0], None])
+        if key in self.depth:
+            decoders = [None]  # torchcodec gives 8 bits of the 12
+        for video_decoder in decoders:
             try:
                 with self._reader(key, path, times, video_decoder) as reader:
                     frames = reader.read(numbers.tolist())
@@ -261,7 +283,7 @@ class Decoder:
             opened = OpenVideo(wanted, self._file(key, path))
         try:
             if opened.reader is None:
-                opened.reader = open_reader(opened.file, times, video_decoder)
+                opened.reader = open_reader(opened.file, times, video_decoder, key in self.depth)
             yield opened.reader
         except BaseException:
             opened.close()
@@ -291,8 +313,11 @@ class Decoder:
     def _read_picture(self, key: str, row: int) -> Tensor:
         """(C, H, W) uint8 picture of an `image` feature."""
         try:
-            picture = decode_picture(self.source.images[key], self.source.meta.root, row)  # (H, W, C)
-            pixels = torch.from_numpy(picture).permute(2, 0, 1)
+            depth = key in self.depth
+            picture = decode_picture(self.source.images[key], self.source.meta.root, row, depth)
+            if depth:
+                picture = self.depth[key].picture(picture, depth_unit(self.source.meta.features[key]))
+            pixels = torch.from_numpy(picture).permute(2, 0, 1)  # of (H, W, C)
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{key}: the picture of row {row} cannot be read: {one_line(error)}") from error
         recorded_shape = (3, *self.source.recorded_size(key, row))

@@ -20,7 +20,7 @@ import shutil
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from data.decode import CHUNK, LIBRARIES, Decoder
+from data.depth import depth_unit
 from data.frame_times import file_identity
 from data.pixels import contiguous_pictures
 from errors import UserError, one_line, printable
@@ -274,6 +275,9 @@ def store_name(decoder: Decoder, key: str, library: str, kind: str | None = None
     facts = [LAYOUT, decoder.shape(key), *spans]
     if kind is not None:
         facts.append(kind)
+    if key in decoder.depth:
+        library = "pyav"
+        facts.append([asdict(decoder.depth[key]), depth_unit(source.meta.features[key])])
     if key in source.videos:
         videos = source.videos[key]
         facts += [library, videos.file_index.tolist(), videos.first_frame.tolist()]

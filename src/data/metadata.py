@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from data.checks import description_problems, info_problems
+from data.depth import depth_ranges, is_depth
 from data.files import read_json
 from data.v2 import fill_v2_metadata
 from data.v3 import fill_v3_metadata
@@ -46,6 +47,8 @@ def read_metadata(dataset_id: str, folder: Path, repo_id: str):
             fill_v3_metadata(meta, info)
         else:
             fill_v2_metadata(meta, info)
+    for key in depth_ranges(meta.features):
+        meta.stats.pop(key, None)  # of distances, not of the grey picture that is made of them
     if meta.episodes is None:
         raise UserError(f"dataset {dataset_id} has no episodes: its metadata describes none")
     return meta
@@ -117,13 +120,16 @@ def split_unreadable(features) -> tuple[dict, dict[str, str]]:
 
 
 def set_camera_axes(features: dict) -> None:
-    """Write every camera's shape as (height, width, channels) and name its axes so, as LeRobot's decoders give it."""
+    """Write every camera's shape as (height, width, channels) and name its axes so, as our decoders give it."""
     for feature in features.values():
         if feature.get("dtype") not in ("image", "video"):
             continue
         shape = tuple(feature["shape"])
         if len(shape) == 3 and shape[0] == 3 and shape[2] != 3:  # channels first
             shape = (*shape[1:], 3)
+        if is_depth(feature):  # a grey picture, see data/depth.py
+            height, width = shape[:2] if shape[2] == 1 else shape[1:]
+            shape = (height, width, 3)
         feature["shape"] = shape
         feature["names"] = ["height", "width", "channels"]
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from data.depth import is_depth
 from data.frame_times import FrameTimes
 from data.names import joint_names
 from data.observations import is_vector, leave_out
@@ -137,7 +138,7 @@ def add_blank_camera(source: Source, key: str, feature: dict, stats: dict | None
     height, width, _ = feature["shape"]
     if feature["dtype"] == "image":
         file = io.BytesIO()
-        Image.new("RGB", (width, height)).save(file, "png")
+        Image.new("I;16" if is_depth(feature) else "RGB", (width, height)).save(file, "png")
         content = pa.array([file.getvalue()], pa.binary()).take(pa.array(np.zeros(source.rows, np.int64)))
         nothing = pa.nulls(source.rows, pa.string())
         source.images[key] = pa.chunked_array([pa.StructArray.from_arrays([content, nothing], fields=list(PICTURE))])

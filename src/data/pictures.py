@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.depth import is_depth
 from data.files import LFS_POINTER, is_lfs_pointer
 from errors import UserError, one_line, plural
 
@@ -75,11 +76,14 @@ def rows_without_picture(pictures: pa.ChunkedArray) -> np.ndarray:
     return np.flatnonzero(pa.chunked_array(empty, pa.bool_()).to_numpy())
 
 
-def open_picture(pictures: pa.ChunkedArray, root: Path, row: int):
+def open_picture(pictures: pa.ChunkedArray, root: Path, row: int, depth: bool = False):
     """Pillow's image of a row, whose pixels are not decoded yet.
 
+    Args:
+        depth: whether it is a depth camera's, with one channel of more than 8 bits.
+
     Raises:
-        OSError, SyntaxError, ValueError: it cannot be read, or has more than 8 bits a channel.
+        OSError, SyntaxError, ValueError: it cannot be read, or has more than 8 bits a channel, or not if it should.
     """
     from PIL import Image
 
@@ -88,6 +92,13 @@ def open_picture(pictures: pa.ChunkedArray, root: Path, row: int):
         raise ValueError(f"{root / stored['path']} {LFS_POINTER}")
     image = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else root / stored["path"])
     raw_modes = [str(tile[3]) for tile in getattr(image, "tile", [])]
+    if depth:
+        if not image.mode.startswith(CLIPPED):
+            image.close()
+            raise ValueError(
+                f"expected depth in 16 bits or floats, got a {image.mode} picture. Record it as LeRobot does"
+            )
+        return image
     if image.mode.startswith(CLIPPED) or any(DEEP.search(mode) for mode in raw_modes):
         image.close()
         bits = image.mode if image.mode.startswith(CLIPPED) else f"16-bit {image.mode}"
@@ -103,18 +114,17 @@ def picture_size(image) -> tuple[int, int]:
     return (width, height) if image.getexif().get(ExifTags.Base.Orientation) in TURNED else (height, width)
 
 
-def decode_picture(pictures: pa.ChunkedArray, root: Path, row: int) -> np.ndarray:
+def decode_picture(pictures: pa.ChunkedArray, root: Path, row: int, depth: bool = False) -> np.ndarray:
     """(H, W, 3) uint8 picture of a row: grey, palette and transparent ones as RGB, turned upright as its EXIF data say.
 
-    Raises:
-        OSError, SyntaxError, ValueError: it cannot be read, or has more than 8 bits a channel.
+    A depth camera's is (H, W), in the numbers that are stored. Arguments and errors as for `open_picture`.
     """
     from PIL import ExifTags, ImageOps
 
-    with open_picture(pictures, root, row) as image:
+    with open_picture(pictures, root, row, depth) as image:
         if image.getexif().get(ExifTags.Base.Orientation) is not None:
             image = ImageOps.exif_transpose(image)
-        return np.array(image.convert("RGB"))
+        return np.array(image if depth else image.convert("RGB"))
 
 
 def picture_problems(source) -> list[str]:
@@ -155,10 +165,12 @@ def missing_files(source, key: str) -> str | None:
 
 def first_picture_problem(source, key: str) -> str | None:
     """A line for the first episode whose first picture cannot be read, or has another size than info.json says."""
-    expected = tuple(source.meta.features[key]["shape"][:2])
+    feature = source.meta.features[key]
+    expected = tuple(feature["shape"][:2])
+    depth = is_depth(feature)
     for row in source.starts.tolist():
         try:
-            with open_picture(source.images[key], source.meta.root, row) as image:
+            with open_picture(source.images[key], source.meta.root, row, depth) as image:
                 height, width = picture_size(image)
         except (OSError, SyntaxError, ValueError) as error:
             return f"{key}: the picture of {source.name_row(row)} cannot be read: {one_line(error)[:300]}"
@@ -166,6 +178,6 @@ def first_picture_problem(source, key: str) -> str | None:
             return (
                 f"{key}: expected pictures of height and width {expected[0]}x{expected[1]} by info.json, got "
                 f"{height}x{width} in {source.name_row(row)}. If all are of that size, write the shape "
-                f"[{height}, {width}, 3] into info.json"
+                f"[{height}, {width}, {1 if depth else 3}] into info.json"
             )
     return None

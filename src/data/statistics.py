@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.depth import is_depth
 from data.files import check_readable, is_v2
 from data.frames import Frames
 from data.names import joint_names
@@ -171,7 +172,8 @@ def fill_statistics(source: Source, lacking: dict[str, list[str]], num_threads: 
             from_columns.append(f"{' '.join(names)} of {key}")
         elif key in source.videos or key in source.images:
             computed = camera_statistics(source, key, num_threads)
-            from_pictures.append(f"{' '.join(names)} of {key}")
+            kind = " as a grey picture" if is_depth(source.meta.features[key]) else ""
+            from_pictures.append(f"{' '.join(names)} of {key}{kind}")
         else:
             continue
         if not stats.get(key):

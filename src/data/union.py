@@ -8,6 +8,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from data.depth import depth_ranges, depth_unit
 from data.names import joint_names
 from data.observations import is_vector, observation_names, observations_flag
 from data.pictures import with_full_paths
@@ -138,10 +139,15 @@ def other_action(has: dict, lacks: dict) -> dict[str, str]:
 def described(source: Source) -> dict[str, str]:
     """What datasets must have in common. Their videos' encoding and their pictures' size may differ."""
     facts = {"fps": f"{source.meta.fps}"}
+    depth = depth_ranges(source.meta.features)
     for key, feature in source.meta.features.items():
         shape = tuple(feature["shape"])
         if key in source.meta.camera_keys:
             facts[key] = f"{feature['dtype']} of shape (height, width, {', '.join(map(str, shape[2:]))})"
+            if key in depth:
+                facts[key] += f", depth from {depth[key]}"
+                if feature["dtype"] == "image":
+                    facts[key] += f", stored in {depth_unit(feature) or 'the unit of its dtype'}"
         else:
             facts[key] = f"{feature['dtype']} of shape {shape}, names {joint_names(feature)}"
     return facts

@@ -32,6 +32,7 @@ from data.split import split_episodes
 from errors import UserError, one_line, read_json, require_files
 from policy.adapter_settings import read_peft_config, settings_of_adapters
 from policy.factory import build_policy, load_policy_config
+from policy.loaded import trained_depth
 from policy.migration import EMA_FOLDER, converted_dir
 from policy.presets import optimizer_preset, scheduler_preset
 from processors.bases import match_statistics
@@ -450,6 +451,7 @@ def refuse(checkpoint: Path, config: TrainConfig, policy_config, preprocessor) -
         "a base of 4 bits": config.peft_quantize,
         "resized pictures and a history of them, which LeRobot's resize step does not take": resized_history,
         "frozen weights": config.freeze,
+        "depth cameras as grey pictures, which LeRobot reads as millimetres": trained_depth(checkpoint),
         f"--optimizer {config.optimizer}, whose moments lerobot-train does not have": config.optimizer != "auto",
         "a --rename of names that do not begin with observation.": any(
             not old.startswith("observation.") for old in parse_rename(config.rename)

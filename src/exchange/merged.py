@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import hub
@@ -10,7 +11,7 @@ from checkpoints.writer import share_weights, write_json
 from errors import UserError, one_line, read_json
 from policy.adapters import adapter_config
 from policy.factory import build_policy, load_policy_config
-from policy.loaded import trained_joint_names, trained_rename
+from policy.loaded import trained_datasets, trained_depth, trained_joint_names, trained_rename
 from policy.migration import resolve_policy_folder
 from processors.pipelines import load_processors
 
@@ -61,7 +62,12 @@ def write_merged(checkpoint: str, output: Path) -> None:
         preprocess.save_pretrained(unfinished)
         postprocess.save_pretrained(unfinished)
         # `load_policy` reads these two.
-        info = {"joint_names": trained_joint_names(folder, config), "merged_from": str(checkpoint)}
+        info = {
+            "joint_names": trained_joint_names(folder, config),
+            "datasets": trained_datasets(folder) or None,
+            "depth": {key: asdict(recorded) for key, recorded in trained_depth(folder).items()},
+            "merged_from": str(checkpoint),
+        }
         write_json(unfinished / "training_info.json", info)
         write_json(unfinished / "train_config.json", {"rename": trained_rename(folder)})
         share_weights(unfinished, as_file=unfinished / "config.json")

@@ -6,7 +6,7 @@ The network maps preprocessed observations to a chunk of normalised actions. B i
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +238,7 @@ def describe(loaded, exported: Exported, comparison: Comparison) -> dict:
         "n_action_steps": config.n_action_steps,
         **{name: getattr(config, name) for name in SMOOTHING if hasattr(config, name)},
         "image_size": resize_of(loaded.preprocess),
+        "depth": {key: asdict(recorded) for key, recorded in loaded.depth.items()},
         "normalise": normalisation(loaded.preprocess),
         "unnormalise": normalisation(loaded.postprocess),
         "largest_difference": comparison.difference,

@@ -15,6 +15,7 @@ from lerobot.configs import FeatureType
 
 from checkpoints.folder import verify_policy
 from checkpoints.tensors import is_finite
+from data.depth import DepthRange, read_range
 from errors import UserError, first_of, nearest, one_line, read_json
 from policy.async_policy import AsyncPolicy
 from policy.chunk import count_planned, predict_chunk, rtc_off, supports_rtc
@@ -41,16 +42,26 @@ class LoadedPolicy:
         policy, preprocess, postprocess: LeRobot's, on their device.
         task: task text for observations without one.
         joint_names: {feature: names} that it was trained with, see `trained_joint_names`.
+        depth: {camera: DepthRange} of the depth cameras that it was trained with, under its own names.
         trained_rename: OLD=NEW names of --rename in its training.
 
     Attributes:
         expected: {key: (kind, shape)} of an observation, see `expected_observation`.
+        depth: {key: DepthRange} of an observation's depth cameras.
         optional: cameras among them that the policy does without, as long as an observation has one of them.
         relative: whether it predicts actions relative to the robot's state (a setting of pi0's family).
     """
 
     def __init__(
-        self, policy, preprocess, postprocess, task: str = "", *, joint_names: dict | None = None, trained_rename=()
+        self,
+        policy,
+        preprocess,
+        postprocess,
+        task: str = "",
+        *,
+        joint_names: dict | None = None,
+        depth: dict | None = None,
+        trained_rename=(),
     ):
         self.policy = policy
         self.preprocess = preprocess
@@ -58,6 +69,7 @@ class LoadedPolicy:
         self.task = task
         self.told_of_task = False
         self.joint_names = joint_names or {}
+        self.depth = {name_before_rename(preprocess, key): recorded for key, recorded in (depth or {}).items()}
         self.trained_rename = list(trained_rename)
         self.device = next(policy.parameters()).device
         self.kind = policy.config.type
@@ -78,7 +90,8 @@ class LoadedPolicy:
 
         Args:
             observation: float arrays (D,) in robot units such as "observation.state", uint8 pictures (H, W, 3) such as
-                "observation.images.top", and optionally the text "task".
+                "observation.images.top", and optionally the text "task". A depth camera's may also be what robots give, which
+                becomes the picture of the training: (H, W, 1) or (H, W), integers in millimetres or floats in metres.
 
         Returns:
             (A,) float32 in robot units.
@@ -94,7 +107,9 @@ class LoadedPolicy:
         Raises:
             UserError: a key, shape or dtype is not what the policy was trained on.
         """
-        batch = {key: to_tensor(observation, key, *expected) for key, expected in self.needed(observation).items()}
+        batch = {}
+        for key, (kind, shape) in self.needed(observation).items():
+            batch[key] = to_tensor(observation, key, kind, shape, self.depth.get(key))
         unknown = set(observation) - set(self.expected) - {"task"}
         if unknown:
             key = min(map(str, unknown))
@@ -246,6 +261,7 @@ def load_policy(
         postprocess,
         task,
         joint_names=names,
+        depth=trained_depth(folder),
         trained_rename=trained_rename(folder),
     )
 
@@ -309,6 +325,24 @@ def trained_datasets(folder: Path) -> list[dict]:
             f"{folder / 'training_info.json'}: expected the datasets of --pad_datasets, got something else. {OTHER_COPY}"
         )
     return records
+
+
+def trained_depth(folder: Path) -> dict[str, DepthRange]:
+    """{camera: DepthRange} of the depth cameras that a saved policy was trained with, under its names.
+
+    Raises:
+        UserError: the folder records a range that cannot be.
+    """
+    path = folder / "training_info.json"
+    if not path.is_file():
+        return {}
+    recorded = read_json(path).get("depth")
+    if not isinstance(recorded, dict):
+        return {}
+    try:
+        return {key: read_range(settings) for key, settings in recorded.items()}
+    except ValueError as error:
+        raise UserError(f"{path}: depth: {error}. {OTHER_COPY}") from None
 
 
 def trained_rename(folder: Path) -> list[str]:
@@ -445,8 +479,11 @@ def optional_cameras(config, preprocess) -> set[str]:
     return {name_before_rename(preprocess, key) for key in cameras_of(config.input_features)}
 
 
-def to_tensor(observation: dict, key: str, kind: str, shape: tuple) -> torch.Tensor:
+def to_tensor(observation: dict, key: str, kind: str, shape: tuple, depth: DepthRange | None = None) -> torch.Tensor:
     """One value of an observation: pictures as (1, C, H, W) in [0, 1], others as (1, D), both float32.
+
+    Args:
+        depth: of a depth camera, whose value may be distances instead of a picture.
 
     Raises:
         UserError: it is missing, or not of this kind and shape.
@@ -461,6 +498,9 @@ def to_tensor(observation: dict, key: str, kind: str, shape: tuple) -> torch.Ten
         value = np.asarray(observation[key])
     except ValueError as error:  # a ragged list
         raise UserError(f"{key}: expected {kind} of shape {wanted}: {one_line(error)}") from None
+    if depth is not None and value.dtype != np.uint8:
+        check_distances(key, value)
+        value = depth.picture(value)
     fits = value.ndim == len(shape) and value.size > 0
     fits = fits and all(size in (None, got) for size, got in zip(shape, value.shape, strict=True))
     if kind == "uint8":
@@ -477,3 +517,13 @@ def to_tensor(observation: dict, key: str, kind: str, shape: tuple) -> torch.Ten
     if not np.isfinite(value).all():
         raise UserError(f"{key}: expected finite numbers, got {value}")
     return torch.from_numpy(value)[None]
+
+
+def check_distances(key: str, value: np.ndarray) -> None:
+    """Raise a UserError for what is no frame of a depth camera."""
+    has_one_channel = value.ndim == 2 or (value.ndim == 3 and value.shape[2] == 1)
+    if value.dtype.kind not in "iuf" or not has_one_channel or value.size == 0:
+        raise UserError(
+            f"{key}: expected depth of shape (height, width, 1), integers in millimetres or floats in metres, or its uint8 "
+            f"picture (height, width, 3), got {value.dtype} of {value.shape}"
+        )

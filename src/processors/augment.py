@@ -25,6 +25,8 @@ RANGES = {
     "shift_x": (-0.05, 0.05),  # of the width
     "shift_y": (-0.05, 0.05),  # of the height
 }
+# Draws that leave a picture's values as they are: those of a depth camera are distances.
+SAME_VALUES = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0, "sharpness": 1.0}
 
 
 def augment(batch: dict, meta, config) -> dict:
@@ -54,12 +56,15 @@ def augment(batch: dict, meta, config) -> dict:
 
 
 def vary_pictures(batch: dict, meta, style: str, seed: int, samples: np.ndarray) -> dict:
-    """Augment the batch's pictures, with one draw for each sample and camera."""
+    """Augment the batch's pictures, with one draw for each sample and camera. Depth cameras are turned and shifted only."""
     change = {"full": vary, "fast": vary_fast}[style]
     pictures = {}
     for camera, key in enumerate(meta.camera_keys):
         if key in batch:  # else the batch holds features of its pictures
-            pictures[key] = change(batch[key], draws(seed, samples, camera))
+            drawn = draws(seed, samples, camera)
+            if key in meta.depth_keys:
+                drawn |= {name: torch.full_like(drawn[name], value) for name, value in SAME_VALUES.items()}
+            pictures[key] = change(batch[key], drawn)
     return batch | pictures
 
 

@@ -17,6 +17,7 @@ from checkpoints.folder import TrainState, is_own
 from command_line import split_pair
 from config import FIELDS, TrainConfig
 from data.decode import Decoder
+from data.depth import depth_ranges
 from data.source import Source
 from errors import UserError, find_path
 from policy.factory import load_policy_config, policy_config
@@ -255,7 +256,7 @@ def describe_data(source: Source, held_out: Tensor) -> dict:
         "pictures_sha256": hash_of_pictures(source),
         "held_out": [source.episode_ids[i] for i in held_out.tolist()],
     }
-    if source.videos:
+    if source.videos.keys() - depth_ranges(source.meta.features).keys():  # depth is always PyAV's
         data["video_decoder"] = Decoder(source, None).library
     return data
 

@@ -11,6 +11,7 @@ import torch
 import hub
 from checkpoints.folder import verify_policy
 from config import TrainConfig
+from data.depth import DepthRange, depth_ranges, range_warnings
 from data.frames import Frames
 from data.loader import Loader
 from data.names import joint_names, order_warnings
@@ -24,7 +25,7 @@ from errors import UserError, as_user_error, first_of
 from policy.adapter_settings import adapter_settings
 from policy.adapters import add_adapters, freeze
 from policy.factory import build_policy, load_policy_config, policy_config
-from policy.loaded import check_processors, trained_datasets, trained_joint_names
+from policy.loaded import check_processors, trained_datasets, trained_depth, trained_joint_names
 from policy.migration import resolve_policy_folder
 from policy.presets import apply_training_flags, check_presets
 from policy.quantize import check_quantize
@@ -154,6 +155,7 @@ class PolicyPlan:
         unused: observations of the source that the policy does not take.
         empty: cameras of the policy that the source does not have, and that it does without.
         joint_names: names of the state's and the action's numbers in the dataset, under the policy's names.
+        depth: the range of each depth camera that the policy takes, under the policy's names.
         warnings: how these differ from the names that the policy was trained with, a line each.
         notes: how cameras were paired, and which stay empty, a line each.
         datasets: what a checkpoint records of each of several padded datasets; else empty.
@@ -169,6 +171,7 @@ class PolicyPlan:
     unused: list[str]
     empty: list[str]
     joint_names: dict[str, list[str]]
+    depth: dict[str, DepthRange]
     warnings: list[str]
     notes: list[str]
     datasets: list[dict]
@@ -221,9 +224,11 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
         )
     features = {rename.get(key, key): feature for key, feature in source.meta.features.items()}
     names = names_of(policy, features)
+    depth = {key: recorded for key, recorded in depth_ranges(features).items() if key in policy.input_features}
     warnings = []
     if folder is not None:
         warnings = order_warnings(trained_joint_names(folder, policy), names, folder.name, source.name)
+        warnings += range_warnings(trained_depth(folder), depth, folder.name, source.name)
     if checkpoint is None:
         set_dataset_names(policy, features)
     unused = unused_observations(policy, own_inputs, rename)
@@ -258,6 +263,7 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
         unused=unused,
         empty=empty,
         joint_names=names,
+        depth=depth,
         warnings=warnings,
         notes=notes,
         datasets=datasets,
