@@ -1,6 +1,7 @@
 """Datasets in Lance tables: the same batches, weights and resumes as from LeRobot's usual files, to the bit."""
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -141,6 +142,23 @@ def forget_a_video(root: Path) -> None:
     lance.dataset(str(root / "videos.lance")).delete("file_index = 0")
 
 
+def null_video(root: Path) -> None:
+    table = lance.dataset(str(root / "videos.lance")).to_table(columns=["video_key", "chunk_index", "file_index"])
+    nothing = lance.blob_array([None] * table.num_rows)
+    lance.write_dataset(
+        table.append_column("video_bytes", nothing),
+        str(root / "videos.lance"),
+        mode="overwrite",
+        data_storage_version="2.2",
+    )
+
+
+def same_video_twice(root: Path) -> None:
+    table = lance.dataset(str(root / "videos.lance")).to_table(columns=["video_key", "chunk_index", "file_index"])
+    row = table.slice(0, 1).append_column("video_bytes", lance.blob_array([b"x"]))
+    lance.write_dataset(row, str(root / "videos.lance"), mode="append")
+
+
 def older_format(root: Path) -> None:
     edit_json(root / "meta" / "info.json", lambda info: info.update(codebase_version="v2.1"))
 
@@ -160,6 +178,12 @@ def two_names_of_one_column(root: Path) -> None:
         (spoil_versions, r"frames\.lance cannot be read: "),
         (lambda root: shutil.rmtree(root / "frames.lance"), r"has no frames\.lance"),
         (lambda root: shutil.rmtree(root / "videos.lance"), r"has no videos\.lance"),
+        (null_video, r"videos/.*file-000\.mp4 is missing"),
+        (same_video_twice, r"videos\.lance has more than one row of camera .*, chunk 0, file 0\. Delete"),
+        (
+            lambda root: lance.dataset(str(root / "frames.lance")).delete("true"),
+            r"frames\.lance has no row of episodes 0:3",
+        ),
         (forget_a_video, r"videos/.*file-000\.mp4 is missing"),
         (older_format, r"expected codebase_version v3\.0 of a dataset in Lance tables, got 'v2\.1'"),
         (two_names_of_one_column, r"the features observation\.state and observation_state have one column"),
@@ -184,6 +208,45 @@ def test_metadata_in_its_table(made, tmp_path):
     shutil.rmtree(root / "meta")
     source = open_source(str(root), cache_dir=str(tmp_path / "cache"))
     assert_same(batches(open_source(str(made("video")))), batches(source))
+
+
+def test_metadata_is_never_older_than_the_dataset(made, copy_of, tmp_path):
+    root = to_lance(made("video"), tmp_path / "tables")
+    cache = str(tmp_path / "cache")
+    open_source(str(root), cache_dir=cache)
+    edit_json(
+        root / "meta" / "stats.json", lambda stats: stats["action"].update(std=[99.0] * len(stats["action"]["std"]))
+    )
+    assert open_source(str(root), cache_dir=cache).meta.stats["action"]["std"][0] == 99
+    (root / "meta" / "stats.json").unlink()
+    computed = open_source(str(root), cache_dir=cache).meta.stats["action"]["std"][0]
+    assert computed < 50
+
+    # Without the folder, as its table says.
+    shutil.rmtree(root)
+    shutil.rmtree(to_lance(made("video"), root) / "meta")
+    assert len(open_source(str(root), cache_dir=cache).episodes) == 3
+    shutil.rmtree(root)
+    other = copy_of("video")
+    edit_json(
+        other / "meta" / "stats.json", lambda stats: stats["action"].update(std=[77.0] * len(stats["action"]["std"]))
+    )
+    shutil.rmtree(to_lance(other, root) / "meta")
+    assert open_source(str(root), cache_dir=cache).meta.stats["action"]["std"][0] == 77
+
+
+def test_a_dataset_from_before_the_field(made, tmp_path):
+    root = to_lance(made("video"), tmp_path / "tables")
+    edit_json(root / "meta" / "info.json", lambda info: info.pop("storage_format"))
+    assert not open_source(str(root), cache_dir=str(tmp_path / "cache")).problems
+
+
+def test_a_cache_that_became_read_only(made, mount, tmp_path):
+    root = to_lance(made("video"), tmp_path / "tables")
+    cache = mount("size=20m")
+    open_source(str(root), cache_dir=str(cache))
+    subprocess.run(["mount", "-o", "remount,ro", cache], check=True)
+    assert not open_source(str(root), cache_dir=str(cache)).problems
 
 
 @pytest.mark.parametrize("name", ["../outside", "/outside", "a/../../outside"])

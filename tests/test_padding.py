@@ -33,14 +33,27 @@ WRIST = "observation.images.wrist"
 
 
 def record_arm(
-    root, joints: int, cameras: tuple[str, ...], scale: float, *, video: bool = True, fps: int = 10, seed: int = 0
+    root,
+    joints: int,
+    cameras: tuple[str, ...],
+    scale: float,
+    *,
+    offset: float = 5,
+    has_state: bool = True,
+    more: dict | None = None,
+    dtype: str = "float32",
+    video: bool = True,
+    fps: int = 10,
+    seed: int = 0,
 ):
     """An arm whose action is its state a frame later, in units of `scale`."""
     names = [f"joint_{number}" for number in range(joints)]
-    features = {
-        "observation.state": {"dtype": "float32", "shape": (joints,), "names": names},
-        "action": {"dtype": "float32", "shape": (joints,), "names": names},
-    }
+    features = {"action": {"dtype": dtype, "shape": (joints,), "names": names}}
+    if has_state:
+        features["observation.state"] = dict(features["action"])
+    more = more or {}
+    for key, shape in more.items():
+        features[key] = {"dtype": "float32", "shape": shape, "names": None}
     for camera in cameras:
         shape = {"shape": (32, 32, 3), "names": ["height", "width", "channels"]}
         features[camera] = {"dtype": "video" if video else "image", **shape}
@@ -48,9 +61,14 @@ def record_arm(
     random = np.random.default_rng(seed)
     for _ in range(4):
         for frame in range(12):
-            state = (scale * (np.sin(frame / 3 + np.arange(joints)) + 5)).astype(np.float32)
+            state = (scale * (np.sin(frame / 3 + np.arange(joints)) + offset)).astype(dtype)
             pictures = {camera: random.integers(1, 255, (32, 32, 3), dtype=np.uint8) for camera in cameras}
-            dataset.add_frame({"observation.state": state, "action": state, "task": "lift", **pictures})
+            values = {"action": state, "task": "lift", **pictures}
+            if has_state:
+                values["observation.state"] = state
+            for key, shape in more.items():
+                values[key] = random.random(shape).astype(np.float32)
+            dataset.add_frame(values)
         dataset.save_episode()
     dataset.finalize()
     return root
@@ -76,7 +94,7 @@ def test_what_a_dataset_lacks_is_padded_and_told(arms):
     source, lines = padded(arms)
     small_arm, large_arm = arms
     assert lines == [
-        f"padded: in {small_arm} observation.state has 3 of 5 numbers; action has 3 of 5 numbers",
+        f"padded: in {small_arm} action has 3 of 5 numbers; observation.state has 3 of 5 numbers",
         f"padded: in {large_arm} {WRIST} is black",
     ]
     own = [open_source(name) for name in arms]
@@ -163,6 +181,97 @@ def test_each_dataset_is_normalised_by_its_own_statistics(planned, policy, low, 
     assert torch.equal(ready[f"{WRIST}{MASK}"], ready["dataset_index"] == 0)
 
 
+def test_units_that_differ_by_far(tmp_path):
+    fine = str(record_arm(tmp_path / "fine", 2, (TOP,), 0.005, offset=0))
+    coarse = str(record_arm(tmp_path / "coarse", 2, (TOP,), 20000, offset=0.5))
+    still = str(record_arm(tmp_path / "still", 2, (TOP,), 5e-6, offset=4e5))
+    for names in ([fine, coarse], [coarse, fine], [still, fine]):
+        settings = small(
+            "diffusion",
+            dataset_id=names,
+            pad_datasets=True,
+            image_size=[64, 64],
+            steps=2,
+            output_dir=str(tmp_path / "run"),
+        )
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        checkpoint = train(**settings).checkpoint
+        source = build_source(TrainConfig(**settings))
+        distributed = Distributed()
+        distributed.use("cpu")
+        preprocess, _ = build_processors(plan_policy(TrainConfig(**settings), None, source, distributed), source.meta)
+        for dataset, name in enumerate(names):
+            acting = load_policy(checkpoint, "cpu", trained_on=name)
+            own = open_source(name)
+            batch = Loader(source, Frames(source), {}, 4, seed=0).batch_of(source.starts[dataset * 4] + torch.arange(9))
+            expected = preprocess_batch(preprocess, to_float_batch(batch, source.meta, "cpu"))
+            got = acting.preprocess({"action": own.columns["action"][:9], TOP: torch.zeros(9, 3, 32, 32)})
+            if name != still:  # whose own numbers are steps of float32
+                torch.testing.assert_close(got["action"], expected["action"], atol=2e-3, rtol=0)
+                assert got["action"].abs().max() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("policy", "other"),
+    [
+        ("act", {"more": {"observation.gripper": (1,)}}),
+        ("act", {"dtype": "int64"}),
+        ("act", {"joints": 1}),
+        ("diffusion", {"has_state": False}),  # two observations at a time
+    ],
+)
+def test_kinds_of_states_and_actions(tmp_path, policy, other):
+    names = [
+        str(record_arm(tmp_path / "one", 2, (TOP, WRIST), 50.0)),
+        str(record_arm(tmp_path / "other", **{"joints": 2, "cameras": (TOP,), "scale": 50.0, **other})),
+    ]
+    for order in (names, names[::-1]):
+        output_dir = tmp_path / "run"
+        shutil.rmtree(output_dir, ignore_errors=True)
+        settings = small(policy, dataset_id=order, pad_datasets=True, image_size=[64, 64], steps=2)
+        checkpoint = train(**settings, output_dir=str(output_dir)).checkpoint
+        for name in names:
+            acting = load_policy(checkpoint, "cpu", trained_on=f"{name}/")
+            assert acting.act(acting.blank_observation()).shape == (acting.action_width,)
+    command = [str(checkpoint), "--dataset_id", names[1], "--trained_on", "other", "--episodes", "0", "--device", "cpu"]
+    assert evaluate([*command, "--output_dir", str(tmp_path / "report")]) == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (1, 2)])
+def test_other_kinds_of_features_are_refused(tmp_path, shape):
+    sources = [
+        open_source(str(record_arm(tmp_path / "one", 2, (TOP,), 1.0, more={"observation.other": (4,)}))),
+        open_source(str(record_arm(tmp_path / "other", 2, (TOP,), 1.0, more={"observation.other": shape}))),
+    ]
+    pad_sources(sources)
+    with pytest.raises(UserError, match=r"datasets differ in observation\.other: "):
+        unite(sources)
+
+
+def test_acting_has_the_masks_of_training(arms, runs, planned):
+    source, preprocess = planned("act")
+    for dataset, name in enumerate(arms):
+        policy = load_policy(runs("act"), "cpu", trained_on=name)
+        batch = Loader(source, Frames(source), {}, 4, seed=0).batch_of(source.starts[dataset * 4 :][:1])
+        expected = preprocess_batch(preprocess, to_float_batch(batch, source.meta, "cpu"))
+        got = policy.preprocess(policy.batch_of(policy.blank_observation()))
+        for key in (f"{WRIST}{MASK}", "dataset_index"):
+            assert torch.equal(got[key], expected[key])
+
+
+def test_a_resume_without_the_flag_is_refused(arms, runs, tmp_path):
+    arm = str(record_arm(tmp_path / "arm", 5, (TOP, WRIST), 1.0))
+    with pytest.raises(
+        UserError, match=r"in units of the datasets .*: expected --pad_datasets and --dataset_id .*large"
+    ):
+        train(
+            resume_from_checkpoint=str(runs("act").parent / "checkpoint-2"),
+            dataset_id=[arm],
+            pad_datasets=False,
+            output_dir=str(tmp_path / "run"),
+        )
+
+
 def test_a_mask_gets_the_name_that_the_policy_knows(planned):
     source, preprocess = planned("act", rename=[f"{WRIST}=observation.images.hand"])
     batch = Loader(source, Frames(source), {}, 4, seed=0).batch_of(torch.arange(2))
@@ -181,7 +290,10 @@ def test_a_resumed_run_is_the_same_run(arms, runs, tmp_path, policy):
 
 
 def test_a_resume_on_the_datasets_in_another_order_is_refused(arms, runs, tmp_path):
-    with pytest.raises(UserError, match=r"expected datasets with the same statistics in the same order"):
+    with pytest.raises(
+        UserError,
+        match=r"expected --pad_datasets and --dataset_id .*small .*large, in that order",
+    ):
         train(
             resume_from_checkpoint=str(runs("act").parent / "checkpoint-2"),
             dataset_id=arms[::-1],
@@ -269,9 +381,10 @@ def test_the_report_of_recorded_episodes(arms, runs, tmp_path, capsys):
 
 def test_episodes_of_each_are_held_out(arms):
     source, _ = padded(arms)
-    config = TrainConfig(dataset_id=arms, val_fraction=0.25)
-    held_out = split_episodes(source, config).held_out
-    assert source.dataset_of_episode[held_out].tolist() == [0, 1]
+    for fraction, counts in ((0.25, [1, 1]), (0.9, [3, 3])):
+        config = TrainConfig(dataset_id=arms, val_fraction=fraction)
+        held_out = split_episodes(source, config).held_out
+        assert source.dataset_of_episode[held_out].bincount().tolist() == counts
 
 
 def test_the_refusal_names_the_flag(arms, tmp_path):

@@ -12,7 +12,9 @@ copies of frames.lance, its videos placeholders for the bytes in videos.lance.
 import hashlib
 import os
 import re
+import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -25,7 +27,7 @@ from data.files import data_paths, episodes_by_file, filled_in, read_json
 from data.page_cache import PAGE
 from data.remote import RemoteFile, RemoteFolder, is_remote
 from data.remote_videos import RemoteVideo
-from data.stream import Stream, entry_of
+from data.stream import Stream
 from errors import UserError, one_line
 
 VIDEO_BYTES = "video_bytes"
@@ -39,9 +41,12 @@ NETWORK_OPTIONS = {"client_max_retries": "2", "client_retry_timeout": "20", "con
 def is_lance(folder: Path) -> bool:
     """Whether a folder's dataset is stored as Lance tables."""
     info = folder / "meta" / "info.json"
-    if not os.path.isfile(info):  # False where it may not be read
-        return os.path.isdir(folder / "frames.lance")
-    return read_json(info).get("storage_format") == "lance"
+    stored_as = None
+    if os.path.isfile(info):  # False where it may not be read
+        stored_as = read_json(info).get("storage_format")
+    if stored_as is None:  # from before the field
+        return os.path.isdir(folder / "frames.lance") and not os.path.isdir(folder / "data")
+    return stored_as == "lance"
 
 
 class LanceFolder(RemoteFolder):
@@ -118,7 +123,13 @@ class LanceFolder(RemoteFolder):
         def with_known_errors():
             try:
                 return request()
-            except (OSError, ValueError, RuntimeError) as error:
+            except BaseException as error:
+                # Lance's code in Rust also stops in a panic, which is no Exception.
+                if (
+                    not isinstance(error, (OSError, ValueError, RuntimeError))
+                    and type(error).__name__ != "PanicException"
+                ):
+                    raise
                 reason = PLACE_IN_LANCE.sub("", one_line(error))[:300]
             if "was not found" in reason or reason.startswith("Not found"):
                 raise FileNotFoundError(name)
@@ -147,7 +158,13 @@ class LanceFolder(RemoteFolder):
         """{(camera, chunk, file): the row of videos.lance that has the video}."""
         columns = ["video_key", "chunk_index", "file_index"]
         table = self.retried("videos.lance", lambda: self.videos.to_table(columns=columns, with_row_id=True))
-        keys = zip(*(table[name].to_pylist() for name in columns), strict=True)
+        keys = list(zip(*(table[name].to_pylist() for name in columns), strict=True))
+        twice = [key for key, count in Counter(keys).items() if count > 1]
+        if twice:
+            raise UserError(
+                f"{self.url}/videos.lance has more than one row of camera {twice[0][0]}, chunk {twice[0][1]}, file {twice[0][2]}. "
+                "Delete the row that is left over, or convert the dataset again"
+            )
         return dict(zip(keys, table["_rowid"].to_pylist(), strict=True))
 
     def name_videos(self, meta) -> None:
@@ -157,14 +174,14 @@ class LanceFolder(RemoteFolder):
             self.named[filled_in(meta, "video_path", {"video_key": camera, "key": camera, **numbers})] = row
 
     def look_up(self, name: str) -> RemoteFile | None:
-        if name not in self.named:
-            return None
-        return RemoteFile(self.open_blob(name).size(), version_of(self.videos))
+        blob = self.open_blob(name) if name in self.named else None
+        return None if blob is None else RemoteFile(blob.size(), version_of(self.videos))
 
     def open_blob(self, name: str):
-        """The bytes of a video as Lance's file, for one thread."""
+        """The bytes of a video as Lance's file, for one thread; None if they are null."""
         row = self.named[name]
-        return self.retried("videos.lance", lambda: self.videos.take_blobs(VIDEO_BYTES, ids=[row])[0])
+        found = self.retried("videos.lance", lambda: self.videos.take_blobs(VIDEO_BYTES, ids=[row]))
+        return found[0] if found else None
 
     def read_range(self, name: str, start: int, end: int, version: str = "") -> bytes:
         if start == end:
@@ -181,43 +198,46 @@ class LanceStream(Stream):
 
     def open(self) -> Path:
         self._make_folder("a copy of its table")
-        if self.remote.is_local and (Path(self.remote.url) / "meta").is_dir():
-            self._copy_metadata(Path(self.remote.url))
-        elif not (self.folder / "meta" / "info.json").is_file():
+        if self.remote.is_local and os.path.isdir(os.path.join(self.remote.url, "meta")):
+            self._link_metadata(Path(self.remote.url) / "meta")
+        elif has_only_tables(self.remote):
             self._unpack_metadata()
         return self.folder
 
-    def _copy_metadata(self, root: Path) -> None:
-        """Copy the files in `meta` that are new or have changed."""
-        recorded = self._recorded()
-        entries = {}
-        for path in sorted((root / "meta").rglob("*")):
-            if not path.is_file():
-                continue
-            name = path.relative_to(root).as_posix()
-            status = path.stat()
-            entries[name] = entry_of(RemoteFile(status.st_size, str(status.st_mtime_ns)))
-            if recorded.get(name) != entries[name] or not (self.folder / name).is_file():
-                self._write(name, lambda file, path=path: file.write(path.read_bytes()))
-        self._record(entries)
+    def _link_metadata(self, source: Path) -> None:
+        """Let `meta` be the dataset's own folder, so that messages' remedies apply to it."""
+        link = self.folder / "meta"
+        if link.is_symlink() and link.resolve() == source.resolve():
+            return
+        try:
+            remove(link)
+            link.symlink_to(source, target_is_directory=True)
+        except OSError as error:
+            raise self._refused(link, error) from error
 
     def _unpack_metadata(self) -> None:
-        """Write the files that meta.lance holds."""
+        """Write the files that meta.lance holds, unless they are there already."""
         try:
             table = self.remote.open_table("meta")
         except FileNotFoundError:
             raise UserError(
-                f"dataset {self.remote.url} has no meta folder and no meta.lance: convert it again"
+                f"dataset {self.remote.url} has no meta folder and no meta.lance. Convert it again"
             ) from None
-        files = self.remote.read(table, "meta").to_pylist()
-        # info.json, by which the next opening knows that all are there, is written last.
-        for row in sorted(files, key=lambda row: row["path"] == "info.json"):
+        entry = {"meta.lance": [0, version_of(table)]}
+        if entry.items() <= self._recorded().items() and (self.folder / "meta" / "info.json").is_file():
+            return
+        try:
+            remove(self.folder / "meta")  # files of another version
+        except OSError as error:
+            raise self._refused(self.folder / "meta", error) from error
+        for row in self.remote.read(table, "meta").to_pylist():
             name = PurePosixPath("meta", row["path"])
             if name.is_absolute() or ".." in name.parts:
                 raise UserError(
                     f"{self.remote.url}/meta.lance has a file outside of meta: {name}. Convert the dataset again"
                 )
             self._write(str(name), lambda file, content=row["data"]: file.write(content))
+        self._record(entry)
 
     def fetch_tables(self, meta, names: list[str] | None) -> None:
         """Copy the rows of frames.lance to the tables that the metadata names, or to one."""
@@ -275,8 +295,12 @@ class LanceStream(Stream):
                 if writer is None:
                     writer = pyarrow.parquet.ParquetWriter(file, batch.schema)
                 writer.write_batch(batch)
-            if writer is not None:
-                writer.close()
+            if writer is None:
+                raise UserError(
+                    f"{self.remote.url}/frames.lance has no row of {f'episodes {episodes}' if episodes else 'any episode'}. "
+                    "Copy or convert the dataset again"
+                )
+            writer.close()
 
         self.remote.retried("frames.lance", copy)
 
@@ -311,8 +335,22 @@ class LocalPages:
 
 
 def has_only_tables(remote: RemoteFolder) -> bool:
-    """Whether a URL is of Lance tables without a `meta` folder beside them."""
-    return not remote.is_http and remote.look_up("meta/info.json") is None and bool(remote.listing("meta.lance"))
+    """Whether a dataset consists of Lance tables, without a `meta` folder beside them."""
+    if remote.is_local:
+        return os.path.isdir(os.path.join(remote.url, "meta.lance"))
+    return (
+        not remote.is_http
+        and RemoteFolder.look_up(remote, "meta/info.json") is None
+        and bool(remote.listing("meta.lance"))
+    )
+
+
+def remove(path: Path) -> None:
+    """Delete a folder or a link to one, if it is there."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
 
 
 def version_of(table) -> str:

@@ -100,11 +100,14 @@ def first_descriptions(sources: list[Source], keys_of: Callable[[Source], Iterab
 def widest_descriptions(sources: list[Source]) -> dict[str, dict]:
     """{state or action: its description in the first of the widest datasets}."""
     found = {}
+    others = set()  # features that are something else in a dataset: `unite` refuses these
     for source in sources:
         for key, feature in source.meta.features.items():
-            if is_vector(key, feature) and (key not in found or feature["shape"][0] > found[key]["shape"][0]):
+            if not is_vector(key, feature):
+                others.add(key)
+            elif key not in found or feature["shape"][0] > found[key]["shape"][0]:
                 found[key] = feature
-    return found
+    return {key: feature for key, feature in found.items() if key not in others}
 
 
 def own_features(source: Source, vectors: dict[str, dict]) -> OwnFeatures:
@@ -167,10 +170,9 @@ def pad_vector(source: Source, key: str, feature: dict) -> None:
     has = source.columns.get(key)
     own = torch.zeros(source.rows, 0) if has is None else has.reshape(source.rows, -1)
     source.meta.info.features = {**source.meta.features, key: feature}
-    if own.shape[1] < width:
-        column = torch.zeros(source.rows, width, dtype=torch.float32)
-        column[:, : own.shape[1]] = own
-        source.columns[key] = column
+    column = torch.zeros(source.rows, width, dtype=torch.float32)
+    column[:, : own.shape[1]] = own
+    source.columns[key] = column if width > 1 else column[:, 0]  # as LeRobot reads a single number
     stats = {name: np.asarray(value, np.float64).ravel() for name, value in source.meta.stats.get(key, {}).items()}
     if own.shape[1] and not NEUTRAL.keys() <= stats.keys():
         stats = column_statistics(own) | stats

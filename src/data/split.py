@@ -58,8 +58,10 @@ def drawn(source: Source, config: TrainConfig) -> set[int]:
     for dataset, count in enumerate(counts):
         address = [config.seed, VALIDATE, dataset] if len(counts) > 1 else [config.seed, VALIDATE]
         order = first + np.random.default_rng(address).permutation(count)
-        if count > 1 or len(counts) == 1:
-            held_out.update(order[: max(1, round(config.val_fraction * count))].tolist())
+        wanted = max(1, round(config.val_fraction * count))
+        if len(counts) > 1:
+            wanted = min(wanted, count - 1)  # each has something to train on
+        held_out.update(order[:wanted].tolist())
         first += count
     return held_out
 

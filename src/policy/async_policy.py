@@ -78,6 +78,14 @@ class AsyncPolicy:
             self.stream = torch.cuda.Stream(self.device)
         self.reset()
 
+    @property
+    def action_width(self) -> int:
+        return self.loaded.action_width
+
+    @property
+    def is_padded(self) -> bool:
+        return self.loaded.is_padded
+
     def reset(self) -> None:
         """Start an episode: forget past observations and chunks, also the one being predicted."""
         if self.pending is not None:

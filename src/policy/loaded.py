@@ -152,6 +152,11 @@ class LoadedPolicy:
         return widths[0] if widths else self.policy.config.action_feature.shape[0]
 
     @property
+    def is_padded(self) -> bool:
+        """Whether it was trained with --pad_datasets, and acts for one of those datasets."""
+        return padding_of(self.preprocess) is not None
+
+    @property
     def looks(self) -> bool:
         """Whether the next `select` uses the pictures of its observation; True where that is not known.
 
@@ -250,7 +255,7 @@ def load_policy(
     if records:
         number = number_of(records, trained_on)
         names = {key: names for key, names in records[number]["joint_names"].items() if is_list_of_text(names)}
-        act_for(records[number], number, config, preprocess, postprocess)
+        act_for(records, number, config, preprocess, postprocess)
     elif trained_on is not None:
         raise UserError(f"--trained_on {trained_on}: {folder} was not trained with --pad_datasets. Leave the flag out")
     policy = build_policy(config, None, folder, quiet=False).eval()
@@ -378,7 +383,8 @@ def expected_observation(config, preprocess) -> dict[str, tuple[str, tuple]]:
             shape = tuple(feature.shape)
             if padding is not None and name in padding.own_widths:
                 shape = (padding.own_widths[name],)
-            expected[name] = ("float", shape)
+            if shape != (0,):
+                expected[name] = ("float", shape)
             continue
         channels, height, width = feature.shape
         expected[name] = ("uint8", (None, None, channels) if has_any_size else (height, width, channels))

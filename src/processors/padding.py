@@ -6,6 +6,8 @@ statistics give what the dataset's own would give. To act for one of the dataset
 N rows of all datasets, W numbers of a state or action.
 """
 
+import os
+
 import torch
 from lerobot.configs import FeatureType
 from lerobot.processor import (
@@ -22,11 +24,13 @@ from errors import UserError
 from processors.statistics import needed_statistics, rename_map_of, widen_constant
 from runtime import MASK
 
+LEAST_MOVE = 1e-3  # std of a number that moves, in parts of its mean
+
 
 def to_common_units(source, config, rename: dict[str, str]) -> list[dict]:
     """Bring the numbers of padded datasets to units in which one set of statistics normalises each as by its own.
 
-    A number is in the units of the first dataset that has it.
+    A number is in the units of the first dataset in which it moves.
 
     Args:
         source: the datasets as one Source, whose columns and statistics are changed.
@@ -54,44 +58,47 @@ def to_common_units(source, config, rename: dict[str, str]) -> list[dict]:
         new = rename.get(key, key)
         if new not in needed or key not in source.columns:
             continue
+        each = [widen_constant(own.stats[key]) for own in source.own_features]  # {name: (W,)} of each dataset
+        common = of_first_that_moves(each, [own.widths[key] for own in source.own_features])
         low, high = needed[new]  # such as mean and std, or min and max
-        each = []  # {name: (W,)} of each dataset
-        for own in source.own_features:
-            usable = widen_constant(own.stats[key])
-            each.append({name: usable[name] for name in (low, high)})
-        common = of_first_that_has(each, [own.widths[key] for own in source.own_features])
         column = source.columns[key].reshape(source.rows, -1)  # (N, W), the same memory
         for index, of_dataset in enumerate(each):
             rows = source.columns["dataset_index"] == index
-            column[rows] = rescaled(column[rows].double(), of_dataset, common).float()
-            values = {name: value.tolist() for name, value in of_dataset.items()}
-            records[index]["statistics"][new] = values
-        stats[key] = stats[key] | {name: value.numpy() for name, value in common.items()}
+            column[rows] = rescaled(column[rows].double(), of_dataset, common, low, high).float()
+            records[index]["statistics"][new] = {name: of_dataset[name].tolist() for name in (low, high)}
+        stats[key] = {name: value.numpy() for name, value in common.items()}
     source.meta.stats = stats
     return records
 
 
-def of_first_that_has(each: list[dict[str, Tensor]], widths: list[int]) -> dict[str, Tensor]:
-    """{name: (W,)} statistics of each number in the first dataset that has it.
+def of_first_that_moves(each: list[dict[str, Tensor]], widths: list[int]) -> dict[str, Tensor]:
+    """{name: (W,)} statistics of each number in the first dataset in which it moves, else in the first that has it.
+
+    Where a number hardly moves, the steps between float32 numbers are too wide for another dataset's values.
 
     Args:
         each: those of each dataset.
         widths: how many numbers each has.
     """
     common = {name: value.clone() for name, value in each[0].items()}
-    for of_dataset, width in reversed(list(zip(each, widths, strict=True))):
-        for name, value in of_dataset.items():
-            common[name][:width] = value[:width]
+    for moves in (False, True):
+        for of_dataset, width in reversed(list(zip(each, widths, strict=True))):
+            chosen = torch.arange(len(of_dataset["mean"])) < width
+            if moves:
+                chosen &= of_dataset["std"] > LEAST_MOVE * of_dataset["mean"].abs()
+            for name, value in of_dataset.items():
+                if name != "count":
+                    common[name][chosen] = value[chosen]
     return common
 
 
-def rescaled(values: Tensor, own: dict[str, Tensor], common: dict[str, Tensor]) -> Tensor:
+def rescaled(values: Tensor, own: dict[str, Tensor], common: dict[str, Tensor], low: str, high: str) -> Tensor:
     """(N, W) numbers that `common` normalises as `own` does (N, W) `values`.
 
     Args:
-        own, common: {name: (W,)} mean and std, or the two ends of a range.
+        own, common: {name: (W,)} statistics.
+        low, high: those that the policy normalises by: mean and std, or the two ends of a range.
     """
-    low, high = own
     if high == "std":
         return (values - own[low]) / own[high] * common[high] + common[low]
     share = (values - own[low]) / (own[high] - own[low])
@@ -114,17 +121,23 @@ def is_record(value) -> bool:
     return all(isinstance(values, list) and all(isinstance(number, float) for number in values) for values in lists)
 
 
-def check_records(now: list[dict], before: list[dict], checkpoint) -> None:
-    """Raise a UserError if a checkpoint was trained on datasets in other units."""
+def check_records(now: list[dict], before: list[dict], dataset: str, checkpoint) -> None:
+    """Raise a UserError if a checkpoint was trained on datasets in other units.
+
+    Args:
+        now, before: what a run's data and its checkpoint's record; empty if they are not padded.
+        dataset: the name of the run's data.
+    """
 
     def units(records: list[dict]) -> list:
         return [[record["widths"], record["statistics"]] for record in records]
 
     if units(now) != units(before):
+        names = " ".join(record["name"] for record in before)
+        expected = f"--pad_datasets and --dataset_id {names}, in that order" if before else "no --pad_datasets"
         raise UserError(
-            f"{checkpoint} was trained on {', '.join(record['name'] for record in before) or 'datasets that were not padded'}: "
-            f"expected datasets with the same statistics in the same order, got {', '.join(r['name'] for r in now)}. "
-            "Pass those, or start a new run from it: --policy_path"
+            f"{checkpoint} has numbers in units of the datasets that it was trained on: expected {expected}, got {dataset}"
+            f"{' with --pad_datasets' if now else ''}. Pass what is expected, or start a new run from it with --policy_path"
         )
 
 
@@ -171,12 +184,16 @@ class PadFeatures(ProcessorStep):
 
     def __call__(self, transition: dict) -> dict:
         padded = dict(transition[TransitionKey.OBSERVATION])
+        device = next(iter(padded.values())).device
+        samples = leading_shape(padded)
         for key, width in self.widths.items():
-            if key in padded:
-                padded[key] = widened(padded[key], width)
-        example = next(iter(padded.values()))
+            own = padded.get(key)
+            if own is None and self.own_widths[key] == 0:
+                own = torch.zeros(*samples, 0, device=device)
+            if own is not None:
+                padded[key] = widened(own, width)
         for key, shape in self.cameras.items():
-            padded[key] = torch.zeros(len(example), *shape, device=example.device)
+            padded[key] = torch.zeros(*samples, *shape, device=device)
         action = transition.get(TransitionKey.ACTION)
         if action is not None:
             action = widened(action, self.action_width)
@@ -186,9 +203,42 @@ class PadFeatures(ProcessorStep):
         return features
 
 
+def leading_shape(observation: dict[str, Tensor]) -> tuple[int, ...]:
+    """(B,) or, with history, (B, T) of an observation."""
+    for value in observation.values():
+        if value.ndim >= 4:  # a picture
+            return tuple(value.shape[:-3])
+    return tuple(next(iter(observation.values())).shape[:-1])
+
+
 def widened(values: Tensor, width: int) -> Tensor:
     """(..., W) numbers, with zeros appended."""
     return functional.pad(values, (0, width - values.shape[-1]))
+
+
+class NameDataset(ProcessorStep):
+    """Adds what `preprocess_batch` adds in training: the masks of cameras, and which dataset the robot is of.
+
+    Args:
+        masks: {camera: whether the robot has it}, of those that not all datasets have, under the policy's names.
+        number: of the dataset.
+    """
+
+    def __init__(self, masks: dict[str, bool], number: int):
+        self.masks = masks
+        self.number = number
+
+    def __call__(self, transition: dict) -> dict:
+        observation = dict(transition[TransitionKey.OBSERVATION])
+        example = next(iter(observation.values()))
+        for key, has in self.masks.items():
+            observation[f"{key}{MASK}"] = torch.full((len(example),), has, device=example.device)
+        more = dict(transition.get(TransitionKey.COMPLEMENTARY_DATA) or {})
+        more["dataset_index"] = torch.full((len(example),), self.number, device=example.device)
+        return {**transition, TransitionKey.OBSERVATION: observation, TransitionKey.COMPLEMENTARY_DATA: more}
+
+    def transform_features(self, features):
+        return features
 
 
 class CutAction(PolicyActionProcessorStep):
@@ -213,15 +263,16 @@ def padding_of(preprocess) -> PadFeatures | None:
     return next((step for step in preprocess.steps if isinstance(step, PadFeatures)), None)
 
 
-def act_for(record: dict, number: int, config, preprocess, postprocess) -> None:
+def act_for(records: list[dict], number: int, config, preprocess, postprocess) -> None:
     """Change a policy's processors so that it acts for the robot of one of the padded datasets that it was trained on.
 
     Args:
-        record: of `to_common_units`.
+        records: of `to_common_units`.
         number: of the dataset.
         config: the policy's.
         preprocess, postprocess: LeRobot's pipelines, which are changed.
     """
+    record = records[number]
     for step in (*preprocess.steps, *postprocess.steps):
         if isinstance(step, (NormalizerProcessorStep, UnnormalizerProcessorStep)):
             set_statistics(step, record["statistics"])
@@ -231,16 +282,20 @@ def act_for(record: dict, number: int, config, preprocess, postprocess) -> None:
     widths = {}
     own_widths = {}
     cameras = {}
+    masks = {}
     for key, feature in config.input_features.items():
         name = before.get(key, key)
-        if feature.type is FeatureType.VISUAL:
-            if key not in record["cameras"]:
-                cameras[name] = tuple(feature.shape)
-        elif record["widths"].get(key, feature.shape[0]) < feature.shape[0]:
-            widths[name] = feature.shape[0]
-            own_widths[name] = record["widths"][key]
-    action_width = config.output_features["action"].shape[0]
-    preprocess.steps = [PadFeatures(widths, own_widths, action_width, cameras), *preprocess.steps]
+        if feature.type is not FeatureType.VISUAL:
+            if record["widths"].get(key, feature.shape[0]) < feature.shape[0]:
+                widths[name] = feature.shape[0]
+                own_widths[name] = record["widths"][key]
+            continue
+        if key not in record["cameras"]:
+            cameras[name] = tuple(feature.shape)
+        if not all(key in other["cameras"] for other in records):
+            masks[key] = key in record["cameras"]
+    pad = PadFeatures(widths, own_widths, config.output_features["action"].shape[0], cameras)
+    preprocess.steps = [pad, *preprocess.steps, NameDataset(masks, number)]
     postprocess.steps = [*postprocess.steps, CutAction(record["widths"]["action"])]
 
 
@@ -255,7 +310,7 @@ def number_of(records: list[dict], wanted: str | None) -> int:
     found = []
     for number, record in enumerate(records):
         name = record["name"].rstrip("/")
-        if wanted in (record["name"], name, name.rpartition("/")[2]):
+        if wanted.rstrip("/") in (name, name.rpartition("/")[2]) or is_same_folder(wanted, name):
             found.append(number)
     if not found and wanted.isdecimal() and int(wanted) < len(records):
         found = [int(wanted)]
@@ -263,6 +318,11 @@ def number_of(records: list[dict], wanted: str | None) -> int:
         names = ", ".join(f"{number} ({record['name']})" for number, record in enumerate(records))
         raise UserError(f"--trained_on {wanted}: expected one of the datasets that the policy was trained on: {names}")
     return found[0]
+
+
+def is_same_folder(one: str, other: str) -> bool:
+    one, other = os.path.expanduser(one), os.path.expanduser(other)
+    return os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other)
 
 
 def set_statistics(step, statistics: dict[str, dict[str, list]]) -> None:

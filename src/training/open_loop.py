@@ -27,7 +27,7 @@ from policy.chunk import predict_chunk
 from policy.losses import is_training_quantizer, loss_averages_over_actions, set_vqbet_phase
 from processors.bases import AUTO, pair_cameras, pairs_line
 from processors.features import parse_rename
-from processors.padding import padding_of, preprocess_batch
+from processors.padding import preprocess_batch
 from processors.pipelines import name_before_rename, to_float_batch
 from processors.statistics import is_still
 from runtime import EVAL, VALIDATE, seed_all
@@ -225,7 +225,7 @@ def check_observations(policy, features: dict, dataset: str, given: dict[str, st
     got = feature_kinds(policy, features)
     wrong = [key for key, kind in expected.items() if key in got and got[key] != kind]
     remedy = "Pass the dataset that the policy was trained on"
-    if padding_of(policy.preprocess) is not None:
+    if policy.is_padded:
         remedy += ", and with --trained_on which of them this is"
     if missing:
         if set(missing.values()) == {"picture"}:  # the flag that the message offers does what --rename auto does

@@ -242,8 +242,8 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
     datasets = []
     if source.own_features:
         datasets = to_common_units(source, policy, rename)
-        if checkpoint is not None:
-            check_records(datasets, trained_datasets(checkpoint), checkpoint)
+    if checkpoint is not None:
+        check_records(datasets, trained_datasets(checkpoint), source.name, checkpoint)
     stats = None
     if checkpoint is None:
         stats = complete_stats(policy, source, rename, config)
