@@ -24,7 +24,7 @@ from errors import UserError
 from processors.statistics import needed_statistics, rename_map_of, widen_constant
 from runtime import MASK
 
-LEAST_MOVE = 1e-3  # std of a number that moves, in parts of its mean
+LEAST_MOVE = 1e-3  # range of a number that moves, in parts of its mean
 
 
 def to_common_units(source, config, rename: dict[str, str]) -> list[dict]:
@@ -85,7 +85,7 @@ def of_first_that_moves(each: list[dict[str, Tensor]], widths: list[int]) -> dic
         for of_dataset, width in reversed(list(zip(each, widths, strict=True))):
             chosen = torch.arange(len(of_dataset["mean"])) < width
             if moves:
-                chosen &= of_dataset["std"] > LEAST_MOVE * of_dataset["mean"].abs()
+                chosen &= of_dataset["max"] - of_dataset["min"] > LEAST_MOVE * of_dataset["mean"].abs()
             for name, value in of_dataset.items():
                 if name != "count":
                     common[name][chosen] = value[chosen]
