@@ -26,7 +26,8 @@ from processors.pipelines import to_float_batch
 from runtime import MASK
 from train import train
 from training.distributed import Distributed
-from training.parts import build_processors, build_source, plan_policy
+from training.parts import build_processors, build_source
+from training.policy_plan import plan_policy
 
 TOP = "observation.images.top"
 WRIST = "observation.images.wrist"

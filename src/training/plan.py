@@ -65,15 +65,8 @@ from training.launch import make_distributed
 from training.learner import build_learner
 from training.memory import Memory, check_memory, estimate_memory, memory_remedies
 from training.optimizers import check_optimizer
-from training.parts import (
-    PolicyPlan,
-    build_processors,
-    build_source,
-    build_training_policy,
-    open_loader,
-    plan_memory,
-    plan_policy,
-)
+from training.parts import build_processors, build_source, build_training_policy, open_loader, plan_memory
+from training.policy_plan import PolicyPlan, plan_policy
 from training.trackers import check_trackers
 
 # None in these stands for the policy's preset.
