@@ -244,9 +244,10 @@ def test_killed_while_it_fills(tmp_path):
 def test_weights_and_a_resume_are_the_same_while_the_store_fills(tmp_path, direct):
     settings = small(dataset_id=str(SHIPPED), episodes="0:4", image_size=[32, 128], steps=6, save_freq=3)
     expected = train(**settings, frame_cache="off", output_dir=str(tmp_path / "off")).checkpoint
-    filling = train(**settings, cache_dir=str(tmp_path / "cache"), output_dir=str(tmp_path / "filling"))
+    settings |= {"frame_cache": "on", "cache_dir": str(tmp_path / "cache")}
+    filling = train(**settings, output_dir=str(tmp_path / "filling"))
     assert list((tmp_path / "cache").glob(".*-corner2-*/rows.u64")), "still filling"
-    resumed = train(**settings, cache_dir=str(tmp_path / "cache"), output_dir=str(tmp_path / "resumed"),
+    resumed = train(**settings, output_dir=str(tmp_path / "resumed"),
                     resume_from_checkpoint=str(tmp_path / "off" / "checkpoint-3"))  # fmt: skip
     first = load_file(expected / "policy.safetensors")
     for run in (filling, resumed):

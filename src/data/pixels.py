@@ -15,11 +15,17 @@ def copy_picture(pixels: Tensor, out: Tensor) -> None:
         out.copy_(pixels)
 
 
-def contiguous_pictures(frames: Tensor) -> Tensor:
-    """(n, C, h, w) uint8 frames, contiguous."""
-    if frames.is_contiguous():
-        return frames
-    copies = torch.empty(frames.shape, dtype=frames.dtype)
-    for pixels, copy in zip(frames, copies, strict=True):
+def contiguous_pictures(frames: Tensor, out: Tensor | None = None) -> Tensor:
+    """(n, C, h, w) uint8 frames, contiguous.
+
+    Args:
+        out: memory for them, of their size.
+    """
+    if out is None:
+        if frames.is_contiguous():
+            return frames
+        out = torch.empty(frames.shape, dtype=frames.dtype)
+    out = out.view(frames.shape)
+    for pixels, copy in zip(frames, out, strict=True):
         copy_picture(pixels, copy)
-    return copies
+    return out
