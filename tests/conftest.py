@@ -19,6 +19,7 @@ pytest.register_assert_rewrite("helpers")  # its assertions show their values to
 
 from helpers.paths import REAL, ROOT, WITHOUT_TORCHCODEC  # noqa: E402
 from helpers.recording import record, usual_scheduling  # noqa: E402
+from helpers.s3 import Bucket  # noqa: E402
 
 
 def pytest_configure(config):
@@ -101,6 +102,13 @@ def copy_of(tmp_path, made):
         return Path(shutil.copytree(made(name), tmp_path / name))
 
     return copy
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    bucket = Bucket(monkeypatch)
+    yield bucket
+    bucket.close()
 
 
 @pytest.fixture

@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from data.frames import Frames
-from data.loader import Loader
 from data.opening import open_source
 from errors import UserError
-from helpers.cutting_proxy import CuttingProxy
+from helpers.batches import assert_same, batches
 from helpers.dataset_edits import edit_json
 from helpers.hub_server import Hub, connect
 from helpers.lance_dataset import to_lance
@@ -23,25 +22,6 @@ from helpers.runs import small
 from train import train
 
 lance = pytest.importorskip("lance", reason="needs pylance")
-
-
-def batches(source, count=3, **options) -> list[dict]:
-    loader = Loader(source, Frames(source, **options), {"action": list(range(4))}, 8, seed=3).start()
-    try:
-        return [next(loader) for _ in range(count)]
-    finally:
-        loader.close()
-
-
-def assert_same(first: list[dict], second: list[dict]) -> None:
-    for one, other in zip(first, second, strict=True):
-        assert one.keys() == other.keys()
-        for key, value in one.items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(value, other[key]), key
-                assert value.dtype == other[key].dtype
-            else:
-                assert value == other[key], key
 
 
 @pytest.fixture
@@ -263,45 +243,12 @@ def test_a_metadata_file_outside_of_its_folder(made, tmp_path, name):
     assert not list(tmp_path.rglob("outside"))
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    """A folder -> its URL in an S3 bucket on this machine; with bytes between cuts, also a proxy before it that cuts."""
-    pytest.importorskip("s3fs", reason="needs s3fs")
-    server_module = pytest.importorskip("moto.server", reason="needs moto[server]")
-    import boto3
-    import fsspec
-
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    server = server_module.ThreadedMotoServer(port=0)
-    server.start()
-    _, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1")
-    client.create_bucket(Bucket="arms")
-    proxies = []
-
-    def upload(folder: Path, bytes_between_cuts: int = 2**40) -> tuple[str, CuttingProxy]:
-        for path in folder.rglob("*"):
-            if path.is_file():
-                client.upload_file(str(path), "arms", f"{folder.name}/{path.relative_to(folder).as_posix()}")
-        proxies.append(CuttingProxy(port, bytes_between_cuts))
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxies[-1].url)
-        fsspec.filesystem("s3").clear_instance_cache()
-        return f"s3://arms/{folder.name}", proxies[-1]
-
-    yield upload
-    for proxy in proxies:
-        proxy.close()
-    server.stop()
-
-
 @pytest.mark.parametrize("has_meta", [True, False])
 def test_from_s3(bucket, made, tmp_path, has_meta):
     root = to_lance(made("many_files"), tmp_path / "tables")
     if not has_meta:
         shutil.rmtree(root / "meta")
-    source = open_source(bucket(root)[0], cache_dir=str(tmp_path / "cache"))
+    source = open_source(bucket.upload(root), cache_dir=str(tmp_path / "cache"))
     assert_same(batches(open_source(str(made("many_files")))), batches(source))
 
 
@@ -310,7 +257,7 @@ def test_the_weights_over_a_connection_that_is_cut(bucket, tmp_path, is_lance):
     root = SHIPPED
     if is_lance:
         root = to_lance(SHIPPED, tmp_path / "drawer")
-    url, proxy = bucket(root, bytes_between_cuts=300_000)
+    url = bucket.upload(root, bytes_between_cuts=300_000)
     settings = small(cache_dir=str(tmp_path / "cache"), steps=4, save_freq=2, episodes="0:3", image_size=[32, 32])
     whole = train(**settings, dataset_id=str(SHIPPED), output_dir=str(tmp_path / "files"))
     first = train(**settings, dataset_id=url, output_dir=str(tmp_path / "streamed"))
@@ -325,7 +272,7 @@ def test_the_weights_over_a_connection_that_is_cut(bucket, tmp_path, is_lance):
         got = load_file(result.checkpoint / "policy.safetensors")
         assert all(torch.equal(value, got[key]) for key, value in expected.items())
     assert list(tmp_path.glob("cache/*/pages-*"))
-    assert proxy.cuts
+    assert bucket.proxy.cuts
 
 
 def test_over_http(shipped):

@@ -20,6 +20,7 @@ from data.loader import Loader
 from data.opening import open_source
 from data.page_cache import PAGE, PageCache
 from errors import UserError
+from helpers.batches import assert_same, batches
 from helpers.dataset_edits import edit_json
 from helpers.hub_server import Hub, connect
 from helpers.paths import SHIPPED
@@ -61,32 +62,8 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(remote_videos, "PAGE", 1024)
 
 
-def batches(source, count=3, size=None, **options) -> list[dict]:
-    loader = Loader(source, Frames(source, size), {"action": list(range(4))}, 8, seed=3, **options).start()
-    try:
-        found = []
-        for _ in range(count):
-            batch = next(loader)
-            found.append(
-                {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-            )
-        return found
-    finally:
-        loader.close()
-
-
 def streamed_pages(source) -> PageCache:
     return next(iter(source.videos[CAMERA].remote.values())).stream.pages.cache
-
-
-def assert_same(first: list[dict], second: list[dict]) -> None:
-    for one, other in zip(first, second, strict=True):
-        assert one.keys() == other.keys()
-        for key, value in one.items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(value, other[key]), key
-            else:
-                assert value == other[key]
 
 
 @pytest.mark.parametrize("name", ["video", "many_files", "two_cameras", "images"])
@@ -454,35 +431,13 @@ def test_a_protocol_whose_package_is_missing(tmp_path, monkeypatch):
         open_source("s3://bucket/x", cache_dir=str(tmp_path))
 
 
-def test_from_s3(tmp_path, monkeypatch, made, small_pieces):
-    pytest.importorskip("s3fs", reason="needs s3fs")
-    server_module = pytest.importorskip("moto.server", reason="needs moto[server]")
-    import boto3
-    import fsspec
-
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    server = server_module.ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    fsspec.filesystem("s3").clear_instance_cache()
-    client = boto3.client("s3", endpoint_url=url, region_name="us-east-1")
-    client.create_bucket(Bucket="arms")
+def test_from_s3(bucket, tmp_path, made, small_pieces):
     root = made("many_files")
-    for path in root.rglob("*"):
-        if path.is_file():
-            client.upload_file(str(path), "arms", f"cup/{path.relative_to(root).as_posix()}")
-    try:
-        source = open_source("s3://arms/cup", cache_dir=str(tmp_path))
-        assert source.is_streamed
-        assert_same(batches(open_source(str(root))), batches(source))
-        with pytest.raises(UserError, match=r"no dataset at s3://arms/none"):
-            open_source("s3://arms/none", cache_dir=str(tmp_path))
-    finally:
-        server.stop()
+    source = open_source(bucket.upload(root), cache_dir=str(tmp_path))
+    assert source.is_streamed
+    assert_same(batches(open_source(str(root))), batches(source))
+    with pytest.raises(UserError, match=r"no dataset at s3://arms/none"):
+        open_source("s3://arms/none", cache_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize(
