@@ -165,6 +165,10 @@ def test_a_policy_is_served_under_the_names_of_its_clients(made, tmp_path, caplo
         load_policy(checkpoint, device="cpu", rename=[f"{FRONT}={WRIST}"])
     with pytest.raises(UserError, match=r"^--rename auto pairs .* Pass OLD=NEW$"):
         load_policy(checkpoint, device="cpu", rename=["auto"])
+    with pytest.raises(
+        UserError, match=f"^--rename mine={TOP}: expected names that begin with observation., got mine$"
+    ):
+        load_policy(checkpoint, device="cpu", rename=[f"mine={TOP}"])
 
 
 # What a base takes, by its config

@@ -294,6 +294,8 @@ def take_other_names(config, preprocess, rename: list[str]) -> None:
     names = rename_map_of(preprocess)
     given = parse_rename(rename)
     for old, new in given.items():
+        if not old.startswith("observation."):  # LeRobot's pipelines drop other keys
+            raise UserError(f"--rename {old}={new}: expected names that begin with observation., got {old}")
         if new not in expected:
             hint = nearest(new, expected) or "."
             raise UserError(f"--rename {old}={new}: the policy takes no {new}{hint} It takes {', '.join(expected)}")
