@@ -138,7 +138,7 @@ def test_what_is_not_installed_is_named(made, base, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(UserError, match=r"--peft needs the package peft. Install it with: uv pip install peft==\d"):
         train(**own, output_dir=str(tmp_path / "run"))
-    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else name)
     with pytest.raises(
         UserError, match=r"needs the package bitsandbytes. Install it with: uv pip install bitsandbytes==\d"
     ):

@@ -24,8 +24,6 @@ def check_quantize(method: str, settings: dict, kind: str) -> None:
     Raises:
         UserError: bitsandbytes is not installed, or cannot do this.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"--peft_quantize {INSTALL}")
     if importlib.util.find_spec(f"peft.tuners.{method.lower()}.bnb") is None:
         raise UserError(
             f"--peft_quantize: PEFT does not adapt layers of 4 bits by {method}. Pass --peft lora, or leave "
@@ -43,6 +41,8 @@ def check_quantize(method: str, settings: dict, kind: str) -> None:
             )
     if kind in ("FSDP", "DeepSpeed"):
         raise UserError(f"--peft_quantize does not work with {kind}, which splits the weights. Launch with DDP")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"--peft_quantize {INSTALL}")
 
 
 def quantize(policy, device: str, kept: list[str]) -> None:
