@@ -429,6 +429,30 @@ def test_a_base_is_fine_tuned_on_another_robot(base, tuned, tmp_path, capsys):
     assert np.array_equal(our_action(checkpoint), lerobots_action(checkpoint))
 
 
+def test_datasets_of_two_robots(base, tmp_path):
+    """With --pad_datasets: a camera that a robot lacks is masked, and X-VLA gets the dataset's number as its domain."""
+    kind, _ = base
+    with usual_scheduling():
+        arms = [
+            str(record(tmp_path / "three", cameras=("camera1", "camera2", "camera3"))),
+            str(record(tmp_path / "one", cameras=("camera1",), state_dims=5)),
+        ]
+    settings = on_drawer(base, dataset_id=arms, rename=None, episodes=None, pad_datasets=True, quiet=True, steps=4)
+    checkpoint = train(**settings, output_dir=str(tmp_path / "run")).checkpoint
+    for number, cameras in enumerate((3, 1)):
+        policy = load_policy(checkpoint, device="cpu", trained_on=arms[number])
+        given = policy.blank_observation("lift", pixels=64)
+        assert policy.act(given).shape == (policy.action_width,)
+        ready = policy.preprocess(policy.batch_of(given))
+        assert ready["dataset_index"].tolist() == [number]
+        assert sum(key in given for key in CAMERAS) == cameras
+        if kind == "smolvla":
+            _, masks = policy.policy.prepare_images(ready)
+            assert [mask.item() for mask in masks] == [number_of_camera < cameras for number_of_camera in range(3)]
+        if kind == "xvla":
+            assert ready["domain_id"].tolist() == [number]
+
+
 def test_what_a_refusal_offers_works(base, tmp_path):
     with usual_scheduling():
         one, more = (
