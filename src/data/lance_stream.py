@@ -124,11 +124,7 @@ class LanceFolder(RemoteFolder):
             try:
                 return request()
             except BaseException as error:
-                # Lance's code in Rust also stops in a panic, which is no Exception.
-                if (
-                    not isinstance(error, (OSError, ValueError, RuntimeError))
-                    and type(error).__name__ != "PanicException"
-                ):
+                if not is_lances(error):
                     raise
                 reason = PLACE_IN_LANCE.sub("", one_line(error))[:300]
             if "was not found" in reason or reason.startswith("Not found"):
@@ -351,6 +347,14 @@ def remove(path: Path) -> None:
         path.unlink()
     elif path.is_dir():
         shutil.rmtree(path)
+
+
+def is_lances(error: BaseException) -> bool:
+    """Whether an error is Lance's own, rather than ours or the system's."""
+    if isinstance(error, UserError) or getattr(error, "errno", None) is not None:
+        return False
+    # Its code in Rust also stops in a panic, which is no Exception.
+    return isinstance(error, (OSError, ValueError, RuntimeError)) or type(error).__name__ == "PanicException"
 
 
 def version_of(table) -> str:
