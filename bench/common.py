@@ -267,5 +267,5 @@ def draw(points: list[Point], path: str) -> None:
     legend = []
     for number, name in enumerate(policies):
         legend += panels[0].plot([], [], color=COLOURS[number % len(COLOURS)], marker="o", label=name)
-    figure.legend(handles=legend, loc="outside lower center", ncols=min(len(policies), 3 * len(tasks)))
+    figure.legend(handles=legend, loc="outside lower center", ncols=min(len(policies), 2 * len(tasks)))
     figure.savefig(path, dpi=110)
