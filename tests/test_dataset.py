@@ -85,12 +85,16 @@ def test_a_wrong_image_size(made, image_size):
         open_dataset(made("video"), image_size=image_size)
 
 
+def first_of(rows: list):
+    return rows[0]
+
+
 def test_closed_copied_and_read_in_other_processes(made):
     dataset = open_dataset(made("video"))
     before = dataset[[3]]["observation.images.top"]
     twin = copy.deepcopy(dataset)
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=[[3], [4]], num_workers=1, collate_fn=lambda rows: rows[0]
+        dataset, batch_sampler=[[3], [4]], num_workers=1, collate_fn=first_of, multiprocessing_context="spawn"
     )
     assert torch.equal(next(iter(loader))["observation.images.top"], before)
     dataset.close()
