@@ -89,12 +89,13 @@ def first_of(rows: list):
     return rows[0]
 
 
-def test_closed_copied_and_read_in_other_processes(made):
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_closed_copied_and_read_in_other_processes(made, start):
     dataset = open_dataset(made("video"))
     before = dataset[[3]]["observation.images.top"]
     twin = copy.deepcopy(dataset)
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=[[3], [4]], num_workers=1, collate_fn=first_of, multiprocessing_context="spawn"
+        dataset, batch_sampler=[[3], [4]], num_workers=1, collate_fn=first_of, multiprocessing_context=start
     )
     assert torch.equal(next(iter(loader))["observation.images.top"], before)
     dataset.close()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.decode import load_torchcodec
 from data.frames import Frames
 from data.opening import open_source
 from errors import UserError
@@ -41,6 +42,9 @@ def test_the_batches_of_the_folder(made, tmp_path, name):
 
 def test_the_converters_tables_and_its_own_readers_values(made, tmp_path):
     convert = pytest.importorskip("lerobot_lancedb.convert", reason="needs lerobot-lancedb")
+    torchcodec, reason = load_torchcodec()
+    if torchcodec is None:  # without it LeRobot's reader does not start
+        pytest.skip(reason)
     from lerobot_lancedb import LanceDBDataset
 
     out = tmp_path / "tables"
@@ -53,9 +57,8 @@ def test_the_converters_tables_and_its_own_readers_values(made, tmp_path):
         for key, column in source.columns.items():
             if isinstance(column, torch.Tensor):
                 assert torch.equal(item[key].squeeze(), column[row].squeeze()), key
-        if torch.cuda.is_available() or "torchcodec" in sys.modules:
-            for key in source.videos:
-                assert torch.equal(item[key], frames.read(key, torch.tensor([row]))[0])
+        for key in source.videos:
+            assert torch.equal(item[key], frames.read(key, torch.tensor([row]))[0])
 
 
 def test_the_weights_of_the_folder_and_a_resume_on_the_other_side(shipped, tmp_path, capsys):

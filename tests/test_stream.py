@@ -315,8 +315,9 @@ def test_a_dataset_of_ten_times_the_cache(serve, tmp_path):
     server = serve(SHIPPED)
     video = next((SHIPPED / "videos").glob("*/*/*.mp4")).stat().st_size
     source = open_source(server.url, cache_dir=str(tmp_path), cache_gb=video / 10 / 1e9)
+    files = open_source(str(SHIPPED))
     loader = Loader(source, Frames(source), {}, 16, seed=3).start()
-    local = Loader(open_source(str(SHIPPED)), Frames(open_source(str(SHIPPED))), {}, 16, seed=3).start()
+    local = Loader(files, Frames(files), {}, 16, seed=3).start()
     for _ in range(source.rows // 16 // 4):
         assert torch.equal(next(loader)[CAMERA], next(local)[CAMERA])
         with streamed_pages(source).lock:  # no other thread writes

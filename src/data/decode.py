@@ -81,6 +81,9 @@ class PyavReader:
         self.times = times
         self.pixels_of = pixels_of
         self.stream = container.streams.best("video")
+        self.stream.codec_context.thread_count = (
+            1  # jobs are parallel; a forked process cannot free a decoder with threads
+        )
         self.frames = iter(())  # the decoder's output since the last seek
         self.frame = None  # the newest of them
 
