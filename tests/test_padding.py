@@ -386,6 +386,11 @@ def test_episodes_of_each_are_held_out(arms):
         config = TrainConfig(dataset_id=arms, val_fraction=fraction)
         held_out = split_episodes(source, config).held_out
         assert source.dataset_of_episode[held_out].bincount().tolist() == counts
+    single = unite([open_source(name, episodes="0") for name in (arms[0], arms[0])])
+    with pytest.raises(
+        UserError, match=r"--val_fraction 0\.5: each dataset has one episode, so that none can be held out"
+    ):
+        split_episodes(single, TrainConfig(dataset_id=arms, val_fraction=0.5))
 
 
 def test_the_refusal_names_the_flag(arms, tmp_path):

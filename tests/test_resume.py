@@ -253,7 +253,7 @@ def test_a_dataset_that_changed_in_its_place_is_told_and_what_was_held_out_stays
         return warnings_of(capsys), json.loads((last / "trainer_state.json").read_text())["data"]["held_out"]
 
     def draws(count: int) -> list[int]:
-        source = SimpleNamespace(episodes=range(count))
+        source = SimpleNamespace(episodes=range(count), episodes_per_dataset=None)
         return split_episodes(source, merge({"dataset_id": str(root), "val_fraction": 0.4})).held_out.tolist()
 
     record(root, cameras=(), lengths=lengths[:3])

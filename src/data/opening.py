@@ -6,10 +6,9 @@ from pathlib import Path
 
 import hub
 from data.checks import content_problems, content_warnings, table_problems
-from data.download import best_revision, commit_of, download, fetch_lance, open_hub
+from data.download import download, fetch_lance, open_hub
 from data.episodes import counted, parse_episodes, ranges
 from data.files import (
-    data_paths,
     episodes_by_file,
     examples,
     file_lines,
@@ -19,21 +18,20 @@ from data.files import (
     video_paths,
 )
 from data.frame_times import frame_times_of
-from data.lance_stream import LanceFolder, LanceStream, has_only_tables, is_lance
-from data.metadata import opening, read_metadata
+from data.lance_stream import is_lance
+from data.metadata import read_metadata
 from data.names import joint_names
 from data.observations import choose_observations, matches, observation_names, observations_flag, rename_features
 from data.pictures import read_pictures
-from data.placeholders import kept_spans
-from data.remote import RemoteFolder, is_remote
+from data.remote import is_remote
 from data.source import Source, read_columns
 from data.statistics import complete_statistics, statistics_file, statistics_problems, statistics_warnings
-from data.stream import Stream
+from data.streams import fetch_files, open_folder, open_stream, stream_videos
 from data.tables import read_tables
 from data.tasks import complete_task_index, set_tasks
 from data.v3 import placement_warnings
 from data.video_checks import video_faults, video_warnings
-from data.videos import Videos, find_videos, skip_undescribed
+from data.videos import find_videos, skip_undescribed
 from errors import UserError, find_path, plural
 
 
@@ -163,78 +161,6 @@ def check_content(source: Source, incomplete: list[str], not_downloaded: list[st
     return whole_episodes(source, faults) if incomplete and not problems else None
 
 
-def open_stream(
-    dataset_id: str,
-    dataset_root: str | None,
-    revision: str | None,
-    *,
-    stream: bool,
-    cache_dir: str | None,
-    cache_gb: float | None,
-    quiet: bool,
-) -> Stream | None:
-    """The stream of a URL, of a Hub dataset with --stream, or of a folder's Lance tables, with its metadata in the cache.
-
-    Returns:
-        None for a dataset whose own files are read from the disk.
-
-    Raises:
-        UserError: a flag has no meaning for it, or there is no such dataset.
-    """
-    cache = (cache_dir, cache_gb, quiet)
-    folder = Path(os.path.expanduser(dataset_id))
-    if is_remote(dataset_id):
-        for flag, value in (("--dataset_root", dataset_root), ("--revision", revision)):
-            if value is not None:
-                raise UserError(
-                    f"{flag} {value}: it is for datasets of the Hub, and {dataset_id} is a URL. Leave it out"
-                )
-        return open_url(dataset_id, *cache)
-    if folder.is_dir():
-        return open_folder(folder, *cache)
-    if not stream:
-        return None
-    if not re.fullmatch(hub.HUB_ID, dataset_id):
-        raise UserError(f"--stream: expected a Hub id written user/name, or a URL, got {dataset_id}")
-    with opening(dataset_id):
-        revision = commit_of(dataset_id, revision or best_revision(dataset_id))
-    return open_url(f"hf://datasets/{dataset_id}@{revision}", *cache)
-
-
-def open_url(url: str, *cache) -> Stream:
-    """The open stream of a URL. Arguments after `url` are those of Stream."""
-    stream = Stream(RemoteFolder(url), *cache)
-    if not has_only_tables(stream.remote):
-        stream.open()
-        if not is_lance(stream.folder):
-            return stream
-    stream = LanceStream(LanceFolder(url), *cache)
-    stream.open()
-    return stream
-
-
-def open_folder(folder: Path, *cache) -> LanceStream | None:
-    """The open stream of a folder's Lance tables; None if it has none. Arguments after `folder` are those of Stream."""
-    if not is_lance(folder):
-        return None
-    stream = LanceStream(LanceFolder(str(folder.resolve())), *cache)
-    stream.open()
-    return stream
-
-
-def fetch_files(meta, episodes: list[int]) -> None:
-    """Fetch the tables of `episodes` of a streamed dataset, and what lists the frames of their videos."""
-
-    def names_of(paths: dict[int, Path]) -> list[str]:
-        wanted = dict.fromkeys(paths[episode] for episode in episodes)
-        return [path.relative_to(meta.root).as_posix() for path in wanted]
-
-    tables = data_paths(meta)
-    meta.stream.fetch_tables(meta, None if tables is None else names_of(tables))
-    for key in meta.video_keys:
-        meta.stream.fetch_videos(meta, names_of(video_paths(meta, key)))
-
-
 def open_metadata(
     dataset_id: str,
     dataset_root: str | None = None,
@@ -271,7 +197,7 @@ def open_metadata(
         meta = open_hub(dataset_id, dataset_root, revision)
         if is_lance(meta.root):
             root = fetch_lance(dataset_id, dataset_root, revision, meta.root)
-            opened = open_folder(root, cache_dir, cache_gb, quiet)
+            opened = open_folder(root, cache_dir=cache_dir, cache_gb=cache_gb, quiet=quiet)
             meta = read_metadata(dataset_id, opened.folder, dataset_id)
             meta.stream = opened
     elif folder is not None:
@@ -309,24 +235,6 @@ def open_videos(source: Source, cache_dir: str | None, quiet: bool) -> None:
         if not is_v2(meta):
             source.warnings += skip_undescribed(videos, meta, key, source.episodes)
         source.videos[key] = videos
-
-
-def stream_videos(videos: Videos, meta, key: str, cache_dir: str | None, quiet: bool) -> None:
-    """Let the decoder fetch the videos of a streamed camera. Those whose frames cannot be listed without that are downloaded."""
-    incomplete = [
-        path
-        for path, times in zip(videos.files, videos.times, strict=True)
-        if isinstance(times, str) and kept_spans(path) is not None
-    ]
-    for path in incomplete:
-        meta.stream.complete(path, path.stat().st_size)
-    if incomplete:
-        videos.times = frame_times_of(videos.files, meta.root, key, cache_dir, quiet)
-    for path, times in zip(videos.files, videos.times, strict=True):
-        if not isinstance(times, str):
-            video = meta.stream.video(path, times)
-            if video is not None:
-                videos.remote[path] = video
 
 
 def episode_lengths(meta) -> dict[int, int]:

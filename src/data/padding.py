@@ -165,7 +165,7 @@ def add_blank_camera(source: Source, key: str, feature: dict, stats: dict | None
 
 
 def pad_vector(source: Source, key: str, feature: dict) -> None:
-    """Append zeros to a state or action, up to the width in `feature`, and neutral statistics; the whole of one that is lacking."""
+    """Append zeros to a state or action, up to the width in `feature`, and neutral statistics. A missing one becomes zeros."""
     width = feature["shape"][0]
     has = source.columns.get(key)
     own = torch.zeros(source.rows, 0) if has is None else has.reshape(source.rows, -1)

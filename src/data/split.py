@@ -44,6 +44,8 @@ def split_episodes(source: Source, config: TrainConfig, state=None) -> Split:
     elif config.val_fraction:
         flag = f"--val_fraction {config.val_fraction}"
         held_out = held_out_before(source, config, state) or drawn(source, config)
+        if not held_out:
+            raise UserError(f"{flag}: each dataset has one episode, so that none can be held out. Leave the flag out")
     if held_out and len(held_out) == count:
         raise UserError(f"{flag} holds out all {count} episodes: leave some to train on")
     train = sorted(set(range(count)) - held_out)

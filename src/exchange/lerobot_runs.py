@@ -32,9 +32,9 @@ from data.split import split_episodes
 from errors import UserError, one_line, read_json, require_files
 from policy.adapter_settings import read_peft_config, settings_of_adapters
 from policy.factory import build_policy, load_policy_config
-from policy.loaded import trained_depth
 from policy.migration import EMA_FOLDER, converted_dir
 from policy.presets import optimizer_preset, scheduler_preset
+from policy.training_record import trained_depth
 from processors.bases import match_statistics
 from processors.features import parse_rename
 from processors.pipelines import load_processors, resize_of

@@ -11,8 +11,8 @@ from checkpoints.writer import share_weights, write_json
 from errors import UserError, one_line, read_json
 from policy.adapters import adapter_config
 from policy.factory import build_policy, load_policy_config
-from policy.loaded import trained_datasets, trained_depth, trained_joint_names, trained_rename
 from policy.migration import resolve_policy_folder
+from policy.training_record import trained_datasets, trained_depth, trained_joint_names, trained_rename
 from processors.pipelines import load_processors
 
 

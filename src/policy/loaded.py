@@ -15,16 +15,22 @@ from lerobot.configs import FeatureType
 
 from checkpoints.folder import verify_policy
 from checkpoints.tensors import is_finite
-from data.depth import DepthRange, read_range
-from errors import UserError, first_of, nearest, one_line, read_json
+from data.depth import DepthRange
+from errors import UserError, first_of, nearest, one_line
 from policy.async_policy import AsyncPolicy
 from policy.chunk import count_planned, predict_chunk, rtc_off, supports_rtc
 from policy.factory import build_policy, load_policy_config
 from policy.migration import resolve_policy_folder
 from policy.requirements import check_requirements, fetch_policy
+from policy.training_record import (
+    trained_datasets,
+    trained_depth,
+    trained_joint_names,
+    trained_rename,
+)
 from processors.bases import AUTO, cameras_of, does_without_cameras, match_statistics, resizes_pictures, trained_cameras
 from processors.features import NEED_STATE, parse_rename
-from processors.padding import CutAction, act_for, is_record, number_of, padding_of
+from processors.padding import CutAction, act_for, number_of, padding_of
 from processors.pipelines import load_processors, name_before_rename, resize_of, set_rename
 from processors.state_only import StateToEnvironmentState
 from processors.statistics import EMPTY_CAMERA, rename_map_of, require_statistics
@@ -254,7 +260,7 @@ def load_policy(
     names = trained_joint_names(folder, config)
     if records:
         number = number_of(records, trained_on)
-        names = {key: names for key, names in records[number]["joint_names"].items() if is_list_of_text(names)}
+        names = records[number]["joint_names"]
         act_for(records, number, config, preprocess, postprocess)
     elif trained_on is not None:
         raise UserError(f"--trained_on {trained_on}: {folder} was not trained with --pad_datasets. Leave the flag out")
@@ -301,68 +307,6 @@ def take_other_names(config, preprocess, rename: list[str]) -> None:
             raise UserError(f"--rename {old}={new}: the policy takes no {new}{hint} It takes {', '.join(expected)}")
     kept = {old: new for old, new in names.items() if old not in given.values()}
     set_rename(preprocess, kept | {old: names.get(new, new) for old, new in given.items()})
-
-
-def trained_joint_names(folder: Path, config) -> dict[str, list[str]]:
-    """{feature: names} of the joints that a saved policy was trained with, as far as its folder records them.
-
-    Args:
-        folder: the policy's.
-        config: LeRobot's config in it; some policies keep the action's names there.
-    """
-    names = {"action": getattr(config, "action_feature_names", None)}
-    names |= getattr(config, "dataset_feature_names", None) or {}
-    if (folder / "training_info.json").is_file():
-        recorded = read_json(folder / "training_info.json").get("joint_names")
-        names |= recorded if isinstance(recorded, dict) else {}
-    return {key: list(names_of_key) for key, names_of_key in names.items() if is_list_of_text(names_of_key)}
-
-
-def trained_datasets(folder: Path) -> list[dict]:
-    """What a policy's folder records of the padded datasets that it was trained on; empty for others.
-
-    Raises:
-        UserError: the record is damaged.
-    """
-    if not (folder / "training_info.json").is_file():
-        return []
-    records = read_json(folder / "training_info.json").get("datasets") or []
-    if not (isinstance(records, list) and all(map(is_record, records))):
-        raise UserError(
-            f"{folder / 'training_info.json'}: expected the datasets of --pad_datasets, got something else. {OTHER_COPY}"
-        )
-    return records
-
-
-def trained_depth(folder: Path) -> dict[str, DepthRange]:
-    """{camera: DepthRange} of the depth cameras that a saved policy was trained with, under its names.
-
-    Raises:
-        UserError: the folder records a range that cannot be.
-    """
-    path = folder / "training_info.json"
-    if not path.is_file():
-        return {}
-    recorded = read_json(path).get("depth")
-    if not isinstance(recorded, dict):
-        return {}
-    try:
-        return {key: read_range(settings) for key, settings in recorded.items()}
-    except ValueError as error:
-        raise UserError(f"{path}: depth: {error}. {OTHER_COPY}") from None
-
-
-def trained_rename(folder: Path) -> list[str]:
-    """The --rename of the run that wrote a policy's folder, if the folder records it."""
-    path = folder / "train_config.json"
-    if not path.is_file():
-        return []
-    rename = read_json(path).get("rename")
-    return rename if is_list_of_text(rename) else []
-
-
-def is_list_of_text(value) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
 
 
 def expected_observation(config, preprocess) -> dict[str, tuple[str, tuple]]:

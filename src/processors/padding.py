@@ -113,7 +113,8 @@ def is_record(value) -> bool:
     statistics = value.get("statistics")
     if not isinstance(value.get("cameras"), list) or not isinstance(widths, dict) or not isinstance(statistics, dict):
         return False
-    if not isinstance(value.get("joint_names"), dict):
+    joint_names = value.get("joint_names")
+    if not isinstance(joint_names, dict) or not all(isinstance(names, list) for names in joint_names.values()):
         return False
     if not all(isinstance(width, int) and width >= 0 for width in widths.values()) or not widths.get("action"):
         return False
@@ -321,8 +322,8 @@ def number_of(records: list[dict], wanted: str | None) -> int:
 
 
 def is_same_folder(one: str, other: str) -> bool:
-    one, other = os.path.expanduser(one), os.path.expanduser(other)
-    return os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other)
+    folders = [os.path.expanduser(name) for name in (one, other)]
+    return all(map(os.path.isdir, folders)) and os.path.samefile(*folders)
 
 
 def set_statistics(step, statistics: dict[str, dict[str, list]]) -> None:

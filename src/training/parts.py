@@ -21,10 +21,7 @@ from policy.adapters import add_adapters, freeze
 from policy.factory import build_policy
 from policy.loaded import check_processors
 from policy.weights_dtype import cast_weights
-from processors.features import (
-    parse_rename,
-    window_deltas,
-)
+from processors.features import parse_rename, window_deltas
 from processors.pipelines import (
     adapt_processors,
     has_processors,

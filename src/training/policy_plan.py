@@ -15,10 +15,10 @@ from data.union import size_problems
 from errors import UserError, as_user_error, first_of
 from policy.adapter_settings import adapter_settings
 from policy.factory import load_policy_config, policy_config
-from policy.loaded import trained_datasets, trained_depth, trained_joint_names
 from policy.migration import resolve_policy_folder
 from policy.presets import apply_training_flags, check_presets
 from policy.quantize import check_quantize
+from policy.training_record import trained_datasets, trained_depth, trained_joint_names
 from processors.bases import AUTO, cameras_of, pads, pair_cameras, pairs_line
 from processors.features import (
     ENVIRONMENT_STATE,
