@@ -25,7 +25,7 @@ import time
 import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import msgpack
 import numpy as np
@@ -35,7 +35,7 @@ from aiohttp import http_exceptions, web
 from command_line import TRAINED_ON, OneLineParser, command
 from errors import UserError, one_line
 
-DTYPES = ("uint8", "uint16", "float32", "float64", "int64", "int32")
+DTYPES = ("uint8", "uint16", "uint32", "int16", "int32", "int64", "float16", "float32", "float64")
 MOST_PIXELS = 4096  # a side of a picture
 # Items in the lists and dicts of a request, besides what its arrays hold. An empty list takes 1 byte there, 64 in memory.
 MOST_ITEMS = 10_000
@@ -264,6 +264,8 @@ class PolicyServer:
         expects = {}
         for key, (kind, shape) in self.policy.expected.items():
             expects[key] = {"kind": kind, "shape": [size or 0 for size in shape]}  # 0 stands for any size
+            if key in self.policy.depth:  # distances are taken too
+                expects[key]["depth"] = asdict(self.policy.depth[key])
         served = {"policy": self.policy.kind, "device": str(self.policy.device), "expects": expects}
         if hasattr(self.policy, "lead"):
             served["ahead"] = {name: getattr(self.policy, name) for name in ("fps", "lead", "chunks", "late", "held")}

@@ -42,7 +42,7 @@ class Clock:
             observation_delta_indices=None,
             type="clock",
         )
-        self.policy, self.device, self.kind, self.expected = self, "cpu", "clock", {}
+        self.policy, self.device, self.kind, self.expected, self.depth = self, "cpu", "clock", {}, {}
         self.optional, self.needed = set(), lambda names: {}
         self.relative = False
         self.may_answer, self.asked = threading.Event(), []

@@ -1,11 +1,14 @@
 """Depth cameras: read as grey pictures, by the codes that LeRobot records."""
 
+import asyncio
 import io
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -30,6 +33,7 @@ from helpers.recording import usual_scheduling
 from helpers.runs import assert_same_run, small
 from policy.loaded import load_policy
 from processors.statistics import IMAGENET
+from serve import PolicyServer
 from train import train
 from training.open_loop import open_for_policy
 
@@ -150,7 +154,8 @@ def test_a_resumed_run_is_the_same(recorded, tmp_path, name, capsys):
     settings = small("flow", dataset_id=str(recorded(name)), cache_dir=str(tmp_path / "cache"), quiet=False)
     train(**settings, output_dir=str(tmp_path / "whole"))
     said = capsys.readouterr()
-    assert f"{CAMERA}: depth from 0.01 m to 10 m as a grey picture" in said.out + said.err
+    assert f"{CAMERA}: depth from 0.01 m to 10 m as a grey picture" in said.out
+    assert "warning" not in said.err
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
     train(
         **settings,
@@ -193,11 +198,36 @@ def test_act_takes_what_a_robot_gives(recorded, run):
         policy.reset()
     policy.act({**policy.blank_observation(), CAMERA: np.zeros((SIDE, SIDE), np.uint16)})
     for wrong in (np.zeros((SIDE, SIDE, 3), np.uint16), np.zeros((1, SIDE, SIDE), np.uint16), np.zeros(0), ["a"]):
-        with pytest.raises(UserError, match=r"top_depth: expected depth of shape \(height, width, 1\), integers in"):
+        with pytest.raises(UserError, match=r"top_depth: expected depth of shape \(32, 32, 1\), integers in"):
             policy.act({**observation, CAMERA: wrong})
-    for wrong in (np.zeros((SIDE, SIDE), np.uint8), np.zeros((4, 4), np.uint16)):
-        with pytest.raises(UserError, match=r"expected uint8 of shape \(32, 32, 3\)"):
+    for wrong in (np.zeros((SIDE, SIDE), np.uint8), np.zeros((4, 4), np.uint16), np.zeros((4, 4, 1), np.uint8)):
+        given = re.escape(f"got {wrong.dtype} of {wrong.shape}")
+        with pytest.raises(UserError, match=rf"or its uint8 picture of shape \(32, 32, 3\), {given}"):
             policy.act({**observation, CAMERA: wrong})
+    with pytest.raises(
+        UserError, match=r"expected metres, since the numbers are floats, got a median of .* divide them"
+    ):
+        policy.act({**observation, CAMERA: millimetres.astype(np.float32)})
+
+
+def test_act_takes_tensors(recorded, run):
+    policy = load_policy(run, device="cpu", n_action_steps=1)
+    observation = observations_of(recorded("video"), 3)
+    depth = depth_of_frame(3, in_metres=True)
+    expected = policy.act({**observation, CAMERA: depth})
+    policy.reset()
+    tensor = torch.from_numpy(depth).requires_grad_()
+    assert (policy.act({**observation, CAMERA: tensor}) == expected).all()
+    policy.reset()
+    state = torch.from_numpy(observation["observation.state"]).bfloat16()
+    assert (policy.act({**observation, "observation.state": state}) != expected).any()
+
+
+def test_serve_says_that_distances_are_taken(run):
+    policy = load_policy(run, device="cpu")
+    for served in (policy, policy.ahead(fps=10)):
+        health = asyncio.run(PolicyServer(served, max_bytes=1_000_000).health(None))
+        assert msgpack.unpackb(health.body)["expects"][CAMERA]["depth"] == asdict(DEFAULT)
 
 
 def test_the_picture_of_the_docs():
@@ -245,7 +275,7 @@ def test_a_checkpoint_without_a_range(run, tmp_path):
 
     edit_json(folder / "training_info.json", lambda info: info.update(depth={CAMERA: {"depth_min": 0.1}}))
     with pytest.raises(
-        UserError, match=r"training_info.json: depth: expected a number of metres as depth_max, got None"
+        UserError, match=r"training_info.json: depth: expected a number of metres as depth_max, 1000 at most, got None"
     ):
         load_policy(folder, device="cpu")
 
@@ -262,6 +292,62 @@ def test_another_range_than_in_training(recorded, run):
     assert "0.2 m to 1.4 m, linear" in line
     with pytest.raises(UserError, match=r"datasets differ in .*top_depth: .* depth from 0\.01 m .* depth from 0\.2 m"):
         unite([open_source(str(recorded(name))) for name in ("video", "close")])
+
+
+def test_depth_in_place_of_colour_and_the_reverse(recorded, run, copy_of, tmp_path):
+    colour = copy_of("video")
+    edit_json(
+        colour / "meta" / "info.json",
+        lambda info: info["features"][CAMERA].update(shape=[SIDE, SIDE, 3], info={}),
+    )
+    line = f"{CAMERA}: {{}} was trained with pictures of depth, {colour} has colour"
+    source = open_for_policy(load_policy(run, device="cpu"), str(colour), "0")
+    assert line.format("the policy") in source.warnings
+    settings = small(output_dir=str(tmp_path / "run"), steps=1)
+    trained = train(**settings, dataset_id=str(colour)).checkpoint
+    source = open_for_policy(load_policy(trained, device="cpu"), str(recorded("video")), "0")
+    line = f"{CAMERA}: the policy was trained with pictures of colour, {recorded('video')} has depth"
+    assert line in source.warnings
+
+
+@pytest.mark.parametrize("changes", [{"depth_unit": "m"}, {"video.depth_max": 5.0}])
+def test_a_resume_with_other_distances_is_another_run(copy_of, tmp_path, capsys, changes):
+    root = copy_of("images")
+    settings = small(dataset_id=str(root), output_dir=str(tmp_path / "run"), quiet=False)
+    train(**settings | {"steps": 2})
+    capsys.readouterr()
+    edit_json(root / "meta" / "info.json", lambda info: info["features"][CAMERA]["info"].update(changes))
+    train(**settings, resume_from_checkpoint="latest")
+    said = capsys.readouterr()
+    assert "the range or the unit of its depth changed; from here on this is another run" in said.out + said.err
+
+
+def test_stored_depth_in_another_unit_is_told(copy_of):
+    root = copy_of("images")
+    assert not open_dataset(root).warnings
+    set_info(depth_unit="m")(root)
+    (line,) = open_dataset(root).warnings
+    assert f"{CAMERA}: nearly all distances in its first picture are outside 0.01 m to 10 m" in line
+    set_info(depth_unit="mm")(root)
+    assert not open_dataset(root).warnings
+
+
+def test_a_video_with_too_few_bits_is_told(copy_of):
+    root = copy_of("video")
+    set_info(pix_fmt="gray10le")(root)
+    (line,) = open_dataset(root).warnings
+    assert f"{CAMERA}: its video has 10 bits a pixel, LeRobot's codes of depth have 12" in line
+
+
+def test_the_range_of_an_exported_network_goes_by_its_inputs(recorded, tmp_path):
+    result = train(
+        **small("flow", dataset_id=str(recorded("close")), output_dir=str(tmp_path / "run"), steps=1),
+        rename=[f"{CAMERA}=observation.images.top", f"observation.images.top={CAMERA}"],
+    )
+    path = tmp_path / "policy.pt2"
+    assert export.main([str(result.checkpoint), str(path), "--format", "torch-export"]) == 0
+    description = json.loads((tmp_path / "policy.pt2.json").read_text())
+    assert description["depth"] == {"observation.images.top": {"shift": 3.5, **CLOSE}}
 
 
 @pytest.mark.parametrize("name", ["video", "images"])
@@ -307,10 +393,14 @@ def set_feature(**values):
         (set_info(depth_min=10.0), r"expected depth_min below depth_max, got 10 and 10\. Write"),
         (
             set_info(depth_min=-4.0),
-            r"expected depth_min \+ shift above 0 to take its logarithm, got -4 \+ 3\.5\. Write",
+            r"expected depth_min \+ shift of 1e-06 or more to take its logarithm, got -4 \+ 3\.5\. Write",
         ),
-        (set_info(depth_max="far"), r"expected a number of metres as depth_max, got 'far'\. Write"),
-        (set_info(depth_max=float("nan")), r"expected a number of metres as depth_max, got nan\. Write"),
+        (set_info(depth_max="far"), r"expected a number of metres as depth_max, 1000 at most, got 'far'\. Write"),
+        (set_info(depth_max=float("nan")), r"expected a number of metres as depth_max, 1000 at most, got nan\. Write"),
+        (set_info(depth_max=10**400), r"expected a number of metres as depth_max, 1000 at most, got 1000"),
+        (set_info(depth_max=1e36), r"expected a number of metres as depth_max, 1000 at most, got 1e\+36\. Write"),
+        (set_info(depth_min=1.0, depth_max=1.000001), r"expected depth_min farther below depth_max, got 1\.0 and 1\.0"),
+        (set_info(depth_min=0.0, shift=1e-45), r"expected depth_min \+ shift of 1e-06 or more"),
         (set_info(use_log=1), r"expected true or false as use_log, got 1\. Write"),
         (set_info(depth_unit="inch"), r"expected depth_unit m or mm, got 'inch'\. Correct it"),
         (
@@ -345,6 +435,16 @@ def test_the_remedy_for_a_picture_that_is_no_depth(copy_of):
     assert not open_dataset(root).problems
 
 
+def test_the_remedy_for_depth_that_is_not_marked(copy_of):
+    root = copy_of("video")
+    edit_json(root / "meta" / "info.json", lambda info: info["features"][CAMERA].update(info={}))
+    remedy = '"info": {"is_depth_map": true}'
+    with pytest.raises(UserError, match=f"If it holds depth, write {remedy} beside its shape"):
+        open_dataset(root).require()
+    edit_json(root / "meta" / "info.json", lambda info: info["features"][CAMERA].update(json.loads(f"{{{remedy}}}")))
+    assert not open_dataset(root).problems
+
+
 def test_pictures_of_8_bits_are_no_depth(copy_of):
     root = copy_of("images")
     encoded = io.BytesIO()
@@ -368,6 +468,7 @@ def test_a_damaged_video_is_a_line(copy_of):
         {"info": {"is_depth_map": True}},
         {"info": {"video.is_depth_map": True}},
         {"video_info": {"video.is_depth_map": True}},
+        {"video_info": {"is_depth_map": True}},
     ],
 )
 def test_the_marks_of_older_versions(copy_of, marks):
@@ -379,7 +480,9 @@ def test_the_marks_of_older_versions(copy_of, marks):
         info["features"][CAMERA].update(marks)
 
     edit_json(root / "meta" / "info.json", mark)
-    assert torch.equal(open_dataset(root)[[0]][CAMERA], expected)
+    dataset = open_dataset(root)
+    assert torch.equal(dataset[[0]][CAMERA], expected)
+    assert dataset.meta.depth_keys == [CAMERA]  # by which --augment leaves its values alone
 
 
 @pytest.mark.filterwarnings("error")
@@ -389,6 +492,7 @@ def test_numbers_that_are_no_distance(recorded_range):
         [[np.nan, -1.0, 0.0, recorded_range.depth_min, recorded_range.depth_max, 1e9, np.inf]], np.float32
     )
     assert recorded_range.picture(values)[0, :, 0].tolist() == [0, 0, 0, 0, 255, 255, 255]
+    assert recorded_range.picture(np.array([[1e300, -1e300]]))[0, :, 0].tolist() == [255, 0]
 
 
 @pytest.mark.parametrize("recorded_range", [DEFAULT, DepthRange(0.2, 1.4, 3.5, False)])

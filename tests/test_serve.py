@@ -122,6 +122,7 @@ class StandIn:
     kind = "stand-in"
     device = "cpu"
     expected = {"observation.state": ("float", (3,))}  # noqa: RUF012
+    depth = {}  # noqa: RUF012
 
     def __init__(self, act):
         self.act = act

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from data.column_checks import column_problems
-from data.depth import depth_lines, depth_problems, is_depth
+from data.depth import GREYS, DepthRange, bits_of_codes, depth_problems, depth_ranges, depth_unit, is_depth
 from data.episodes import ranges
 from data.observations import observation_names, observations_flag
-from data.pictures import picture_problems
+from data.pictures import decode_picture, picture_problems
 from data.source import Source
 from data.tasks import tasks_file
 from errors import plural, rename_flag
 
+MOST_OUTSIDE = 0.9  # of a depth picture, without a warning
 MAX_DRIFT = 1e-3  # seconds that timestamps may differ from frame_index / fps without a warning
 
 
@@ -32,7 +33,37 @@ def content_problems(source: Source) -> list[str]:
 
 def content_warnings(source: Source) -> list[str]:
     """What is doubtful about the values, and can be trained on."""
-    return text_warnings(source) + clock_warnings(source) + depth_lines(source.meta.features)
+    return text_warnings(source) + clock_warnings(source) + depth_warnings(source)
+
+
+def depth_warnings(source: Source) -> list[str]:
+    """A line for each depth camera whose distances are hardly within its range, as in another unit, or lack bits."""
+    warnings = []
+    for key, recorded in depth_ranges(source.meta.features).items():
+        feature = source.meta.features[key]
+        bits = bits_of_codes(feature)
+        if bits is not None:
+            warnings.append(
+                f"{key}: its video has {bits} bits a pixel, LeRobot's codes of depth have 12: look at its pictures before you "
+                "trust them"
+            )
+        if key in source.images and share_outside(source, key, recorded) > MOST_OUTSIDE:
+            warnings.append(
+                f"{key}: nearly all distances in its first picture are outside {recorded.depth_min:g} m to "
+                f"{recorded.depth_max:g} m, thus black or white. If they are in another unit, write depth_unit (m or mm) into "
+                "its info in info.json; else the range, as video.depth_min and video.depth_max"
+            )
+    return warnings
+
+
+def share_outside(source: Source, key: str, recorded: DepthRange) -> float:
+    """How many of the measured distances in the first picture of a camera of stored depth are at the ends of its range or past them."""
+    distances = decode_picture(source.images[key], source.meta.root, 0, depth=True)
+    measured = np.isfinite(distances) & (distances > 0)
+    if not measured.any():
+        return 0.0
+    greys = recorded.picture(distances, depth_unit(source.meta.features[key]))[..., 0]
+    return float(np.isin(greys[measured], (0, GREYS)).mean())
 
 
 def text_warnings(source: Source) -> list[str]:
@@ -110,6 +141,8 @@ def metadata_problems(meta) -> list[str]:
         shape = meta.features[key]["shape"]
         if len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
             reasons[key] = f"camera {key}: expected shape (height, width, 3) in info.json, got {shape}"
+            if len(shape) == 3 and shape[2] == 1:
+                reasons[key] += '. If it holds depth, write "info": {"is_depth_map": true} beside its shape'
     for key in meta.video_keys:
         needed = {f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")}
         known = needed <= set(meta.episodes.column_names)

@@ -13,7 +13,11 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 
 GREYS = 255  # steps between black and white
+CODE_BITS = 12  # of the codes that LeRobot records
 UNITS = {"m": 1, "mm": 1000}  # of stored depth images, in a metre
+FARTHEST = 1000.0  # metres, of a range that can be
+SMALLEST_LOG = 1e-6  # metres
+FINEST = 1e-3  # of the distances of a range: their smallest spread, which float32 has codes for
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class DepthRange:
         # Clipped first: LeRobot's codes of NaN and of negative distances are undefined.
         nearest = self.depth_min * UNITS[unit]
         farthest = self.depth_max * UNITS[unit]
-        depth = np.nan_to_num(depth.astype(np.float32), nan=nearest).clip(nearest, farthest)
+        depth = np.nan_to_num(depth.astype(np.float64), nan=nearest).clip(nearest, farthest).astype(np.float32)
         return grey_picture(quantize_depth(depth, **asdict(self), video_backend=None, input_unit=unit))
 
 
@@ -119,6 +123,18 @@ def depth_unit(feature: dict) -> str | None:
     return info_of(feature).get("depth_unit")
 
 
+def bits_of_codes(feature: dict) -> int | None:
+    """Bits of a pixel in a depth camera's video, if info.json says that it has fewer than a code needs."""
+    from av import VideoFormat
+
+    name = info_of(feature).get("video.pix_fmt")
+    try:
+        bits = VideoFormat(name).components[0].bits
+    except (TypeError, ValueError):  # none, or one that FFmpeg does not know
+        return None
+    return bits if bits < CODE_BITS else None
+
+
 def read_range(settings) -> DepthRange:
     """The range that a JSON file describes by the names of its fields.
 
@@ -129,16 +145,24 @@ def read_range(settings) -> DepthRange:
         raise ValueError(f"expected depth_min, depth_max, shift and use_log, got {settings!r:.80}")
     for name in ("depth_min", "depth_max", "shift"):
         value = settings.get(name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            raise ValueError(f"expected a number of metres as {name}, got {value!r:.80}")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= FARTHEST:
+            raise ValueError(f"expected a number of metres as {name}, {FARTHEST:g} at most, got {value!r:.80}")
     if not isinstance(settings.get("use_log"), bool):
         raise ValueError(f"expected true or false as use_log, got {settings.get('use_log')!r:.80}")
     recorded = DepthRange(**{field.name: settings[field.name] for field in fields(DepthRange)})
     if recorded.depth_min >= recorded.depth_max:
         raise ValueError(f"expected depth_min below depth_max, got {recorded.depth_min:g} and {recorded.depth_max:g}")
-    if recorded.use_log and recorded.depth_min + recorded.shift <= 0:
+    largest = recorded.depth_max
+    if recorded.use_log:
+        if recorded.depth_min + recorded.shift < SMALLEST_LOG:
+            raise ValueError(
+                f"expected depth_min + shift of {SMALLEST_LOG:g} or more to take its logarithm, got {recorded.depth_min:g} + "
+                f"{recorded.shift:g}"
+            )
+        largest += recorded.shift
+    if recorded.depth_max - recorded.depth_min < FINEST * largest:
         raise ValueError(
-            f"expected depth_min + shift above 0 to take its logarithm, got {recorded.depth_min:g} + {recorded.shift:g}"
+            f"expected depth_min farther below depth_max, got {recorded.depth_min!r} and {recorded.depth_max!r}"
         )
     return recorded
 
@@ -165,10 +189,10 @@ def depth_problems(key: str, feature: dict) -> list[str]:
 # What to report.
 
 
-def depth_lines(features: dict) -> list[str]:
-    """How each depth camera of an open dataset is read, a line each."""
+def depth_lines(ranges: dict[str, DepthRange]) -> list[str]:
+    """How each depth camera is read, a line each."""
     lines = []
-    for key, recorded in depth_ranges(features).items():
+    for key, recorded in ranges.items():
         steps = f"{100 * recorded.step(recorded.depth_min):.2g} cm"
         if recorded.use_log:
             steps += f" (near) to {100 * recorded.step(recorded.depth_max):.2g} cm (far)"
@@ -178,18 +202,26 @@ def depth_lines(features: dict) -> list[str]:
 
 
 def range_warnings(trained: dict, now: dict, holder: str, dataset: str) -> list[str]:
-    """A line for each depth camera whose greys mean other distances than those that a policy was trained with.
+    """A line for each camera whose pictures mean something else than those that a policy was trained with.
 
     Args:
-        trained: {camera: DepthRange} that the policy was trained with.
-        now: {camera: DepthRange} of a dataset, with cameras under the policy's names.
+        trained: {camera: DepthRange} of the depth cameras that the policy was trained with.
+        now: {camera: its entry in info.json} of a dataset's cameras that the policy takes, under the policy's names.
         holder, dataset: what to call the policy and the dataset.
     """
+    ranges = depth_ranges(now)
     warnings = []
-    for key in trained.keys() & now.keys():
-        if trained[key] != now[key]:
+    for key in sorted(now):
+        before = trained.get(key)
+        recorded = ranges.get(key)
+        if before == recorded:
+            continue
+        if before is None or recorded is None:
+            kinds = ["depth" if one else "colour" for one in (before, recorded)]
+            warnings.append(f"{key}: {holder} was trained with pictures of {kinds[0]}, {dataset} has {kinds[1]}")
+        else:
             warnings.append(
-                f"the depth of {key} has another range: {holder} was trained with {trained[key]}, {dataset} has {now[key]}. "
+                f"the depth of {key} has another range: {holder} was trained with {before}, {dataset} has {recorded}. "
                 "Equal greys mean other distances"
             )
-    return sorted(warnings)
+    return warnings

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from data.checks import description_problems, info_problems
-from data.depth import depth_ranges, is_depth
+from data.depth import depth_ranges, info_of, is_depth
 from data.files import read_json
 from data.v2 import fill_v2_metadata
 from data.v3 import fill_v3_metadata
@@ -130,6 +130,7 @@ def set_camera_axes(features: dict) -> None:
         if is_depth(feature):  # a grey picture, see data/depth.py
             height, width = shape[:2] if shape[2] == 1 else shape[1:]
             shape = (height, width, 3)
+            feature["info"] = info_of(feature) | {"is_depth_map": True}  # where LeRobot looks for it
         feature["shape"] = shape
         feature["names"] = ["height", "width", "channels"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from errors import UserError, first_of
 from policy.quiet import quiet_lerobot
 from processors.padding import padding_of
-from processors.pipelines import resize_of
+from processors.pipelines import name_before_rename, resize_of
 
 # The largest difference from the policy that is accepted, in normalised actions.
 TOLERANCE = 1e-4
@@ -230,6 +230,11 @@ def describe(loaded, exported: Exported, comparison: Comparison) -> dict:
     """What a program needs to know to run the exported network."""
     config = loaded.policy.config
     shapes = [list(tensor.shape) for tensor in exported.example]
+    depth = {}  # by the network's own names of its inputs
+    for key in config.input_features:
+        recorded = loaded.depth.get(name_before_rename(loaded.preprocess, key))
+        if recorded is not None:
+            depth[key] = asdict(recorded)
     return {
         "policy": config.type,
         "task": loaded.task,
@@ -238,7 +243,7 @@ def describe(loaded, exported: Exported, comparison: Comparison) -> dict:
         "n_action_steps": config.n_action_steps,
         **{name: getattr(config, name) for name in SMOOTHING if hasattr(config, name)},
         "image_size": resize_of(loaded.preprocess),
-        "depth": {key: asdict(recorded) for key, recorded in loaded.depth.items()},
+        "depth": depth,
         "normalise": normalisation(loaded.preprocess),
         "unnormalise": normalisation(loaded.postprocess),
         "largest_difference": comparison.difference,

@@ -55,6 +55,7 @@ class AsyncPolicy:
         self.device = loaded.device
         self.kind = loaded.kind
         self.expected = loaded.expected
+        self.depth = loaded.depth
         self.optional = loaded.optional
         self.needed = loaded.needed
         self.looks = True

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -17,7 +18,7 @@ from checkpoints.folder import TrainState, is_own
 from command_line import split_pair
 from config import FIELDS, TrainConfig
 from data.decode import Decoder
-from data.depth import depth_ranges
+from data.depth import depth_ranges, depth_unit
 from data.source import Source
 from errors import UserError, find_path
 from policy.factory import load_policy_config, policy_config
@@ -256,7 +257,9 @@ def describe_data(source: Source, held_out: Tensor) -> dict:
         "pictures_sha256": hash_of_pictures(source),
         "held_out": [source.episode_ids[i] for i in held_out.tolist()],
     }
-    if source.videos.keys() - depth_ranges(source.meta.features).keys():  # depth is always PyAV's
+    depth = depth_ranges(source.meta.features)
+    data["depth"] = {key: [asdict(depth[key]), depth_unit(source.meta.features[key])] for key in depth}
+    if source.videos.keys() - depth.keys():  # depth is always PyAV's
         data["video_decoder"] = Decoder(source, None).library
     return data
 
@@ -349,6 +352,8 @@ def data_change(before: dict, now: dict) -> str | None:
     same_pictures = before.get("pictures_sha256") == now["pictures_sha256"]
     if not same_pictures and before.get("picture_bytes", now["picture_bytes"]) != now["picture_bytes"]:
         return f"its videos or pictures changed ({before['picture_bytes']} -> {now['picture_bytes']} bytes)"
+    if before.get("depth", now["depth"]) != now["depth"]:
+        return "the range or the unit of its depth changed"
     if before.get("videos_sha256", now["videos_sha256"]) != now["videos_sha256"]:
         return "its videos changed places or sizes"
     if before.get("pictures_sha256", now["pictures_sha256"]) != now["pictures_sha256"]:

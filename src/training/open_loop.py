@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from data.depth import depth_ranges, range_warnings
+from data.depth import range_warnings
 from data.frames import Frames
 from data.loader import Loader
 from data.names import joint_names, order_warnings
@@ -171,7 +171,8 @@ def open_for_policy(
             names_here[key] = joint_names(feature)
     source.warnings += warnings
     source.warnings += order_warnings(policy.joint_names, names_here, "the policy", dataset_id)
-    source.warnings += range_warnings(policy.depth, depth_ranges(source.meta.features), "the policy", dataset_id)
+    cameras = {key: source.meta.features[key] for key in source.meta.camera_keys}
+    source.warnings += range_warnings(policy.depth, cameras, "the policy", dataset_id)
     return source
 
 

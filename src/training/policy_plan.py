@@ -7,7 +7,7 @@ from pathlib import Path
 import hub
 from checkpoints.folder import verify_policy
 from config import TrainConfig
-from data.depth import DepthRange, depth_ranges, range_warnings
+from data.depth import DepthRange, depth_lines, depth_ranges, range_warnings
 from data.names import joint_names, order_warnings
 from data.source import Source
 from data.statistics import fill_statistics
@@ -152,8 +152,9 @@ def plan_policy(config: TrainConfig, checkpoint: Path | None, source: Source, di
     warnings = []
     if folder is not None:
         warnings = order_warnings(trained_joint_names(folder, policy), names, folder.name, source.name)
-        warnings += range_warnings(trained_depth(folder), depth, folder.name, source.name)
-    notes = list(data.notes)
+        cameras = {key: features[key] for key in cameras_of(policy.input_features) if key in features}
+        warnings += range_warnings(trained_depth(folder), cameras, folder.name, source.name)
+    notes = data.notes + depth_lines(depth)
     if empty:
         notes.append(
             f"cameras of the policy that stay empty, since {source.name} has none of that name: {', '.join(empty)}"
