@@ -145,7 +145,8 @@ def test_a_camera_without_three_channels(copy_of):
     root = copy_of("video")
     set_camera(root, shape=[64, 96, 1])
     message = "camera observation.images.top: expected shape (height, width, 3) in info.json, got (64, 96, 1)"
-    assert refusal(root) == f"dataset {root}: {message}. Leave it out: --observations observation.state"
+    remedy = 'If it holds depth, write "info": {"is_depth_map": true} beside its shape'
+    assert refusal(root) == f"dataset {root}: {message}. {remedy}. Leave it out: --observations observation.state"
 
 
 def rename_camera(root, new):
