@@ -16,8 +16,8 @@ GREYS = 255  # steps between black and white
 CODE_BITS = 12  # of the codes that LeRobot records
 UNITS = {"m": 1, "mm": 1000}  # of stored depth images, in a metre
 FARTHEST = 1000.0  # metres, of a range that can be
-SMALLEST_LOG = 1e-6  # metres
-FINEST = 1e-3  # of the distances of a range: their smallest spread, which float32 has codes for
+SMALLEST_LOG = 1e-6  # metres whose logarithm is taken
+LEAST_SPREAD = 1e-3  # of a range, as a share of its largest number, so that float32 tells its codes apart
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class DepthRange:
         # Clipped first: LeRobot's codes of NaN and of negative distances are undefined.
         nearest = self.depth_min * UNITS[unit]
         farthest = self.depth_max * UNITS[unit]
-        depth = np.nan_to_num(depth.astype(np.float64), nan=nearest).clip(nearest, farthest).astype(np.float32)
+        with np.errstate(over="ignore"):
+            depth = depth.astype(np.float32)
+        depth = np.nan_to_num(depth, nan=nearest).clip(nearest, farthest)
         return grey_picture(quantize_depth(depth, **asdict(self), video_backend=None, input_unit=unit))
 
 
@@ -160,7 +162,7 @@ def read_range(settings) -> DepthRange:
                 f"{recorded.shift:g}"
             )
         largest += recorded.shift
-    if recorded.depth_max - recorded.depth_min < FINEST * largest:
+    if recorded.depth_max - recorded.depth_min < LEAST_SPREAD * largest:
         raise ValueError(
             f"expected depth_min farther below depth_max, got {recorded.depth_min!r} and {recorded.depth_max!r}"
         )
