@@ -482,7 +482,7 @@ def test_the_marks_of_older_versions(copy_of, marks):
     edit_json(root / "meta" / "info.json", mark)
     dataset = open_dataset(root)
     assert torch.equal(dataset[[0]][CAMERA], expected)
-    assert dataset.meta.depth_keys == [CAMERA]  # by which --augment leaves its values alone
+    assert dataset.meta.depth_keys == [CAMERA]  # --augment does not change the values of these
 
 
 @pytest.mark.filterwarnings("error")

@@ -81,9 +81,8 @@ class PyavReader:
         self.times = times
         self.pixels_of = pixels_of
         self.stream = container.streams.best("video")
-        self.stream.codec_context.thread_count = (
-            1  # jobs are parallel; a forked process cannot free a decoder with threads
-        )
+        # Jobs run in parallel already, and a forked process hangs when it frees a decoder that has threads.
+        self.stream.codec_context.thread_count = 1
         self.frames = iter(())  # the decoder's output since the last seek
         self.frame = None  # the newest of them
 

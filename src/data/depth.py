@@ -17,7 +17,7 @@ CODE_BITS = 12  # of the codes that LeRobot records
 UNITS = {"m": 1, "mm": 1000}  # of stored depth images, in a metre
 FARTHEST = 1000.0  # metres, of a range that can be
 SMALLEST_LOG = 1e-6  # metres whose logarithm is taken
-LEAST_SPREAD = 1e-3  # of a range, as a share of its largest number, so that float32 tells its codes apart
+LEAST_SPREAD = 1e-3  # depth_max - depth_min, relative to the largest distance: below it float32 cannot hold all codes
 
 
 @dataclass(frozen=True)
