@@ -10,7 +10,8 @@ Prints samples/s and memory of
     Lance reader   LanceDBDataset behind a DataLoader (with `uv pip install lerobot-lancedb`; it needs torchcodec)
     off            frames decoded at every use
     first epoch    the first epoch, in which frames are decoded and kept
-    second epoch   frames read from the disk
+    second epoch   the next epoch, in which some frames are read from the disk
+    cold           an epoch of a run that finds a full store, of which the system has nothing in memory
     warm           frames read from the store, which the system has in memory by now
     lossless       frames read from a store that is compressed without loss
     compact        frames read from a store of JPEGs
@@ -182,6 +183,20 @@ def armature_speed(root: Path, batch_size: int, seconds: float, mode: str, cache
     return Speed(speed, peak.mb, *epochs or (0.0, 0.0), store_bytes)
 
 
+def cold_speed(root: Path, batch_size: int, cache: str) -> Speed:
+    """Armature's loader on a store that is there, in its first epoch, after the system has dropped the store from memory."""
+    for path in Path(cache).glob("*/frames.u8"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    source = open_source(str(root), cache_dir=cache)
+    with PeakMemory() as peak:
+        frames = Frames.open_or_build(source, mode="on", cache_dir=cache, num_threads=CORES)
+        loader = Loader(source, frames, {"action": list(range(CHUNK))}, batch_size, seed=1000).start()
+        speed = epoch_speed(loader)
+    loader.close()
+    return Speed(speed, peak.mb)
+
+
 def lance_speeds(root: Path, batch_size: int, seconds: float) -> dict[str, Speed]:
     """LeRobot's reader and Armature's loader on a copy of the dataset in Lance tables; none where the first is not installed."""
     try:
@@ -257,6 +272,8 @@ def measure(root: Path, batch_size: int, seconds: float) -> dict:
         cache = tempfile.mkdtemp(prefix="armature-bench-")
         try:
             speeds[mode] = armature_speed(root, batch_size, seconds, mode, cache)
+            if mode == "on":
+                speeds["cold"] = cold_speed(root, batch_size, cache)
         finally:
             shutil.rmtree(cache)
     if any(feature["dtype"] == "video" for feature in info["features"].values()):
@@ -294,6 +311,7 @@ def print_table(name: str, batch_size: int, result: dict) -> None:
         ("Armature, off", "off_samples_per_s", "off_peak_mb", None),
         ("Armature, first epoch", "first_epoch_samples_per_s", None, None),
         ("Armature, second epoch", "second_epoch_samples_per_s", None, None),
+        ("Armature, cold", "cold_samples_per_s", "cold_peak_mb", None),
         ("Armature, warm", "warm_samples_per_s", "peak_mb", "on_mb"),
         ("Armature, lossless", "lossless_samples_per_s", "lossless_peak_mb", "lossless_mb"),
         ("Armature, compact", "compact_samples_per_s", "compact_peak_mb", "compact_mb"),

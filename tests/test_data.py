@@ -218,6 +218,27 @@ def test_the_loops_buffer_is_not_overwritten_while_in_use(made, tmp_path):
     loader.close()
 
 
+def test_batches_come_in_order_whichever_is_ready_first(made, monkeypatch):
+    source = open_source(str(made("video")))
+    loader = Loader(source, Frames(source), {}, 4, seed=3)
+    batch_at = loader.batch_at
+    second_is_ready = threading.Event()
+
+    def first_comes_last(samples_seen, buffers):
+        if samples_seen == 0:
+            assert second_is_ready.wait(60)
+        batch = batch_at(samples_seen, buffers)
+        if samples_seen == 4:
+            second_is_ready.set()
+        return batch
+
+    monkeypatch.setattr(loader, "batch_at", first_comes_last)
+    loader.start()
+    for step in range(6):
+        assert next(loader)["sample"].tolist() == list(range(4 * step, 4 * step + 4))
+    loader.close()
+
+
 @pytest.fixture(scope="module")
 def v2(cr5):
     return REAL / "cr5_banana_v21"

@@ -19,6 +19,7 @@ from data.frame_times import FrameTimes
 from data.frames import Frames
 from data.growing_store import GrowingStore, whole_groups
 from data.opening import open_source
+from errors import UserError
 from helpers.paths import ROOT, SHIPPED
 from helpers.runs import small
 from train import train
@@ -152,17 +153,72 @@ def test_a_row_that_another_thread_has_just_written(made, tmp_path, monkeypatch)
     source = open_source(str(made("video")))
     frames = grow(source, tmp_path)
     expected = Frames(source).read(TOP, torch.arange(source.rows))
-    jobs = GrowingStore.jobs
+    request = GrowingStore.request
 
-    def late(store, rows):
-        for job in jobs(store, rows):
-            store.decode(job, lambda row, pixels: None)
-        return jobs(store, rows)
+    def late(store, rows, use, pool):
+        for done in request(store, rows, lambda row, pixels: None, pool):
+            done.result()
+        return request(store, rows, use, pool)
 
-    monkeypatch.setattr(GrowingStore, "jobs", late)
+    monkeypatch.setattr(GrowingStore, "request", late)
     rows = torch.tensor([20, 3])
     out = torch.full((2, *frames.shape(TOP)), 7, dtype=torch.uint8)
     assert torch.equal(frames.read(TOP, rows, out), expected[rows])
+    frames.close()
+
+
+@pytest.mark.parametrize("slow", ["decode", "write"])
+def test_two_batches_that_need_the_same_frames_decode_them_once(made, tmp_path, monkeypatch, decoded, direct, slow):
+    source = open_source(str(made("video")))
+    rows = torch.tensor([20, 3])
+    expected = Frames(source).read(TOP, torch.arange(source.rows))
+    decoded.clear()
+    frames = grow(source, tmp_path, [32, 128] if slow == "write" else None, num_threads=2)
+    if slow == "write":
+        expected = decode.resize(expected, [32, 128])
+    asked = threading.Semaphore(0)  # by the second batch
+    request = GrowingStore.request
+    slow_part = {"decode": (decode.Decoder, "read"), "write": (GrowingStore, "_write_runs")}[slow]
+    original = getattr(*slow_part)
+
+    def wait_for_both(*args):
+        assert asked.acquire(timeout=60)
+        asked.release()
+        return original(*args)
+
+    def counted(store, rows, use, pool):
+        waits = request(store, rows, use, pool)
+        if threading.current_thread() is not first:
+            asked.release()
+        return waits
+
+    monkeypatch.setattr(*slow_part, wait_for_both)
+    monkeypatch.setattr(GrowingStore, "request", counted)
+    results = {}
+    first = threading.Thread(target=lambda: results.update(first=frames.read(TOP, rows)))
+    first.start()
+    if slow == "write":
+        first.join()
+    else:
+        while not frames.growing[TOP].coming:
+            threading.Event().wait(0.001)
+    results["second"] = frames.read(TOP, rows)
+    first.join()
+    frames.close()
+    assert torch.equal(results["first"], expected[rows])
+    assert torch.equal(results["second"], expected[rows])
+    assert sorted(decoded) == sorted(set(decoded))
+
+
+def test_a_frame_that_does_not_decode_is_asked_for_again(made, tmp_path, monkeypatch):
+    source = open_source(str(made("video")))
+    frames = grow(source, tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr(Decoder, "read", lambda *args: (_ for _ in ()).throw(UserError("broken")))
+        with pytest.raises(UserError, match="broken"):
+            frames.read(TOP, torch.tensor([3]))
+    assert not frames.growing[TOP].coming
+    assert torch.equal(frames.read(TOP, torch.tensor([3])), Frames(source).read(TOP, torch.tensor([3])))
     frames.close()
 
 

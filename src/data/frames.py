@@ -19,6 +19,7 @@ from data.decode import LIBRARIES, Decoder
 from data.frame_store import FrameStore
 from data.growing_store import CAN_GROW, GrowingStore
 from data.pixels import copy_picture
+from data.read_ahead import read_ahead
 from data.source import Source
 from errors import UserError, reason_of_disk
 from runtime import frame_cache_dir, is_out_of_memory, to_device
@@ -208,7 +209,8 @@ class Frames:
         self.on_device = False
 
     def gather(self, stored: Tensor, rows: Tensor, out: Tensor) -> None:
-        """Copy rows of `stored` into `out`."""
+        """Copy (n,) rows of `stored`, (N, ...) over a mapped file, into `out`."""
+        read_ahead(stored, rows)
         # In threads of our own: torch's do not take part in a call from the loader's thread, which halves the bandwidth
         # on two cores. list() waits for them and raises their first error.
         list(
@@ -248,12 +250,15 @@ class Frames:
         store = packed or growing
         if store is not None:
             is_there = store.holds(wanted)
-        jobs = [self.pool.submit(unpack, some) for some in wanted[is_there].split(UNPACKED_AT_ONCE) if len(some)]
+        present = wanted[is_there]
         others = wanted[~is_there]
+        jobs = []  # first what takes longest
         if growing is not None:
-            jobs += [self.pool.submit(growing.decode, some, put) for some in growing.jobs(others)]
+            read_ahead(growing.stored, present)
+            jobs += growing.request(others, put, self.pool)
         elif len(others):
             jobs += [self.pool.submit(decode, some) for some in self.decoder.jobs(key, others, self.num_threads)]
+        jobs += [self.pool.submit(unpack, some) for some in present.split(UNPACKED_AT_ONCE) if len(some)]
         for job in jobs:
             job.result()
 

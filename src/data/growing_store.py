@@ -18,7 +18,8 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from data.decode import CHUNK
 from data.frame_store import FrameStore
 from data.frame_times import FrameTimes
 from data.pixels import contiguous_pictures
+from data.read_ahead import read_ahead
 from errors import printable, reason_of_disk
 
 CAN_GROW = hasattr(os, "pwrite")  # which Windows has not
@@ -37,6 +39,23 @@ WRITTEN = 1 << 32  # in rows.u64
 LEAST_DIRECT = 2**20  # bytes of a write: smaller ones reach the page cache sooner than the disk
 WRITERS = 2
 CHECK_EVERY = 64  # writes between two looks at whether all rows are there
+
+
+@dataclass(eq=False)
+class Job:
+    """Rows that are decoded together.
+
+    Attributes:
+        rows: (n,) ascending rows of one file.
+        uses: called with each row's number and its (C, h, w) pixels.
+        pixels: (n, C, h, w) uint8, from when they are decoded to when they are written.
+        done: when all `uses` were called.
+    """
+
+    rows: Tensor
+    uses: list[Callable[[int, Tensor], None]]
+    pixels: Tensor | None = None
+    done: Future = field(default_factory=Future)
 
 
 class GrowingStore:
@@ -53,6 +72,8 @@ class GrowingStore:
         self.source = store.decoder.source
         self.is_full = False  # the disk has no more room
         self.lock = threading.Lock()  # held while the store is finished
+        self.coming: dict[int, Job] = {}  # of each row that is not written yet
+        self.coming_lock = threading.Lock()  # held while `coming`, or a job that is in it, changes
         self.writer = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")  # starts its threads at its first job
         self.buffers: queue.SimpleQueue = queue.SimpleQueue()  # for direct writes, at addresses that these take
         self.writes = 0
@@ -96,7 +117,9 @@ class GrowingStore:
         numbers = rows.numpy()
         entries = self.rows[numbers]
         found = entries != 0
-        for i in np.flatnonzero(found & ~self.is_checked[numbers]):
+        unchecked = np.flatnonzero(found & ~self.is_checked[numbers])
+        read_ahead(self.stored, rows[unchecked])
+        for i in unchecked:
             row = int(numbers[i])
             if self.is_checked[row]:
                 continue
@@ -106,6 +129,36 @@ class GrowingStore:
                 self.rows[row] = 0
                 found[i] = False
         return torch.from_numpy(found)
+
+    def request(self, rows: Tensor, use: Callable[[int, Tensor], None], pool: ThreadPoolExecutor) -> list[Future]:
+        """Have the frames at (n,) ascending rows that are not there decoded and kept, with those around them in their video.
+
+        Args:
+            use: called with each row's number and its (C, h, w) pixels, and for other rows as well.
+            pool: whose threads decode.
+
+        Returns:
+            What to wait for.
+        """
+        waits = []
+        missing = []
+        with self.coming_lock:
+            for row in rows.tolist():
+                job = self.coming.get(row)
+                if job is None:
+                    missing.append(row)
+                elif job.pixels is None:
+                    if use not in job.uses:
+                        job.uses.append(use)
+                        waits.append(job.done)
+                else:
+                    use(row, job.pixels[int(torch.searchsorted(job.rows, row))])
+            for some in self.jobs(torch.tensor(missing, dtype=torch.int64)):
+                job = Job(some, [use])
+                self.coming.update(dict.fromkeys(some.tolist(), job))
+                job.done = pool.submit(self.decode, job)
+                waits.append(job.done)
+        return waits
 
     def jobs(self, rows: Tensor) -> list[Tensor]:
         """The rows to decode for (n,) ascending rows that are not there, with those around them in their video: at most CHUNK
@@ -129,37 +182,54 @@ class GrowingStore:
         for (first_row, end_row), file in spans.items():
             group = torch.arange(first_row, end_row)
             # Those that were asked for in any case: another thread may have written one by now.
-            by_file.setdefault(file, []).append(group[~self.holds(group) | torch.isin(group, rows)])
+            is_known = self.holds(group) | torch.tensor([row in self.coming for row in group.tolist()])
+            by_file.setdefault(file, []).append(group[~is_known | torch.isin(group, rows)])
         jobs = []
         for groups in by_file.values():
             jobs += torch.cat(groups).sort().values.split(CHUNK)
         return jobs
 
-    def decode(self, rows: Tensor, use: Callable[[int, Tensor], None]) -> None:
-        """Decode some of `jobs` and keep them.
-
-        Args:
-            use: called with each row's number and its (C, h, w) pixels.
-        """
-        frames = self.store.decoder.read(self.store.key, rows)  # (n, C, h, w), not contiguous
+    def decode(self, job: Job) -> None:
+        """Decode a job, hand its pixels over and keep them."""
+        try:
+            frames = self.store.decoder.read(self.store.key, job.rows)  # (n, C, h, w), not contiguous
+        except BaseException:
+            self._forget(job)
+            raise
         buffer = None
         memory = None
         if self.direct is not None and frames.nbytes >= LEAST_DIRECT:
             buffer = self.buffers.get()
             memory = torch.frombuffer(buffer, dtype=torch.uint8, count=frames.numel())
         pixels = contiguous_pictures(frames, memory)
-        for row, of_row in zip(rows.tolist(), pixels, strict=True):
-            use(row, of_row)
+        with self.coming_lock:
+            job.pixels = pixels
+        for use in job.uses:  # no other is added now
+            for row, of_row in zip(job.rows.tolist(), pixels, strict=True):
+                use(row, of_row)
         if buffer is None:
-            self._write_runs(self.data, rows, pixels)
+            self._write_job(self.data, job, pixels)
         else:  # a direct write waits for the disk: in another thread, so that this one decodes meanwhile
-            self.writer.submit(self._write_buffer, rows, pixels, buffer)
+            self.writer.submit(self._write_buffer, job, pixels, buffer)
 
-    def _write_buffer(self, rows: Tensor, pixels: Tensor, buffer: mmap.mmap) -> None:
+    def _write_buffer(self, job: Job, pixels: Tensor, buffer: mmap.mmap) -> None:
         try:
-            self._write_runs(self.direct, rows, pixels)
+            self._write_job(self.direct, job, pixels)
         finally:
             self.buffers.put(buffer)
+
+    def _write_job(self, file: int, job: Job, pixels: Tensor) -> None:
+        try:
+            self._write_runs(file, job.rows, pixels)
+        finally:
+            self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        with self.coming_lock:
+            job.pixels = None
+            for row in job.rows.tolist():
+                if self.coming.get(row) is job:
+                    del self.coming[row]
 
     def _write_runs(self, file: int, rows: Tensor, pixels: Tensor) -> None:
         """Keep the pixels of ascending rows, each run of consecutive ones in one piece."""

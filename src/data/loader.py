@@ -1,4 +1,4 @@
-"""Batches in an order that is a function of (seed, epoch), assembled ahead of the loop by one thread into reused buffers.
+"""Batches in an order that is a function of (seed, epoch), assembled ahead of the loop by other threads into reused buffers.
 
 Sample p of a run is position p mod M of the order of epoch p // M, with M trainable rows an epoch. The batch of step s
 holds samples s * B to (s + 1) * B - 1, so that one number says where a run is: the samples it has seen.
@@ -6,8 +6,9 @@ holds samples s * B to (s + 1) * B - 1, so that one number says where a run is: 
 B samples a batch, T deltas of a window, C channels, h and w pixels.
 """
 
-import queue
 import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -19,13 +20,14 @@ from data.windows import window_rows
 from errors import UserError
 
 LOOK_AHEAD = 8  # batches whose streamed bytes are asked for ahead of the one that is being assembled
-RING = 3  # buffers for a batch's frames: one that the loop reads, one that is ready, one that is being filled
+RING = 3  # buffers for a batch's frames: one that the loop reads, and two that are filled or ready
+ASSEMBLED_AT_ONCE = 2  # batches: while one waits for its last frames, those of the next are decoded
 
 
 class Loader:
     """Endless batches of a source, the same for the same arguments wherever they start.
 
-    `start` runs the thread that `next` takes batches from. `batch_at` and `batch_of` need no thread.
+    `start` runs the threads that `next` takes batches from. `batch_at` and `batch_of` need none.
 
     Args:
         source: the open dataset.
@@ -84,21 +86,21 @@ class Loader:
         self.order = Order(self.rows, seed, shuffle, weights, rows_per_dataset)
 
         self._local = slice(rank * self.local_batch_size, (rank + 1) * self.local_batch_size)  # of each batch
-        self._thread: threading.Thread | None = None
+        self._assembler = ThreadPoolExecutor(ASSEMBLED_AT_ONCE, "loader")  # starts its threads at its first batch
+        self._coming: deque[Future] = deque()  # batches, each with its buffers
+        self._samples_asked = 0  # where the batch after those starts
+        self._in_use: dict[str, Tensor] | None = None  # the buffers of the batch that the loop has
         self._prefetch_thread: threading.Thread | None = None
+        self._prefetch_error: BaseException | None = None
         self._assembled = 0  # batches since the start
         self._is_assembled = threading.Condition()  # notified when that changes, and at the end
         self._stop = threading.Event()
-        self._ready: queue.Queue = queue.Queue()  # (batch, its slot in the ring)
-        self._free: queue.Queue = queue.Queue()  # (slot, CUDA event after which it may be overwritten)
-        self._in_use: int | None = None  # the slot of the batch that the loop has
 
     def start(self, samples_seen: int = 0) -> "Loader":
-        """Assemble batches ahead in a thread, the first from sample `samples_seen` on."""
-        for slot in range(RING):
-            self._free.put((slot, None))
-        self._thread = threading.Thread(target=self._fill, args=(samples_seen,), name="loader", daemon=True)
-        self._thread.start()
+        """Assemble batches ahead in other threads, the first from sample `samples_seen` on."""
+        self._samples_asked = samples_seen
+        for _ in range(RING):
+            self._ask(self._make_buffers())
         if self.frames.is_streamed:
             self._prefetch_thread = threading.Thread(
                 target=self._prefetch, args=(samples_seen,), name="prefetch", daemon=True
@@ -118,17 +120,19 @@ class Loader:
         augmentation, and `weight`, (B,) float32 number of unpadded actions of each sample, divided by the mean over the
         batch of all processes.
         """
-        assert self._thread is not None, "start() makes the batches"
+        assert self._coming, "start() makes the batches"
         if self._in_use is not None:
             copied = None
-            if self.device.type == "cuda":  # copies out of the buffer may still be under way
-                copied = torch.cuda.Event(blocking=True)  # the loader's thread sleeps until then
+            if self.device.type == "cuda":  # copies out of the buffers may still be under way
+                copied = torch.cuda.Event(blocking=True)  # the thread that fills them next sleeps until then
                 copied.record(torch.cuda.current_stream(self.device))
-            self._free.put((self._in_use, copied))
-        batch, self._in_use = self._ready.get()
-        if isinstance(batch, BaseException):
-            self._ready.put((batch, None))  # for every later call: there will be no other batch
-            raise batch
+            self._ask(self._in_use, copied)
+            self._in_use = None
+        batch, buffers = self._coming[0].result()  # a failed one stays the first: there will be no other batch
+        if self._prefetch_error is not None:
+            raise self._prefetch_error
+        self._coming.popleft()
+        self._in_use = buffers
         return batch
 
     def _rows_per_dataset(self, episodes: Tensor, num_datasets: int) -> list[int]:
@@ -213,23 +217,19 @@ class Loader:
                 buffers[key] = torch.empty(shape, dtype=self.frames.dtype, pin_memory=self.device.type == "cuda")
         return buffers
 
-    def _fill(self, samples_seen: int) -> None:
-        """The thread: assemble a batch whenever a slot of the ring is free."""
-        try:
-            ring = [self._make_buffers() for _ in range(RING)]
-            while not self._stop.is_set():
-                slot, copied = self._free.get()
-                if slot is None:  # from close()
-                    return
-                if copied is not None:
-                    copied.synchronize()
-                self._ready.put((self.batch_at(samples_seen, ring[slot]), slot))
-                samples_seen += self.batch_size
-                with self._is_assembled:
-                    self._assembled += 1
-                    self._is_assembled.notify()
-        except BaseException as error:  # raised by the loop's next call
-            self._ready.put((error, None))
+    def _ask(self, buffers: dict[str, Tensor], copied: torch.cuda.Event | None = None) -> None:
+        """Have the next batch assembled in `buffers`, which may be overwritten after `copied`."""
+        self._coming.append(self._assembler.submit(self._assemble, self._samples_asked, buffers, copied))
+        self._samples_asked += self.batch_size
+
+    def _assemble(self, samples_seen: int, buffers: dict[str, Tensor], copied: torch.cuda.Event | None) -> tuple:
+        if copied is not None:
+            copied.synchronize()
+        batch = self.batch_at(samples_seen, buffers)
+        with self._is_assembled:
+            self._assembled += 1
+            self._is_assembled.notify()
+        return batch, buffers
 
     def _prefetch(self, samples_seen: int) -> None:
         """The thread that asks for the bytes of streamed videos, in the order of the batches to come."""
@@ -252,17 +252,15 @@ class Loader:
                 samples_seen += self.batch_size
                 prefetched += 1
         except BaseException as error:  # raised by the loop's next call
-            self._ready.put((error, None))
+            self._prefetch_error = error
 
     def close(self) -> None:
         """Stop the threads; safe to call twice and after any error."""
         self._stop.set()
-        self._free.put((None, None))
         with self._is_assembled:
             self._is_assembled.notify()
         self.frames.stop_streams()
         if self._prefetch_thread is not None:
             self._prefetch_thread.join()
-        if self._thread is not None:
-            self._thread.join()
+        self._assembler.shutdown(cancel_futures=True)
         self.frames.close()
