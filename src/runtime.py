@@ -120,7 +120,6 @@ def thread_count(num_threads: int | None) -> int:
 @contextlib.contextmanager
 def without_collector():
     """Within this, no garbage collection, which would take a second while LeRobot is imported."""
-    gc.collect()  # frees what an earlier run left
     gc.disable()
     try:
         yield

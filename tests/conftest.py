@@ -59,7 +59,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections():
-    """Keep what the imports made out of garbage collections: each takes 0.25 s with LeRobot imported, and each run asks for two."""
+    """Keep what the imports made out of garbage collections: each takes 0.25 s with LeRobot imported, and each run asks for one."""
     gc.collect()
     gc.freeze()
 

@@ -181,7 +181,7 @@ def test_minutes_are_of_steps_that_read_stored_features(settings, tmp_path, monk
     )
     del settings["steps"]
     monkeypatch.setattr(
-        "training.plan.seconds_of", lambda call, *rest, **more: [call(), seen.clear(), call(), len(seen)][3] + 0.2
+        "training.step_time.seconds_of", lambda call, *rest, **more: [call(), seen.clear(), call(), len(seen)][3] + 0.2
     )
     assert (
         train(**settings, minutes=0.01, output_dir=str(tmp_path / "run")).steps == 3

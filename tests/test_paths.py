@@ -22,7 +22,7 @@ from command_line import print_error, print_warnings
 from errors import UserError, find_path, printable
 from helpers.paths import ROOT
 from helpers.runs import small
-from training.plan import gather_settings
+from training.chosen_run import gather_settings
 
 TOO_LONG = "a" * 300
 BAD = {

@@ -9,7 +9,7 @@ import train as train_module
 from errors import UserError
 from helpers.runs import small
 from train import train
-from training import plan as plan_module
+from training import room
 from training.plan import plan_run
 
 
@@ -43,7 +43,7 @@ def test_a_run_is_refused_before_it_is_built(made, tmp_path, nothing_is_built, s
 
 
 def free_bytes(monkeypatch, free: int) -> None:
-    monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
 
 
 def test_a_disk_without_room_for_a_checkpoint(made, tmp_path, nothing_is_built, monkeypatch):

@@ -17,10 +17,10 @@ from helpers.recording import record
 from helpers.runs import assert_same_run, logged, small
 from policy.flow import FlowPolicy
 from policy.loaded import load_policy
-from runtime import without_collector
 from train import train
+from training.chosen_run import merge_lengths
 from training.learner import Learner
-from training.plan import merge_lengths
+from training.plan import plan_run
 from training.progress import Report, training_info
 
 STEPS, SAVE_FREQ = 12, 3  # 33 frames in batches of 4: the first epoch ends inside step 9
@@ -131,8 +131,9 @@ def test_what_a_run_held_is_free_when_the_next_begins(made, tmp_path):
     before = learners()  # of failed runs, which pytest keeps
     train(**small(dataset_id=str(made("no_camera")), steps=1), output_dir=str(tmp_path))
     new = learners() - before  # it is in cycles
-    with without_collector():
-        assert not new & learners()
+    with pytest.raises(UserError, match="dataset_id"):
+        plan_run({})
+    assert not new & learners()
 
 
 def test_success_is_told_of_the_step_it_was_measured_at():

@@ -16,7 +16,7 @@ from reports.model_card import as_command, model_card
 from runs import main
 from runtime import in_notebook
 from train import train
-from training import plan, progress, trackers
+from training import progress, step_time, trackers
 from training.trackers import Trackers, check_trackers
 
 
@@ -62,7 +62,9 @@ def test_tensorboard_writes_nothing_into_another_folder_of_its_name(tmp_path):
 def test_trackers_get_the_steps_that_minutes_have_fixed(settings, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setattr(plan, "seconds_of", lambda call, *rest, **more: call() and 0.12)  # five steps, on any machine
+    monkeypatch.setattr(
+        step_time, "seconds_of", lambda call, *rest, **more: call() and 0.12
+    )  # five steps, on any machine
     del settings["steps"]
     result = train(**settings, minutes=0.01, tracker="tensorboard")
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))

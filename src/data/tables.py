@@ -77,15 +77,8 @@ def read_tables(
     """
     if not selected:
         raise UserError(f"dataset {meta.root} has no episodes: record some, or download it again")
-    # The files that the metadata names for these episodes, or all files if it names none.
-    present = sorted(path for path in (meta.root / "data").glob("*/*.parquet") if not is_hidden(path))
     paths = data_paths(meta)
-    files = present
-    if paths is not None:
-        files = sorted({paths[episode] for episode in selected})
-        if any(path.is_file() for path in paths.values()):  # a folder of another kind may hold older copies
-            places = {without_numbers(path) for path in paths.values()}
-            present = [path for path in present if without_numbers(path) in places]
+    files, others = table_files(meta, selected, paths)
     mapped = MappedTables({})
     if copy_tables and paths is not None:
         mapped = open_or_copy(meta, files, cache_dir, quiet)
@@ -96,7 +89,6 @@ def read_tables(
     spread = selected
     if paths is not None:
         spread = [episode for episode in selected if counts.get(paths[episode], {}).get(episode, 0) != lengths[episode]]
-    others = sorted(set(present) - set(files))
     if spread and others:
         more, _ = read_files(others, spread, {})
         tables |= more
@@ -113,10 +105,10 @@ def read_tables(
             tables[path] = rows_of(tables[path], wanted)
     tables = {path: table for path, table in tables.items() if table.num_rows}
 
-    # What is wrong with the others, and what was left out.
     if not counts and not faults:
         raise UserError(f"dataset {meta.root} has no readable table: data/*/*.parquet is missing")
-    problems = table_lines(meta, lacking, totals, lengths, faults, paths)
+    whole = [episode for episode in selected if episode in chosen]
+    ends = torch.tensor([lengths[episode] for episode in whole], dtype=torch.int64).cumsum(0)
     warnings = []
     if mapped.reason is not None:
         warnings.append(
@@ -130,20 +122,32 @@ def read_tables(
     if faults and not lacking:
         lines = file_lines(meta.root, faults, {})
         warnings.append(f"{'; '.join(lines)}. All selected episodes are in other files")
-
-    whole = [episode for episode in selected if episode in chosen]
-    table = in_order(meta, list(tables.values()), whole)
-    ends = torch.tensor([lengths[episode] for episode in whole], dtype=torch.int64).cumsum(0)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends])[:-1]
     return EpisodeTable(
-        rows=table,
+        rows=in_order(meta, list(tables.values()), whole),
         episodes=whole,
-        starts=starts,
+        starts=torch.cat([torch.zeros(1, dtype=torch.int64), ends])[:-1],
         ends=ends,
         files=list(tables),
-        problems=problems,
+        problems=table_lines(meta, lacking, totals, lengths, faults, paths),
         warnings=warnings,
     )
+
+
+def table_files(meta, selected: list[int], paths: dict[int, Path] | None) -> tuple[list[Path], list[Path]]:
+    """The files that the metadata names for the selected episodes, or all files if it names none; and the other files that
+    may have rows of them.
+
+    Args:
+        paths: {episode: its file}; None if the metadata does not say.
+    """
+    present = sorted(path for path in (meta.root / "data").glob("*/*.parquet") if not is_hidden(path))
+    if paths is None:
+        return present, []
+    files = {paths[episode] for episode in selected}
+    if any(path.is_file() for path in paths.values()):  # a folder of another kind may hold older copies
+        places = {without_numbers(path) for path in paths.values()}
+        present = [path for path in present if without_numbers(path) in places]
+    return sorted(files), sorted(set(present) - files)
 
 
 def read_files(
