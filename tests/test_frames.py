@@ -1,6 +1,7 @@
 """The frame store: decoded once, never half-built, never stale."""
 
 import gc
+import mmap
 import os
 import shutil
 import signal
@@ -9,12 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data import decode
+from data import decode, read_ahead
 from data import frames as module
 from data.frame_store import FrameStore, store_name
 from data.frames import Frames, Room
@@ -453,3 +455,23 @@ def test_copies_of_pictures():
         out = torch.zeros(pixels.shape, dtype=torch.uint8)
         copy_picture(pixels, out)
         assert torch.equal(out, pixels)
+
+
+def test_large_rows_are_asked_for_before_they_are_read(tmp_path, monkeypatch):
+    asked = []
+
+    class Recorder:
+        def madvise(self, start, size, advice):
+            asked.append((start.value, size.value))
+
+    monkeypatch.setattr(read_ahead, "LIBC", Recorder())
+    large = torch.from_numpy(np.memmap(tmp_path / "large", np.uint8, "w+", shape=(5, read_ahead.PIECE + 1)))
+    read_ahead.read_ahead(large, torch.tensor([3, 1, 3]))
+    for row, (start, size) in zip((1, 3), asked, strict=True):
+        first = large[row].data_ptr()
+        assert start % mmap.PAGESIZE == 0
+        assert first - mmap.PAGESIZE < start <= first
+        assert start + size == first + large.shape[1]
+    small = torch.from_numpy(np.memmap(tmp_path / "small", np.uint8, "w+", shape=(5, 100)))
+    read_ahead.read_ahead(small, torch.tensor([3, 1]))
+    assert len(asked) == 2
