@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from data import decode, growing_store
+from data import frames as frames_module
 from data.decode import CHUNK, Decoder
 from data.frame_times import FrameTimes
 from data.frames import Frames
@@ -219,6 +220,29 @@ def test_a_frame_that_does_not_decode_is_asked_for_again(made, tmp_path, monkeyp
             frames.read(TOP, torch.tensor([3]))
     assert not frames.growing[TOP].coming
     assert torch.equal(frames.read(TOP, torch.tensor([3])), Frames(source).read(TOP, torch.tensor([3])))
+    frames.close()
+
+
+@pytest.mark.parametrize("part", ["contiguous_pictures", "copy_picture", "submit"])
+def test_a_job_that_fails_late_leaves_nothing_behind(made, tmp_path, monkeypatch, direct, part):
+    source = open_source(str(made("video")))
+    frames = grow(source, tmp_path, [32, 128])
+    store = frames.growing[TOP]
+    buffers = store.buffers.qsize()
+    place = {"contiguous_pictures": growing_store, "copy_picture": frames_module, "submit": frames.pool}[part]
+
+    def fail(*args):
+        raise RuntimeError("late")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(place, part, fail)
+        for _ in range(1 + buffers):
+            with pytest.raises(RuntimeError, match="late"):
+                frames.read(TOP, torch.tensor([3]))
+    assert not store.coming
+    assert store.buffers.qsize() == buffers
+    expected = Frames(source, [32, 128]).read(TOP, torch.tensor([3]))
+    assert torch.equal(frames.read(TOP, torch.tensor([3])), expected)
     frames.close()
 
 

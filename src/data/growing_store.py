@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ class Job:
     rows: Tensor
     uses: list[Callable[[int, Tensor], None]]
     pixels: Tensor | None = None
-    done: Future = field(default_factory=Future)
+    done: Future | None = None
 
 
 class GrowingStore:
@@ -155,8 +155,8 @@ class GrowingStore:
                     use(row, job.pixels[int(torch.searchsorted(job.rows, row))])
             for some in self.jobs(torch.tensor(missing, dtype=torch.int64)):
                 job = Job(some, [use])
-                self.coming.update(dict.fromkeys(some.tolist(), job))
                 job.done = pool.submit(self.decode, job)
+                self.coming.update(dict.fromkeys(some.tolist(), job))
                 waits.append(job.done)
         return waits
 
@@ -191,45 +191,44 @@ class GrowingStore:
 
     def decode(self, job: Job) -> None:
         """Decode a job, hand its pixels over and keep them."""
+        buffer = None
         try:
             frames = self.store.decoder.read(self.store.key, job.rows)  # (n, C, h, w), not contiguous
+            memory = None
+            if self.direct is not None and frames.nbytes >= LEAST_DIRECT:
+                buffer = self.buffers.get()
+                memory = torch.frombuffer(buffer, dtype=torch.uint8, count=frames.numel())
+            pixels = contiguous_pictures(frames, memory)
+            with self.coming_lock:
+                job.pixels = pixels
+            for use in job.uses:  # no other is added now
+                for row, of_row in zip(job.rows.tolist(), pixels, strict=True):
+                    use(row, of_row)
+            if (
+                buffer is not None
+            ):  # a direct write waits for the disk: in another thread, so that this one decodes meanwhile
+                self.writer.submit(self._write_job, job, pixels, buffer)
+                return
         except BaseException:
-            self._forget(job)
+            self._forget(job, buffer)
             raise
-        buffer = None
-        memory = None
-        if self.direct is not None and frames.nbytes >= LEAST_DIRECT:
-            buffer = self.buffers.get()
-            memory = torch.frombuffer(buffer, dtype=torch.uint8, count=frames.numel())
-        pixels = contiguous_pictures(frames, memory)
-        with self.coming_lock:
-            job.pixels = pixels
-        for use in job.uses:  # no other is added now
-            for row, of_row in zip(job.rows.tolist(), pixels, strict=True):
-                use(row, of_row)
-        if buffer is None:
-            self._write_job(self.data, job, pixels)
-        else:  # a direct write waits for the disk: in another thread, so that this one decodes meanwhile
-            self.writer.submit(self._write_buffer, job, pixels, buffer)
+        self._write_job(job, pixels, None)
 
-    def _write_buffer(self, job: Job, pixels: Tensor, buffer: mmap.mmap) -> None:
+    def _write_job(self, job: Job, pixels: Tensor, buffer: mmap.mmap | None) -> None:
         try:
-            self._write_job(self.direct, job, pixels)
+            self._write_runs(self.data if buffer is None else self.direct, job.rows, pixels)
         finally:
-            self.buffers.put(buffer)
+            self._forget(job, buffer)
 
-    def _write_job(self, file: int, job: Job, pixels: Tensor) -> None:
-        try:
-            self._write_runs(file, job.rows, pixels)
-        finally:
-            self._forget(job)
-
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: Job, buffer: mmap.mmap | None) -> None:
+        """Take a job out of `coming`: from now on its buffer may be filled again."""
         with self.coming_lock:
             job.pixels = None
             for row in job.rows.tolist():
                 if self.coming.get(row) is job:
                     del self.coming[row]
+        if buffer is not None:
+            self.buffers.put(buffer)
 
     def _write_runs(self, file: int, rows: Tensor, pixels: Tensor) -> None:
         """Keep the pixels of ascending rows, each run of consecutive ones in one piece."""

@@ -86,7 +86,8 @@ class Loader:
         self.order = Order(self.rows, seed, shuffle, weights, rows_per_dataset)
 
         self._local = slice(rank * self.local_batch_size, (rank + 1) * self.local_batch_size)  # of each batch
-        self._assembler = ThreadPoolExecutor(ASSEMBLED_AT_ONCE, "loader")  # starts its threads at its first batch
+        # Streamed batches one by one: two could push each other's pieces out of the cache. It starts its threads at its first batch.
+        self._assembler = ThreadPoolExecutor(1 if frames.is_streamed else ASSEMBLED_AT_ONCE, "loader")
         self._coming: deque[Future] = deque()  # batches, each with its buffers
         self._samples_asked = 0  # where the batch after those starts
         self._in_use: dict[str, Tensor] | None = None  # the buffers of the batch that the loop has
