@@ -398,6 +398,7 @@ def test_latency_is_measured(made, tmp_path, monkeypatch):
     assert policy.latency(runs=3) >= 0.05
 
 
+@pytest.mark.slow
 def test_in_simulation(tmp_path, capsys, renderer):
     """evaluate.py --ahead: the same episodes, on chunks that are asked for three steps before they are needed."""
     settings = small("act", dataset_id=str(SHIPPED), episodes="0", steps=1, save_freq=0, image_size=[32, 32])

@@ -11,7 +11,7 @@ from checkpoints.folder import TRAINED_WEIGHTS
 from errors import UserError
 from helpers.runs import assert_same_run, logged, small
 from train import train
-from training import plan as budget
+from training import step_time
 
 
 def read(run, name):
@@ -31,7 +31,8 @@ def test_minutes_fix_the_steps_and_change_nothing_else(made, tmp_path, capsys):
 
 
 def test_minutes_stay_fixed_over_a_resume(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "seconds_of", lambda call, *rest, **more: call() and 0.12)  # ten steps, on any machine
+    # Ten steps, on any machine.
+    monkeypatch.setattr(step_time, "seconds_of", lambda call, *rest, **more: call() and 0.12)
     settings = small(dataset_id=str(made("no_camera")), save_freq=5, lr_schedule="cosine")
     del settings["steps"]
     whole = train(**settings, minutes=0.02, output_dir=str(tmp_path / "whole"))

@@ -112,8 +112,9 @@ def test_a_million_episodes_of_a_thousand_frames():
         episode_of=lambda rows: torch.searchsorted(ends, rows, right=True),
         dataset_of_episode=torch.arange(episodes) // 500_000,
     )  # fmt: skip
+    frames = SimpleNamespace(is_streamed=False)
     for options in ({}, {"shuffle": "blocks"}, {"weights": [2.0, 1.0]}):
-        loader = Loader(source, SimpleNamespace(), {"action": list(range(100))}, 256, seed=1, **options)
+        loader = Loader(source, frames, {"action": list(range(100))}, 256, seed=1, **options)
         assert loader.samples_per_epoch == 10**9
         for step in (0, 10**6, 10**9 // 256):  # the last one ends in the second epoch
             rows = loader.rows_at(256 * step)

@@ -182,6 +182,7 @@ def test_each_dataset_is_normalised_by_its_own_statistics(planned, policy, low, 
     assert torch.equal(ready[f"{WRIST}{MASK}"], ready["dataset_index"] == 0)
 
 
+@pytest.mark.slow
 def test_units_that_differ_by_far(tmp_path):
     fine = str(record_arm(tmp_path / "fine", 2, (TOP,), 0.005, offset=0))
     coarse = str(record_arm(tmp_path / "coarse", 2, (TOP,), 20000, offset=0.5))
