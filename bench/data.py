@@ -11,7 +11,7 @@ Prints samples/s and memory of
     off            frames decoded at every use
     first epoch    the first epoch, in which frames are decoded and kept
     second epoch   the next epoch, in which some frames are read from the disk
-    cold           an epoch of a run that finds a full store, of which the system has nothing in memory
+    cold           the first epoch of a run whose store is complete and on the disk only
     warm           frames read from the store, which the system has in memory by now
     lossless       frames read from a store that is compressed without loss
     compact        frames read from a store of JPEGs
@@ -184,7 +184,7 @@ def armature_speed(root: Path, batch_size: int, seconds: float, mode: str, cache
 
 
 def cold_speed(root: Path, batch_size: int, cache: str) -> Speed:
-    """Armature's loader on a store that is there, in its first epoch, after the system has dropped the store from memory."""
+    """Armature's loader on a complete store, for an epoch, after the system has dropped it from the page cache."""
     for path in Path(cache).glob("*/frames.u8"):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

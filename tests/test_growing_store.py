@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -201,8 +202,8 @@ def test_two_batches_that_need_the_same_frames_decode_them_once(made, tmp_path, 
     if slow == "write":
         first.join()
     else:
-        while not frames.growing[TOP].coming:
-            threading.Event().wait(0.001)
+        while not frames.growing[TOP].pending:
+            time.sleep(0.001)
     results["second"] = frames.read(TOP, rows)
     first.join()
     frames.close()
@@ -214,11 +215,15 @@ def test_two_batches_that_need_the_same_frames_decode_them_once(made, tmp_path, 
 def test_a_frame_that_does_not_decode_is_asked_for_again(made, tmp_path, monkeypatch):
     source = open_source(str(made("video")))
     frames = grow(source, tmp_path)
+
+    def fail(*args):
+        raise UserError("broken")
+
     with monkeypatch.context() as broken:
-        broken.setattr(Decoder, "read", lambda *args: (_ for _ in ()).throw(UserError("broken")))
+        broken.setattr(Decoder, "read", fail)
         with pytest.raises(UserError, match="broken"):
             frames.read(TOP, torch.tensor([3]))
-    assert not frames.growing[TOP].coming
+    assert not frames.growing[TOP].pending
     assert torch.equal(frames.read(TOP, torch.tensor([3])), Frames(source).read(TOP, torch.tensor([3])))
     frames.close()
 
@@ -239,7 +244,7 @@ def test_a_job_that_fails_late_leaves_nothing_behind(made, tmp_path, monkeypatch
         for _ in range(1 + buffers):
             with pytest.raises(RuntimeError, match="late"):
                 frames.read(TOP, torch.tensor([3]))
-    assert not store.coming
+    assert not store.pending
     assert store.buffers.qsize() == buffers
     expected = Frames(source, [32, 128]).read(TOP, torch.tensor([3]))
     assert torch.equal(frames.read(TOP, torch.tensor([3])), expected)

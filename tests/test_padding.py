@@ -216,8 +216,8 @@ def test_units_that_differ_by_far(tmp_path):
 @pytest.mark.parametrize(
     ("policy", "other"),
     [
-        ("flow", {"more": {"observation.gripper": (1,)}}),
-        ("flow", {"dtype": "int64"}),
+        ("act", {"more": {"observation.gripper": (1,)}}),
+        ("act", {"dtype": "int64"}),
         ("act", {"joints": 1}),
         ("diffusion", {"has_state": False}),  # two observations at a time
     ],

@@ -47,15 +47,15 @@ class Job:
 
     Attributes:
         rows: (n,) ascending rows of one file.
-        uses: called with each row's number and its (C, h, w) pixels.
+        callbacks: called with each row's number and its (C, h, w) pixels.
         pixels: (n, C, h, w) uint8, from when they are decoded to when they are written.
-        done: when all `uses` were called.
+        future: when all `callbacks` were called.
     """
 
     rows: Tensor
-    uses: list[Callable[[int, Tensor], None]]
+    callbacks: list[Callable[[int, Tensor], None]]
     pixels: Tensor | None = None
-    done: Future | None = None
+    future: Future | None = None
 
 
 class GrowingStore:
@@ -72,8 +72,8 @@ class GrowingStore:
         self.source = store.decoder.source
         self.is_full = False  # the disk has no more room
         self.lock = threading.Lock()  # held while the store is finished
-        self.coming: dict[int, Job] = {}  # of each row that is not written yet
-        self.coming_lock = threading.Lock()  # held while `coming`, or a job that is in it, changes
+        self.pending: dict[int, Job] = {}  # of each row that is not written yet
+        self.pending_lock = threading.Lock()  # held while `pending`, or a job that is in it, changes
         self.writer = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")  # starts its threads at its first job
         self.buffers: queue.SimpleQueue = queue.SimpleQueue()  # for direct writes, at addresses that these take
         self.writes = 0
@@ -130,35 +130,37 @@ class GrowingStore:
                 found[i] = False
         return torch.from_numpy(found)
 
-    def request(self, rows: Tensor, use: Callable[[int, Tensor], None], pool: ThreadPoolExecutor) -> list[Future]:
-        """Have the frames at (n,) ascending rows that are not there decoded and kept, with those around them in their video.
+    def request(
+        self, rows: Tensor, on_decoded: Callable[[int, Tensor], None], pool: ThreadPoolExecutor
+    ) -> list[Future]:
+        """Start to decode the frames at (n,) ascending rows that are not stored yet, and those around them in their video.
 
         Args:
-            use: called with each row's number and its (C, h, w) pixels, and for other rows as well.
+            on_decoded: called with each row's number and its (C, h, w) pixels, and for other rows as well.
             pool: whose threads decode.
 
         Returns:
-            What to wait for.
+            Futures to wait for. Frames that another batch has requested already are not decoded again.
         """
-        waits = []
+        futures = []
         missing = []
-        with self.coming_lock:
+        with self.pending_lock:
             for row in rows.tolist():
-                job = self.coming.get(row)
+                job = self.pending.get(row)
                 if job is None:
                     missing.append(row)
                 elif job.pixels is None:
-                    if use not in job.uses:
-                        job.uses.append(use)
-                        waits.append(job.done)
+                    if on_decoded not in job.callbacks:
+                        job.callbacks.append(on_decoded)
+                        futures.append(job.future)
                 else:
-                    use(row, job.pixels[int(torch.searchsorted(job.rows, row))])
+                    on_decoded(row, job.pixels[int(torch.searchsorted(job.rows, row))])
             for some in self.jobs(torch.tensor(missing, dtype=torch.int64)):
-                job = Job(some, [use])
-                job.done = pool.submit(self.decode, job)
-                self.coming.update(dict.fromkeys(some.tolist(), job))
-                waits.append(job.done)
-        return waits
+                job = Job(some, [on_decoded])
+                job.future = pool.submit(self.decode, job)
+                self.pending.update(dict.fromkeys(some.tolist(), job))
+                futures.append(job.future)
+        return futures
 
     def jobs(self, rows: Tensor) -> list[Tensor]:
         """The rows to decode for (n,) ascending rows that are not there, with those around them in their video: at most CHUNK
@@ -182,7 +184,7 @@ class GrowingStore:
         for (first_row, end_row), file in spans.items():
             group = torch.arange(first_row, end_row)
             # Those that were asked for in any case: another thread may have written one by now.
-            is_known = self.holds(group) | torch.tensor([row in self.coming for row in group.tolist()])
+            is_known = self.holds(group) | torch.tensor([row in self.pending for row in group.tolist()])
             by_file.setdefault(file, []).append(group[~is_known | torch.isin(group, rows)])
         jobs = []
         for groups in by_file.values():
@@ -199,14 +201,13 @@ class GrowingStore:
                 buffer = self.buffers.get()
                 memory = torch.frombuffer(buffer, dtype=torch.uint8, count=frames.numel())
             pixels = contiguous_pictures(frames, memory)
-            with self.coming_lock:
+            with self.pending_lock:
                 job.pixels = pixels
-            for use in job.uses:  # no other is added now
+            for on_decoded in job.callbacks:  # no other is added now
                 for row, of_row in zip(job.rows.tolist(), pixels, strict=True):
-                    use(row, of_row)
-            if (
-                buffer is not None
-            ):  # a direct write waits for the disk: in another thread, so that this one decodes meanwhile
+                    on_decoded(row, of_row)
+            # A direct write waits for the disk: in another thread, so that this one decodes meanwhile.
+            if buffer is not None:
                 self.writer.submit(self._write_job, job, pixels, buffer)
                 return
         except BaseException:
@@ -221,12 +222,12 @@ class GrowingStore:
             self._forget(job, buffer)
 
     def _forget(self, job: Job, buffer: mmap.mmap | None) -> None:
-        """Take a job out of `coming`: from now on its buffer may be filled again."""
-        with self.coming_lock:
+        """Take a job out of `pending`: from now on its buffer may be filled again."""
+        with self.pending_lock:
             job.pixels = None
             for row in job.rows.tolist():
-                if self.coming.get(row) is job:
-                    del self.coming[row]
+                if self.pending.get(row) is job:
+                    del self.pending[row]
         if buffer is not None:
             self.buffers.put(buffer)
 

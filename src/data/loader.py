@@ -88,8 +88,8 @@ class Loader:
         self._local = slice(rank * self.local_batch_size, (rank + 1) * self.local_batch_size)  # of each batch
         # Streamed batches one by one: two could push each other's pieces out of the cache. It starts its threads at its first batch.
         self._assembler = ThreadPoolExecutor(1 if frames.is_streamed else ASSEMBLED_AT_ONCE, "loader")
-        self._coming: deque[Future] = deque()  # batches, each with its buffers
-        self._samples_asked = 0  # where the batch after those starts
+        self._pending: deque[Future] = deque()  # batches, each with its buffers
+        self._samples_submitted = 0  # where the batch after those starts
         self._in_use: dict[str, Tensor] | None = None  # the buffers of the batch that the loop has
         self._prefetch_thread: threading.Thread | None = None
         self._prefetch_error: BaseException | None = None
@@ -99,9 +99,9 @@ class Loader:
 
     def start(self, samples_seen: int = 0) -> "Loader":
         """Assemble batches ahead in other threads, the first from sample `samples_seen` on."""
-        self._samples_asked = samples_seen
+        self._samples_submitted = samples_seen
         for _ in range(RING):
-            self._ask(self._make_buffers())
+            self._submit(self._make_buffers())
         if self.frames.is_streamed:
             self._prefetch_thread = threading.Thread(
                 target=self._prefetch, args=(samples_seen,), name="prefetch", daemon=True
@@ -121,18 +121,18 @@ class Loader:
         augmentation, and `weight`, (B,) float32 number of unpadded actions of each sample, divided by the mean over the
         batch of all processes.
         """
-        assert self._coming, "start() makes the batches"
+        assert self._pending, "start() makes the batches"
         if self._in_use is not None:
             copied = None
             if self.device.type == "cuda":  # copies out of the buffers may still be under way
                 copied = torch.cuda.Event(blocking=True)  # the thread that fills them next sleeps until then
                 copied.record(torch.cuda.current_stream(self.device))
-            self._ask(self._in_use, copied)
+            self._submit(self._in_use, copied)
             self._in_use = None
-        batch, buffers = self._coming[0].result()  # a failed one stays the first: there will be no other batch
+        batch, buffers = self._pending[0].result()  # a failed one stays the first: there will be no other batch
         if self._prefetch_error is not None:
             raise self._prefetch_error
-        self._coming.popleft()
+        self._pending.popleft()
         self._in_use = buffers
         return batch
 
@@ -218,10 +218,10 @@ class Loader:
                 buffers[key] = torch.empty(shape, dtype=self.frames.dtype, pin_memory=self.device.type == "cuda")
         return buffers
 
-    def _ask(self, buffers: dict[str, Tensor], copied: torch.cuda.Event | None = None) -> None:
-        """Have the next batch assembled in `buffers`, which may be overwritten after `copied`."""
-        self._coming.append(self._assembler.submit(self._assemble, self._samples_asked, buffers, copied))
-        self._samples_asked += self.batch_size
+    def _submit(self, buffers: dict[str, Tensor], copied: torch.cuda.Event | None = None) -> None:
+        """Start to assemble the next batch in `buffers`, which may be overwritten after `copied`."""
+        self._pending.append(self._assembler.submit(self._assemble, self._samples_submitted, buffers, copied))
+        self._samples_submitted += self.batch_size
 
     def _assemble(self, samples_seen: int, buffers: dict[str, Tensor], copied: torch.cuda.Event | None) -> tuple:
         if copied is not None:
